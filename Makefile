@@ -1,0 +1,52 @@
+# Every target that needs an environment makes .venv on its first use and leaves it alone afterwards,
+# until pyproject.toml or constraints.txt changes. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench gpu clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+
+demo: $(VENV)/installed-demo ## train a small transformer and watch its matrices freeze (ARGS="--quick" and so on)
+	@echo "demo: training a small transformer on the source of Python's standard library"
+	@$(BIN)/grades-kernels demo $(ARGS)
+
+# One thread per worker: two workers with two threads each would fight for two cores.
+test: lint ## lint, then run all tests and print the coverage
+	@echo "test: running the tests, with coverage"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
+		--cov=grades_kernels --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+lint: $(VENV)/installed-dev ## check style, formatting and types
+	@echo "lint: ruff and mypy"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+
+bench: $(VENV)/installed-bench ## run the benchmarks on this machine
+	@echo "bench: running the benchmarks"
+	@$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# No environment is made here: a GPU machine brings the torch that fits its driver.
+gpu: ## run the GPU tests and the benchmarks with PYTHON=python3, which must bring torch and pytest
+	@echo "gpu: running the GPU tests and the benchmarks with $(PYTHON)"
+	@$(PYTHON) -m pytest -m gpu tests
+	@$(PYTHON) -m pytest benchmarks $(ARGS)
+
+clean: ## remove .venv, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .coverage* .*_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# setuptools comes first because the package is built without isolation, in the environment it runs
+# in: an isolated build that asked for torch would download a second one.
+# The set `dev` contains `demo` and `bench`, so installing it settles all three.
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	@echo "install: grades-kernels[$*] into $(VENV) (minutes the first time)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@ $(if $(filter dev,$*),$(VENV)/installed-demo $(VENV)/installed-bench)

@@ -1,0 +1,5 @@
+"""Build script. Every fact about the package stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
