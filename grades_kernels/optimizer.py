@@ -1,0 +1,922 @@
+"""GradESAdamW: the optimizer class. It validates, gathers and remembers; it computes nothing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import chain
+from numbers import Real
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from . import functional
+from .freezing import NEVER, STATISTICS, TIMINGS, FreezeRule, FreezeTable, Unit, exact_grace_steps
+from .report import FreezeEvent, FreezeReport, UnitReport
+from .units import canonical_name, place_of, unit_of
+
+_SAVED = {
+    "grades_hits": "hits",
+    "grades_decided_at": "decided_at",
+    "grades_frozen_at": "frozen_at",
+    "grades_prev_step": "prev_step",
+    "grades_statistic": "statistic",
+    "grades_tau": "decided_tau",
+    "grades_decided_statistic": "decided_statistic",
+}
+"""State key -> attribute of `Unit`. Python numbers: `load_state_dict` casts every state tensor but
+`step` to the parameter's dtype (torch/optim/optimizer.py), which turns 1001 into 1000 in bf16."""
+
+_FLAGS = (
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+)
+
+_FRESH = {key: getattr(Unit("", "change", 0.0, 0), name) for key, name in _SAVED.items()}
+
+
+_REPLACED_BY_LOAD = (
+    "state",
+    "param_groups",
+    "_table",
+    "_rows",
+    "_members",
+    "_built_for",
+    "_stopped",
+)
+
+
+class GradESAdamW(AdamW):
+    r"""AdamW that freezes each weight matrix when its gradient has stopped changing.
+
+    A drop-in for `torch.optim.AdamW`: the same arguments in the same order, the same state and
+    checkpoints, and the same result while `tau` is None. With `tau`, every monitored matrix is
+    measured once the grace period is over and is left untouched, bit for bit, from the step in
+    which its statistic falls below `tau` (GradES, arXiv 2509.01842, Algorithm 1).
+
+    Args:
+        params: Tensors, parameter groups or `(name, tensor)` pairs, as AdamW takes them. With
+            names, units carry them; embeddings, output heads, norms and biases are not monitored,
+            and LoRA pairs freeze together. Without names every floating tensor of two or more
+            dimensions in a group with `tau` is a unit of its own, `group{i}.param{j}`.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable:
+            As in `torch.optim.AdamW`. `differentiable` excludes `tau`.
+        fused: None chooses a fused implementation where there is one, else the reference; False is
+            the reference; True is a fused implementation or a RuntimeError that says why not.
+        tau: Threshold of the statistic; may differ per parameter group and be changed between
+            steps. None (default): not monitored. 0.0 measures and never freezes.
+        alpha: Share of `total_steps` that is the grace period, in [0, 1). Default 0.5.
+        total_steps: Planned optimizer steps, at least 1.
+        grace_steps: Steps before the first check; in place of `alpha * total_steps`.
+        statistic: What is compared with tau, summed over all elements of a unit. "change"
+            (default, Eq. 1): :math:`|g_t - g_{t-1}|`. "norm" (Eq. 3): :math:`|g_t|`. "momentum":
+            :math:`|g_t - m_{t-1}|` with AdamW's first moment, which needs no memory. May differ
+            per parameter group.
+        tau_per: "unit" (default, the paper) compares the sum, "element" the sum divided by the
+            number of elements.
+        check_every: Steps from one check to the next. Default 1.
+        patience: Consecutive checks below tau that freeze a unit. Default 1 (the paper).
+        freeze_timing: "same_step" (default, Algorithm 1) decides before the update, so that a unit
+            is not updated in its decisive step; "next_step" applies that update still.
+        cooldown: Steps over which the learning rate of a decided unit falls linearly to zero
+            before it freezes. Default 0 (the paper): it freezes at once.
+        max_frozen: Share of the monitored units, in (0, 1]. Once as many are decided, all others
+            are decided with them. Default 1.0: each decides for itself.
+        stop_grad: Whether frozen tensors get `requires_grad=False`, so that backward skips their
+            gradient, one step after they froze. "auto" (default): where that is safe. True: always,
+            or a RuntimeError. False: never; the update alone is masked.
+
+    Raises:
+        ValueError: For a value out of range, naming the argument, the value and the range.
+        RuntimeError: For `fused=True` where no fused implementation can serve the parameters.
+
+    Example:
+        >>> optimizer = GradESAdamW(model.named_parameters(), lr=2e-5, tau=1.8, total_steps=1000)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        tau: float | None = None,
+        alpha: float = 0.5,
+        total_steps: int | None = None,
+        grace_steps: int | None = None,
+        statistic: str = "change",
+        tau_per: str = "unit",
+        check_every: int = 1,
+        patience: int = 1,
+        freeze_timing: str = "same_step",
+        cooldown: int = 0,
+        max_frozen: float = 1.0,
+        stop_grad: bool | str = "auto",
+    ) -> None:
+        _check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
+        _check_integer("total_steps", total_steps, 1, optional=True)
+        _check_integer("grace_steps", grace_steps, 0, optional=True)
+        _check_integer("check_every", check_every, 1)
+        _check_integer("patience", patience, 1)
+        _check_integer("cooldown", cooldown, 0)
+        _check_number("max_frozen", max_frozen, "(0, 1]", lambda x: 0 < x <= 1)
+        _check_choice("tau_per", tau_per, ("unit", "element"))
+        _check_choice("freeze_timing", freeze_timing, TIMINGS)
+        if not (isinstance(stop_grad, bool) or stop_grad == "auto"):
+            raise ValueError(f"Invalid stop_grad: {stop_grad!r} (choose 'auto', True or False)")
+        if grace_steps is None and total_steps is not None:
+            grace_steps = exact_grace_steps(alpha, total_steps)
+        self._rule = FreezeRule(
+            grace_steps, check_every, patience, freeze_timing, cooldown, max_frozen, tau_per
+        )
+        self._total_steps = total_steps
+        self._stop_grad = stop_grad
+        self._own_defaults = {"tau": tau, "statistic": statistic}
+        self._check_own_settings(differentiable=differentiable, **self._own_defaults)
+        self._reset_freezing()
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults.update(self._own_defaults)
+        self._build()
+        functional.choose(self._all_params(), self._fused())
+
+    def _reset_freezing(self) -> None:
+        self._table = FreezeTable(self._rule)
+        self._rows: list[list[Unit | None]] = []
+        self._members: dict[Unit, list[Tensor]] = {}
+        self._built_for: tuple[list[Tensor], list[tuple[Any, Any]]] | None = None
+        self._attached: list[list[str]] | None = None
+        self._stopped: set[Unit] = set()
+        self._warned: set[str] = set()
+        self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
+
+    # What the caller reads
+
+    @property
+    def backend(self) -> str:
+        """The implementation that the next step uses: "triton", "native" or "reference"."""
+        return functional.choose(self._all_params(), self._fused())
+
+    @property
+    def monitored_units(self) -> list[str]:
+        """Names of all units, frozen or not."""
+        return [unit.name for unit in self._current_table().units]
+
+    @property
+    def frozen_units(self) -> list[str]:
+        """Names of the units that are frozen now, in the order in which they froze."""
+        return [event.unit for event in self.freeze_events]
+
+    @property
+    def freeze_events(self) -> list[FreezeEvent]:
+        """One event for every unit that is frozen now, by step."""
+        return self._current_table().events
+
+    @property
+    def all_frozen(self) -> bool:
+        """Whether there is a monitored unit and every one is frozen: the signal to stop."""
+        return self._current_table().all_frozen
+
+    def statistics(self) -> dict[str, float]:
+        """The last statistic of every unit as it is compared with tau; NaN before the first."""
+        return {unit.name: unit.statistic for unit in self._current_table().units}
+
+    def report(self) -> FreezeReport:
+        """What froze when, with the history of every statistic."""
+        table = self._current_table()
+        units = []
+        for unit in table.units:
+            layer, kind = place_of(unit.name)
+            units.append(
+                UnitReport(
+                    name=unit.name,
+                    layer=layer,
+                    kind=kind,
+                    n_elements=unit.n_elements,
+                    criterion=unit.criterion,
+                    tau=unit.tau,
+                    statistic=unit.statistic,
+                    hits=unit.hits,
+                    decided_at=unit.decided_at,
+                    frozen_at=unit.frozen_at,
+                )
+            )
+        return FreezeReport(
+            step=table.t,
+            total_steps=self._total_steps,
+            grace_steps=self._rule.grace_steps,
+            units=tuple(units),
+            events=tuple(table.events),
+            history=tuple(table.history),
+            n_trainable=sum(p.numel() for p in self._all_params()),
+            backend=self.backend,
+        )
+
+    def register_freeze_hook(
+        self, hook: Callable[[GradESAdamW, list[FreezeEvent]], None]
+    ) -> RemovableHandle:
+        """Call `hook(optimizer, events)` after a step that froze units.
+
+        Returns:
+            A handle whose `remove()` takes the hook away.
+        """
+        handle = RemovableHandle(self._freeze_hooks)
+        self._freeze_hooks[handle.id] = hook
+        return handle
+
+    # What the caller does
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Give units the names of `model`'s parameters, where groups were built without names.
+
+        Raises:
+            ValueError: If a tensor of the optimizer is no parameter of the model.
+        """
+        names: dict[Tensor, str] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            # A tied tensor keeps the name that leaves it unmonitored, if it has one.
+            if p not in names or unit_of(name, p.shape, p.dtype) is None:
+                names[p] = name
+        for i, group in enumerate(self.param_groups):
+            missing = [j for j, p in enumerate(group["params"]) if p not in names]
+            if missing:
+                raise ValueError(
+                    f"attach(model): parameters {missing} of group {i} are not parameters of "
+                    f"{type(model).__name__}. Pass the model that the optimizer was built for."
+                )
+        self._write_state()
+        self._attached = [[names[p] for p in group["params"]] for group in self.param_groups]
+        self._build()
+
+    def thaw(self, units: str | Iterable[str] | None = None) -> None:
+        """Let frozen units train again; None: all of them.
+
+        A frozen unit comes back with `requires_grad=True`, zero moments and a bias correction that
+        starts anew; the decision about a unit that is cooling down is taken back, its moments stay.
+
+        Raises:
+            ValueError: For a name that is no monitored unit.
+        """
+        table = self._current_table()
+        if units is None:
+            units = self.monitored_units
+        names = [units] if isinstance(units, str) else list(units)
+        by_name = {unit.name: unit for unit in table.units}
+        unknown = [name for name in names if name not in by_name]
+        if unknown:
+            raise ValueError(
+                f"thaw(units): {unknown} are not monitored units. monitored_units lists all names."
+            )
+        for unit in map(by_name.__getitem__, names):
+            if unit.frozen_at != NEVER:
+                for p in self._members[unit]:
+                    self._forget_moments(p)
+                    p.requires_grad_(True)
+                self._stopped.discard(unit)
+            if unit.decided_at != NEVER:
+                unit.thaw()
+                self._write_unit(unit)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; it may bring its own `tau` and `statistic`."""
+        if isinstance(param_group, dict):
+            for key, value in self._own_defaults.items():
+                param_group.setdefault(key, value)
+            self._check_own_settings(
+                param_group["tau"],
+                param_group["statistic"],
+                differentiable=param_group.get("differentiable", False),
+            )
+        super().add_param_group(param_group)
+        if self._built_for is not None:  # in the constructor all groups are there before the units
+            try:
+                self._current_table()
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: A closure that reevaluates the model and returns the loss.
+
+        Raises:
+            ValueError: If tau is set and no tensor of any group can be monitored, or a gradient
+                does not fit its parameter. Nothing has changed then.
+            RuntimeError: For a sparse gradient. Nothing has changed then.
+        """
+        self._graph_capture_health_check()
+        self._stop_gradients(frozen_until=self._current_table().t)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        table = self._current_table()
+        self._check_monitored(table)
+        self._check_gradients()
+        if self._total_steps is not None and table.t >= self._total_steps:
+            self._warn_once(
+                f"total_steps={self._total_steps} is exceeded: the optimizer goes on, but the "
+                "grace period was planned for fewer steps."
+            )
+        measured = functional.step(
+            [self._gather(i) for i in range(len(self.param_groups))],
+            table,
+            fused=self._fused(),
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        table.record(measured)
+        self._publish(measured)
+
+    def _publish(self, measured: Iterable[Unit]) -> None:
+        """Bring the state up to date with what a step decided, then tell the hooks."""
+        table = self._table
+        news = (unit for unit in table.units if table.t in (unit.decided_at, unit.frozen_at))
+        for unit in {*measured, *news}:
+            self._write_unit(unit)
+        events = table.announce()
+        if events:
+            for hook in tuple(self._freeze_hooks.values()):
+                hook(self, events)
+
+    def _stop_gradients(self, frozen_until: int) -> None:
+        """Spare backward the gradients of units frozen at step `frozen_until` or before.
+
+        Called at the start of the next step: a fixed lag, the same on every device and after a
+        resume. What depends on the set of gradients, such as clipping by their global norm, must
+        not depend on when the host learned of a decision.
+        """
+        news = [
+            unit
+            for unit in self._table.units
+            if NEVER < unit.frozen_at <= frozen_until and unit not in self._stopped
+        ]
+        if not news or self._stop_grad is False or not self._may_stop_gradients():
+            return
+        for unit in news:
+            for p in self._members[unit]:
+                p.requires_grad_(False)
+                p.grad = None
+            self._stopped.add(unit)
+
+    def _may_stop_gradients(self) -> bool:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1:
+            return True
+        # DistributedDataParallel waits for the gradient of every parameter that it saw requiring
+        # one; after a change it trains one unsynchronised step, then raises.
+        message = (
+            "frozen matrices keep requires_grad=True in a job of several processes, so that only "
+            "their update is saved: DistributedDataParallel would wait for their gradients."
+        )
+        if self._stop_grad is True:
+            raise RuntimeError(f"stop_grad=True: {message} Use stop_grad='auto' or False.")
+        self._warn_once(message)
+        return False
+
+    # Units
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _fused(self) -> bool | None:
+        asked = {group["fused"] for group in self.param_groups}
+        if len(asked) > 1:
+            raise ValueError(
+                f"fused differs between parameter groups: {asked}. One implementation serves all "
+                "groups; give every group the same value."
+            )
+        return next(iter(asked))
+
+    def _current_table(self) -> FreezeTable:
+        """The freeze table, rebuilt if groups, tensors, tau or statistic have changed."""
+        params = self._all_params()
+        settings = [(group["tau"], group["statistic"]) for group in self.param_groups]
+        if self._built_for is not None:
+            same = len(params) == len(self._built_for[0])
+            if (
+                same
+                and all(map(is_, params, self._built_for[0]))
+                and settings == self._built_for[1]
+            ):
+                return self._table
+        self._write_state()
+        self._build()
+        return self._table
+
+    def _build(self) -> None:
+        """Make the units from the groups as they are now, and their rows from the state."""
+        units: dict[str, Unit] = {}
+        members: dict[Unit, list[Tensor]] = {}
+        rows: list[list[Unit | None]] = []
+        seen: set[str] = set()
+        for i, group in enumerate(self.param_groups):
+            tau, criterion = group["tau"], group["statistic"]
+            self._check_own_settings(tau, criterion, differentiable=group["differentiable"])
+            names = self._names(i)
+            rows.append([])
+            for j, p in enumerate(group["params"]):
+                name = None if tau is None else self._unit_name(p, names, i, j)
+                if name is None:
+                    rows[i].append(None)
+                    if self.state.get(p, _FRESH).get("grades_frozen_at", NEVER) != NEVER:
+                        raise ValueError(
+                            f"parameter {j} of group {i} is frozen but belongs to no monitored "
+                            f"unit (tau={tau}). Call thaw() first, or give its group a tau."
+                        )
+                    continue
+                full_name = canonical_name(names[j]) if names else name
+                if full_name in seen:
+                    raise ValueError(
+                        f"two parameters are called {full_name!r}: units need names of their own."
+                    )
+                seen.add(full_name)
+                unit = units.setdefault(name, Unit(name, criterion, tau, 0, 0))
+                if (unit.tau, unit.criterion) != (tau, criterion):
+                    raise ValueError(
+                        f"the tensors of unit {name!r} lie in groups with different tau or "
+                        f"statistic: {(unit.tau, unit.criterion)} and {(tau, criterion)}."
+                    )
+                unit.n_elements += p.numel()
+                unit.n_tensors += 1
+                members.setdefault(unit, []).append(p)
+                rows[i].append(unit)
+
+        self._table = self._table.successor(list(units.values()))
+        self._rows, self._members, self._stopped = rows, members, set()
+        for p, row in zip(self._all_params(), chain.from_iterable(rows), strict=True):
+            if row is None or row.criterion != "change":
+                self.state.get(p, {}).pop("prev_grad", None)
+        for unit in self._table.units:
+            self._read_unit(unit)
+            unit.announced = unit.frozen_at != NEVER
+        self._built_for = (
+            self._all_params(),
+            [(group["tau"], group["statistic"]) for group in self.param_groups],
+        )
+
+    def _names(self, i: int) -> list[str] | None:
+        names: list[str] | None = self.param_groups[i].get("param_names")
+        if self._attached is not None and i < len(self._attached):
+            names = self._attached[i]
+        return names if names and len(names) == len(self.param_groups[i]["params"]) else None
+
+    @staticmethod
+    def _unit_name(p: Tensor, names: list[str] | None, i: int, j: int) -> str | None:
+        if names is not None:
+            return unit_of(names[j], p.shape, p.dtype)
+        can_be_monitored = p.is_floating_point() and p.dim() >= 2 and p.numel() > 0
+        return f"group{i}.param{j}" if can_be_monitored else None
+
+    # Checks: each raises before anything has changed
+
+    def _check_own_settings(self, tau: Any, statistic: Any, *, differentiable: bool) -> None:
+        _check_choice("statistic", statistic, STATISTICS)
+        if tau is None:
+            return
+        _check_number(
+            "tau", tau, "[0, inf], or None to leave a group unmonitored", lambda x: x >= 0
+        )
+        if self._rule.grace_steps is None:
+            raise ValueError(
+                f"tau={tau} needs total_steps or grace_steps: the grace period (alpha * "
+                "total_steps, or grace_steps) keeps the small gradients of warm-up from freezing everything."
+            )
+        if differentiable:
+            raise ValueError(
+                f"differentiable=True cannot be combined with tau={tau}: freezing is a decision, "
+                "which has no derivative. Use tau=None."
+            )
+
+    def _check_monitored(self, table: FreezeTable) -> None:
+        if table.units or all(group["tau"] is None for group in self.param_groups):
+            return
+        seen = [
+            f"group {i} (tau={group['tau']}): "
+            + (
+                ", ".join(map(_describe, group["params"][:4], self._names(i) or []))
+                or ", ".join(f"{tuple(p.shape)}" for p in group["params"][:4])
+                or "empty"
+            )
+            for i, group in enumerate(self.param_groups)
+        ]
+        raise ValueError(
+            "tau is set but not one tensor can be monitored: units are floating tensors of two or "
+            "more dimensions, by name neither embedding, output head, norm nor bias. Seen: "
+            f"{'; '.join(seen)}. Pass the weight matrices, or tau=None."
+        )
+
+    def _check_gradients(self) -> None:
+        capturable_devices = None
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    raise RuntimeError(
+                        "Adam does not support sparse gradients, please consider SparseAdam instead"
+                    )
+                if grad.shape != p.shape:
+                    raise ValueError(
+                        f"the gradient of parameter {j} of group {i} has shape "
+                        f"{tuple(grad.shape)}, the parameter {tuple(p.shape)}."
+                    )
+                if group["capturable"]:
+                    capturable_devices = capturable_devices or _capturable_devices()
+                    if p.device.type not in capturable_devices:
+                        raise AssertionError(
+                            "If capturable=True, params and state_steps must be on supported "
+                            f"devices: {capturable_devices}."
+                        )
+
+    def _graph_capture_health_check(self) -> None:
+        # The older name is an alias that warns since torch 2.12.
+        if hasattr(self, "_accelerator_graph_capture_health_check"):
+            self._accelerator_graph_capture_health_check()
+        else:
+            self._cuda_graph_capture_health_check()
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+    # State
+
+    def _gather(self, i: int) -> functional.StepGroup:
+        """The tensors of group `i` that have a gradient, their state made on first use."""
+        group = self.param_groups[i]
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        max_exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        t = self._table.t + 1
+        uses_prev = self._rule.checks(t) or self._rule.checks(t + 1)
+        units: list[Unit | None] = []
+        prev_grads: list[Tensor | None] = []
+        for p, unit in zip(group["params"], self._rows[i], strict=True):
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "grades_t" not in state:
+                state.update(_FRESH, grades_t=t)
+            prev_grad = None
+            if unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
+                prev_grad = state.setdefault("prev_grad", _no_prev_grad(p))
+                if uses_prev and prev_grad.shape != p.shape:
+                    prev_grad = state["prev_grad"] = torch.zeros_like(p.grad)
+                elif uses_prev and prev_grad.dtype != p.grad.dtype:
+                    wide = torch.promote_types(prev_grad.dtype, p.grad.dtype)
+                    prev_grad = state["prev_grad"] = prev_grad.to(wide)
+            units.append(unit)
+            prev_grads.append(prev_grad)
+        beta1, beta2 = group["betas"]
+        return functional.StepGroup(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            prev_grads,
+            units,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            **{name: group[name] for name in _FLAGS},
+        )
+
+    def _init_state(self, p: Tensor) -> None:
+        """State of a tensor that is decided before it ever had a gradient.
+
+        Like `Adam._init_group` makes it on the first gradient; plain AdamW reads `step` of every
+        entry of a checkpoint.
+        """
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        on_device = group["capturable"] or group["fused"]
+        state = self.state[p]
+        state["step"] = torch.tensor(0.0, device=p.device if on_device else "cpu")
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _forget_moments(self, p: Tensor) -> None:
+        for key, value in self.state.get(p, {}).items():
+            if key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                value.zero_()
+
+    def _write_unit(self, unit: Unit) -> None:
+        """Copy a row of the table into the state of the unit's tensors."""
+        for p in self._members[unit]:
+            if unit.decided_at != NEVER and not self.state.get(p):
+                self._init_state(p)
+            if not self.state.get(p):
+                continue
+            state = self.state[p]
+            state["grades_t"] = self._table.t
+            for key, name in _SAVED.items():
+                state[key] = getattr(unit, name)
+            if unit.criterion == "change" and (unit.prev_step == NEVER or unit.decided_at != NEVER):
+                state["prev_grad"] = _no_prev_grad(p)
+
+    def _write_state(self) -> None:
+        """Copy the whole table into the per-parameter state."""
+        for state in self.state.values():
+            if state:
+                state["grades_t"] = self._table.t
+        for unit in self._table.units:
+            self._write_unit(unit)
+
+    def _read_unit(self, unit: Unit) -> None:
+        """Fill a row of the table from the state: the least that all its tensors agree on."""
+        states = [self.state.get(p) or _FRESH for p in self._members[unit]]
+        for key, name in _SAVED.items():
+            values = [state.get(key, _FRESH[key]) for state in states]
+            whole = all(isinstance(value, int) for value in values)
+            setattr(unit, name, min(values) if whole else values[0])
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.AdamW.state_dict`, with the freeze table as numbers in the state.
+
+        A tensor monitored by "change" always has a `prev_grad` of its own shape here, zeros while
+        none is held, and of a dtype that does not depend on the gradients seen: loading in place
+        (`torch.distributed.checkpoint`) takes keys, shapes and dtypes from the receiving side.
+        """
+        self._write_state()
+        state_dict = super().state_dict()
+        states = state_dict.get("state", {})
+        for k, p in enumerate(self._all_params()):
+            entry = states.get(k)
+            if not entry or "prev_grad" not in entry:
+                continue
+            held, dtype = entry["prev_grad"], _saved_prev_grad_dtype(p)
+            full = held.to(dtype) if held.shape == p.shape else torch.zeros_like(p, dtype=dtype)
+            states[k] = {**entry, "prev_grad": full}
+        return state_dict
+
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """A state dict for plain `torch.optim.AdamW`, without the keys that are ours.
+
+        Warns once if a unit is frozen: plain AdamW will move it again.
+        """
+        if self.frozen_units:
+            self._warn_once(
+                f"{len(self.frozen_units)} frozen units will move again under torch.optim.AdamW, "
+                "which knows no frozen parameters."
+            )
+        state_dict = self.state_dict()
+        return {
+            "state": {
+                k: {
+                    key: value
+                    for key, value in entry.items()
+                    if key != "prev_grad" and not key.startswith("grades_")
+                }
+                for k, entry in state_dict["state"].items()
+            },
+            "param_groups": [
+                {key: value for key, value in group.items() if key not in self._own_defaults}
+                for group in state_dict["param_groups"]
+            ],
+        }
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of GradESAdamW or of plain AdamW.
+
+        A plain one brings no freeze table: nothing is frozen, the count of steps goes on from the
+        largest `step`, and `tau` and `statistic` stay as they are. For how prev_grad and the
+        counters travel, see `state_dict`.
+
+        Raises:
+            ValueError: If parameters were renamed, reordered or reshaped since; with both names.
+                Nothing has changed then.
+        """
+        prev_grads: dict[int, Tensor] = {}
+        stopped = [p for unit in self._stopped for p in self._members[unit]]
+
+        def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            return self._prepared(incoming, prev_grads)
+
+        def restore(_: Any) -> None:
+            for p in stopped:
+                p.requires_grad_(True)
+            self._restore(prev_grads)
+
+        # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
+        before = self.register_load_state_dict_pre_hook(prepare)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        kept = {name: getattr(self, name) for name in _REPLACED_BY_LOAD}
+        flags = [p.requires_grad for p in self._all_params()]
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.__dict__.update(kept)
+            for p, flag in zip(self._all_params(), flags, strict=True):
+                p.requires_grad_(flag)
+            raise
+        finally:
+            before.remove()
+            after.remove()
+
+    def _prepared(self, incoming: dict[str, Any], prev_grads: dict[int, Tensor]) -> dict[str, Any]:
+        """A checked copy of an incoming state dict; takes `prev_grad` out before torch casts it.
+
+        `prev_grads` gets them by the position of their parameter among all.
+        """
+        keys = [k for group in incoming["param_groups"] for k in group["params"]]
+        position = {k: n for n, k in enumerate(keys)}
+        states = {}
+        for k, entry in incoming["state"].items():
+            if isinstance(entry, dict) and k in position:
+                entry = dict(entry)
+                prev_grad = entry.pop("prev_grad", None)
+                if isinstance(prev_grad, Tensor):
+                    prev_grads[position[k]] = prev_grad
+                for key in (*_SAVED, "grades_t"):
+                    # A flat distributed checkpoint fills in {} for what it lacks.
+                    if not isinstance(entry.get(key, 0), (int, float)):
+                        del entry[key]
+            states[k] = entry
+        groups = [dict(group) for group in incoming["param_groups"]]
+        if len(groups) == len(self.param_groups):
+            for i, (group, live) in enumerate(zip(groups, self.param_groups, strict=True)):
+                for key in self._own_defaults:
+                    group.setdefault(key, live[key])
+                # Which implementation runs is this optimizer's choice, not the checkpoint's.
+                group["fused"] = live["fused"]
+                if len(group["params"]) == len(live["params"]):
+                    self._check_same_parameters(i, group, states)
+        return {**incoming, "state": states, "param_groups": groups}
+
+    def _check_same_parameters(self, i: int, group: dict[str, Any], states: dict[Any, Any]) -> None:
+        """Compare names and shapes of a saved group with the live ones; names follow the live."""
+        live, live_names, keys = self.param_groups[i]["params"], self._names(i), group["params"]
+        by_name = bool(keys) and isinstance(keys[0], str)
+        # torch.distributed.checkpoint matches by name: its keys are names in the live order, while
+        # `param_names` is a plain value that comes in the saved order.
+        saved_names = keys if by_name else group.get("param_names")
+        if by_name and "param_names" in group:
+            group["param_names"] = self.param_groups[i].get("param_names", list(keys))
+        if not saved_names or len(saved_names) != len(live):
+            saved_names = None
+        for j, (p, key) in enumerate(zip(live, keys, strict=True)):
+            saved_name = saved_names[j] if saved_names else f"parameter {j} of group {i}"
+            live_name = live_names[j] if live_names else f"parameter {j} of group {i}"
+            if (
+                saved_names
+                and live_names
+                and canonical_name(saved_name) != canonical_name(live_name)
+            ):
+                raise ValueError(
+                    f"the checkpoint holds {saved_name!r} where this optimizer has {live_name!r} "
+                    f"(parameter {j} of group {i}). State is matched by position: build the "
+                    "optimizer in the saved order, or rename in a load_state_dict pre-hook."
+                )
+            moment = states.get(key, {}).get("exp_avg")
+            if isinstance(moment, Tensor) and moment.shape != p.shape:
+                raise ValueError(
+                    f"{saved_name!r} has shape {tuple(moment.shape)} in the checkpoint, "
+                    f"{live_name!r} has {tuple(p.shape)} in this optimizer."
+                )
+            if (
+                by_name
+                and states
+                and key not in states
+                and not p.requires_grad
+                and self.state.get(p)
+            ):
+                raise ValueError(
+                    f"the state of {live_name!r} is missing: torch.distributed.checkpoint leaves "
+                    "out parameters that do not require a gradient. Call thaw() before loading."
+                )
+
+    def _restore(self, prev_grads: dict[int, Tensor]) -> None:
+        """Rebuild the table from loaded state, and finish what torch's casting left undone."""
+        steps = [0]
+        for n, p in enumerate(self._all_params()):
+            state = self.state.get(p)
+            if not state:
+                continue
+            steps += [int(state["step"]), state.get("grades_t", 0)]
+            for key, value in _FRESH.items():
+                state.setdefault(key, value)
+            if n not in prev_grads or prev_grads[n].shape != p.shape:
+                state["grades_prev_step"] = NEVER
+            if n in prev_grads:
+                held = state["grades_prev_step"] != NEVER and state["grades_decided_at"] == NEVER
+                # A copy, since the caller's tensor is not ours to write into.
+                state["prev_grad"] = (
+                    prev_grads[n].to(p.device, copy=True) if held else _no_prev_grad(p)
+                )
+        self._table = FreezeTable(self._rule, t=max(steps))
+        self._build()
+        self._write_state()
+        self._stop_gradients(frozen_until=self._table.t - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._write_state()
+        kept = ("_rule", "_total_steps", "_stop_grad", "_own_defaults", "_table", "_attached")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self._own_defaults.items():
+                group.setdefault(key, value)
+        if "_table" in state:  # unpickled or deep-copied, rather than loaded
+            self._reset_freezing()
+            self._table, self._attached = state["_table"], state["_attached"]
+            self._build()
+            self._step_supports_amp_scaling = bool(self._fused())
+
+
+def _no_prev_grad(p: Tensor) -> Tensor:
+    """What `prev_grad` is while no previous gradient is held: the key without the memory.
+
+    The key is there from the first step on, since a flat distributed checkpoint loads just the
+    keys that the receiving optimizer has.
+    """
+    return torch.empty(0, dtype=p.dtype, device=p.device)
+
+
+def _saved_prev_grad_dtype(p: Tensor) -> torch.dtype:
+    """The widest dtype that a gradient of `p` may have (`grad_dtype` None allows any)."""
+    return getattr(p, "grad_dtype", p.dtype) or torch.float32
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _describe(p: Tensor, name: str) -> str:
+    return f"{name} {tuple(p.shape)}"
+
+
+def _capturable_devices() -> list[str]:
+    from torch.optim.optimizer import _get_capturable_supported_devices
+
+    return _get_capturable_supported_devices()
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"Invalid {name}: {value!r} (choose one of {', '.join(map(repr, choices))})"
+        )
+
+
+def _check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Invalid {name}: {value!r} (must be an integer of at least {least})")
+
+
+def _check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or not holds(value):
+        raise ValueError(f"Invalid {name}: {value!r} (must be a number in {wanted})")

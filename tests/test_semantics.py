@@ -1,0 +1,1173 @@
+"""The definition of GradESAdamW, rule by rule, on cases small enough to check by hand.
+
+Most tests watch 1x1 matrices: there the statistic "norm" is |g| and "change" is |g_t - g_{t-1}|,
+so a list of numbers scripts a whole run. All of them use the reference implementation in float64
+where the numbers have to be exact.
+"""
+
+import copy
+import itertools
+import math
+import warnings
+from decimal import ROUND_CEILING, Decimal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grades_kernels import GradESAdamW
+
+LOW, HIGH = 1.0, 8.0  # gradients whose norm lies below and above the default tau of these tests
+NAN, INF = math.nan, math.inf
+TIMINGS = ("same_step", "next_step")
+
+
+def matrices(n, shape=(1, 1), dtype=torch.float64):
+    return [torch.nn.Parameter(torch.full(shape, i + 1.0, dtype=dtype)) for i in range(n)]
+
+
+def optimizer(params, **options):
+    """GradESAdamW on the reference, without a grace period unless one is asked for."""
+    grace = {} if "total_steps" in options else {"grace_steps": 0}
+    defaults = {"lr": 0.1, "tau": 2.0, "statistic": "norm", "fused": False, **grace}
+    return GradESAdamW(params, **{**defaults, **options})
+
+
+def tensors_of(opt):
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def feed(opt, *grads):
+    """One step; every gradient is a number (that fills the tensor), a tensor or None."""
+    for p, g in zip(tensors_of(opt), grads, strict=True):
+        p.grad = torch.full_like(p, g) if isinstance(g, float | int) else g
+    opt.step()
+
+
+def run(*sequences, **options):
+    """Runs 1x1 matrices through their sequences of gradients."""
+    opt = optimizer(matrices(len(sequences)), **options)
+    for grads in zip(*sequences, strict=True):
+        feed(opt, *grads)
+    return opt
+
+
+def freezes(opt):
+    """[(step, position of the unit)], in the order in which they happened."""
+    return [(e.step, opt.monitored_units.index(e.unit)) for e in opt.freeze_events]
+
+
+def values(opt):
+    return [p.item() for p in tensors_of(opt)]
+
+
+def adamw(sequence, lr=0.1, start=1.0, **options):
+    """What torch.optim.AdamW makes of a 1x1 matrix; lr may be a list, one per step."""
+    (p,) = matrices(1)
+    p.data.fill_(start)
+    opt = torch.optim.AdamW([p], foreach=False, **options)
+    for t, g in enumerate(sequence):
+        opt.param_groups[0]["lr"] = lr[t] if isinstance(lr, list) else lr
+        p.grad = None if g is None else torch.full_like(p, g)
+        opt.step()
+    return p.item(), opt.state[p]
+
+
+def snapshot(opt):
+    """Everything a step may change, comparable with `assert_same`."""
+    state = {i: dict(opt.state.get(p, {})) for i, p in enumerate(tensors_of(opt))}
+    return copy.deepcopy(
+        {
+            "params": [p.detach() for p in tensors_of(opt)],
+            "state": state,
+            "events": list(opt.freeze_events),
+            "statistics": opt.statistics(),
+            "frozen": opt.frozen_units,
+            "t": opt.report().step,
+        }
+    )
+
+
+def assert_same(got, want, where="snapshot"):
+    """Bitwise equality of nested containers of tensors and numbers; NaN equals NaN."""
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got.nan_to_num(nan=12345.0), want.nan_to_num(nan=12345.0)), where
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys(), where
+        for key in want:
+            assert_same(got[key], want[key], f"{where}[{key!r}]")
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want), where
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert got == want or (got != got and want != want), f"{where}: {got} != {want}"
+
+
+# A run computed by hand
+
+
+def test_three_steps_computed_by_hand():
+    """Two 2x2 matrices, lr 0.1, betas (1/2, 1/2), eps 0, weight decay 1/2, tau 2, grace of 1 step.
+
+    A weight is multiplied by 1 - 0.1 * 0.5 = 0.95 and moved by -0.1 * r, r = m^ / sqrt(v^). With
+    betas of 1/2 the bias-corrected moments after 1, 2 and 3 gradients a, b, c are
+
+        m^ = a                 v^ = a^2                       r = sign(a)
+        m^ = (a + 2b) / 3      v^ = (a^2 + 2b^2) / 3
+        m^ = (a + 2b + 4c)/7   v^ = (a^2 + 2b^2 + 4c^2) / 7
+
+    Gradients of A (steps 1, 2, 3) and r of step 2:
+        5, 1, 1.5      m^ = 7/3    v^ = 27/3 = 9     r = 7/9
+        1, 1, 1        m^ = 1      v^ = 1            r = 1
+        1, 11, 10.5    m^ = 23/3   v^ = 243/3 = 81   r = 23/27
+        -5, 1, 1.25    m^ = -1     v^ = 9            r = -1/3
+    Change at step 2: 4 + 0 + 10 + 6 = 20, at step 3: 0.5 + 0 + 0.5 + 0.25 = 1.25 < 2: A freezes at
+    step 3, before its update.
+
+    Gradients of B, r of steps 2 and 3 (v^ = 9 and (25 + 2 + 36) / 7 = 9, four times that in the
+    last row):
+        5, 1, 3        r = 7/9       m^ = 19/7   r = 19/21
+        5, -1, 3       r = 1/3       m^ = 15/7   r = 5/7
+        -5, 1, 3       r = -1/3      m^ = 9/7    r = 3/7
+        10, 2, -6      r = 7/9       m^ = -10/7  r = -5/21
+    Change at step 2: 4 + 6 + 6 + 8 = 24, at step 3: 2 + 4 + 2 + 8 = 16: B goes on.
+    """
+    a = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64))
+    b = torch.nn.Parameter(torch.tensor([[-1.0, 0.0], [1.0, 2.0]], dtype=torch.float64))
+    opt = GradESAdamW(
+        [a, b],
+        lr=0.1,
+        betas=(0.5, 0.5),
+        eps=0.0,
+        weight_decay=0.5,
+        tau=2.0,
+        grace_steps=1,
+        fused=False,
+    )
+
+    def step(grad_a, grad_b):
+        a.grad = torch.tensor(grad_a, dtype=torch.float64)
+        b.grad = torch.tensor(grad_b, dtype=torch.float64)
+        opt.step()
+
+    def holds(tensor, *rows):
+        torch.testing.assert_close(
+            tensor.detach(), torch.tensor(rows, dtype=torch.float64), rtol=1e-14, atol=1e-15
+        )
+
+    step([[5.0, 1.0], [1.0, -5.0]], [[5.0, 5.0], [-5.0, 10.0]])
+    holds(a, [0.85, 1.8], [2.75, 3.9])  # 0.95 - 0.1, 1.9 - 0.1, 2.85 - 0.1, 3.8 + 0.1
+    holds(b, [-1.05, -0.1], [1.05, 1.8])  # -0.95 - 0.1, 0 - 0.1, 0.95 + 0.1, 1.9 - 0.1
+    assert all(math.isnan(s) for s in opt.statistics().values())
+
+    step([[1.0, 1.0], [11.0, 1.0]], [[1.0, -1.0], [1.0, 2.0]])
+    a2 = [0.8075 - 0.7 / 9, 1.71 - 0.1], [2.6125 - 2.3 / 27, 3.705 + 0.1 / 3]
+    b2 = [-0.9975 - 0.7 / 9, -0.095 - 0.1 / 3], [0.9975 + 0.1 / 3, 1.71 - 0.7 / 9]
+    holds(a, *a2)
+    holds(b, *b2)
+    assert opt.statistics() == {"group0.param0": 20.0, "group0.param1": 24.0}
+    assert opt.freeze_events == []
+
+    step([[1.5, 1.0], [10.5, 1.25]], [[3.0, 3.0], [3.0, -6.0]])
+    holds(a, *a2)
+    holds(
+        b,
+        [0.95 * b2[0][0] - 1.9 / 21, 0.95 * b2[0][1] - 0.5 / 7],
+        [0.95 * b2[1][0] - 0.3 / 7, 0.95 * b2[1][1] + 0.5 / 21],
+    )
+    assert opt.statistics() == {"group0.param0": 1.25, "group0.param1": 16.0}
+    (event,) = opt.freeze_events
+    assert (event.step, event.decided_at, event.unit) == (3, 3, "group0.param0")
+    assert (event.statistic, event.tau, event.n_elements) == (1.25, 2.0, 4)
+    # A's moments stopped after its second gradient: m = a / 4 + b / 2, v = a^2 / 4 + b^2 / 2.
+    holds(opt.state[a]["exp_avg"], [1.75, 0.75], [5.75, -0.75])
+    holds(opt.state[a]["exp_avg_sq"], [6.75, 0.75], [60.75, 6.75])
+    assert (float(opt.state[a]["step"]), float(opt.state[b]["step"])) == (2, 3)
+
+
+# 1. Steps that really happened
+
+
+def test_a_step_skipped_by_grad_scaler_counts_for_nothing():
+    (p,) = matrices(1)
+    opt = optimizer([p], statistic="change", tau=1.0, grace_steps=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(g, overflow=False):
+        opt.zero_grad()
+        scaler.scale((p * g).sum()).backward()
+        if overflow:
+            p.grad.fill_(INF)
+        scaler.step(opt)
+        scaler.update()
+
+    step(5.0)
+    step(3.0)
+    before = snapshot(opt)
+    step(3.2, overflow=True)
+    assert_same(snapshot(opt), before)
+    step(3.5)  # |3.5 - 3.0|: the step before is the last one that happened
+    (event,) = opt.freeze_events
+    assert (event.step, event.statistic) == (3, 0.5)
+
+
+def test_a_step_without_any_gradient_counts():
+    assert freezes(run([None, None, LOW], grace_steps=2)) == [(3, 0)]
+    assert freezes(run([None, LOW, LOW], grace_steps=2)) == [(3, 0)]
+
+
+# 2. Grace period and checks
+
+
+def ceiling(alpha, total):
+    return int((Decimal(repr(alpha)) * total).to_integral_value(ROUND_CEILING))
+
+
+def first_check(**options):
+    """The first step at which a unit that is always below tau freezes."""
+    opt = optimizer(matrices(1), **options)
+    while not opt.freeze_events:
+        feed(opt, LOW)
+    return opt.freeze_events[0].step
+
+
+ROUNDING_TRAPS = [
+    (hundredths / 100, total)
+    for hundredths, total in itertools.product(range(100), range(1, 60))
+    if math.ceil(hundredths / 100 * total) != ceiling(hundredths / 100, total)
+]
+
+
+def test_there_are_alphas_that_floating_point_rounds_up():
+    """Negative control of the next test: its cases do trap the naive formula."""
+    assert (0.28, 25) in ROUNDING_TRAPS
+    assert math.ceil(0.28 * 25) == 8
+
+
+@pytest.mark.parametrize(("alpha", "total"), [(0.28, 25), *ROUNDING_TRAPS[:12], (0.5, 7), (0.0, 5)])
+def test_alpha_of_total_steps_is_rounded_up_exactly(alpha, total):
+    assert first_check(alpha=alpha, total_steps=total) == ceiling(alpha, total) + 1
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    alpha=st.floats(0, 1, exclude_max=True) | st.integers(0, 999).map(lambda n: n / 1000),
+    total=st.integers(1, 40),
+)
+def test_alpha_of_total_steps_for_any_alpha(alpha, total):
+    with warnings.catch_warnings():  # alpha next to 1: the first check lies behind the last step
+        warnings.simplefilter("ignore")
+        assert first_check(alpha=alpha, total_steps=total) == ceiling(alpha, total) + 1
+
+
+def test_alpha_is_half_by_default_and_grace_steps_wins():
+    assert first_check(total_steps=10) == 6
+    assert first_check(total_steps=10, alpha=0.5, grace_steps=2) == 3
+
+
+@pytest.mark.parametrize(
+    ("grace", "every", "checks"),
+    [(0, 1, [1, 2, 3, 4]), (0, 3, [1, 4, 7]), (3, 2, [4, 6, 8]), (2, 4, [3, 7])],
+)
+def test_checks_start_after_the_grace_period_and_come_every_check_every(grace, every, checks):
+    opt = optimizer(matrices(1), tau=0.0, grace_steps=grace, check_every=every)
+    measured = {}
+    for t in range(1, max(checks) + 1):
+        feed(opt, float(t))
+        (statistic,) = opt.statistics().values()
+        if not math.isnan(statistic):
+            measured.setdefault(statistic, t)
+    assert measured == {float(t): t for t in checks}
+
+
+def test_going_past_total_steps_is_said_once_and_goes_on():
+    opt = optimizer(matrices(1), total_steps=2, tau=0.0)
+    feed(opt, LOW)
+    feed(opt, LOW)
+    with pytest.warns(UserWarning, match="total_steps"):
+        feed(opt, LOW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed(opt, LOW)
+    assert values(opt)[0] == adamw([LOW] * 4)[0]
+
+
+@pytest.mark.parametrize(("grace", "every", "kept"), [(3, 1, [3, 4, 5, 6]), (3, 3, [3, 6])])
+def test_the_previous_gradient_needs_no_memory_before_it_is_of_use(grace, every, kept):
+    """It is there after the step before the first check, holding that very gradient."""
+    (p,) = matrices(1)
+    opt = optimizer([p], statistic="change", tau=0.0, grace_steps=grace, check_every=every)
+    for t in range(1, 7):
+        feed(opt, float(t))
+        previous = opt.state[p].get("prev_grad")
+        if t < grace:
+            assert previous is None or previous.numel() == 0
+        elif t in kept:
+            assert previous.item() == t
+
+
+@pytest.mark.parametrize("statistic", ["norm", "momentum"])
+def test_only_change_keeps_previous_gradients(statistic):
+    opt = run([LOW] * 4, statistic=statistic, tau=0.0)
+    previous = opt.state[tensors_of(opt)[0]].get("prev_grad")
+    assert previous is None or previous.numel() == 0
+
+
+# 3. The statistic
+
+
+def test_change_is_taken_from_the_step_before_whatever_check_every():
+    """Checks at 1 (void), 4 and 7 of gradients 10 20 30 31 50 60 64: |31 - 30| and |64 - 60|."""
+    opt = optimizer(matrices(1), statistic="change", tau=0.0, check_every=3)
+    measured = []
+    for g in [10, 20, 30, 31, 50, 60, 64]:
+        feed(opt, float(g))
+        measured += opt.statistics().values()
+    assert_same(measured, [NAN, NAN, NAN, 1.0, 1.0, 1.0, 4.0])
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_momentum_is_the_distance_to_the_moment_before_the_update(maximize):
+    """beta1 = 1/2, gradients 4 3 7: moments 2 and 2.5, so |3 - 2| and |7 - 2.5|."""
+    opt = optimizer(matrices(1), statistic="momentum", tau=0.0, betas=(0.5, 0.9), maximize=maximize)
+    measured = []
+    for g in [4.0, 3.0, 7.0]:
+        feed(opt, g)
+        measured += opt.statistics().values()
+    assert_same(measured, [NAN, 1.0, 4.5])
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_change_and_norm_are_sums_of_absolute_values(maximize):
+    first = torch.tensor([[1.0, -2.0], [0.0, 4.0]], dtype=torch.float64)
+    second = torch.tensor([[-1.0, -2.5], [3.0, 3.0]], dtype=torch.float64)
+    for statistic, expected in (("norm", 9.5), ("change", 2 + 0.5 + 3 + 1)):
+        opt = optimizer(matrices(1, (2, 2)), statistic=statistic, tau=0.0, maximize=maximize)
+        feed(opt, first)
+        feed(opt, second)
+        assert opt.statistics() == {"group0.param0": expected}
+
+
+LORA = "layers.0.self_attn.q_proj.lora_{}.default.weight"
+
+
+def lora_pair(**options):
+    """A LoRA pair of six and two elements, one unit."""
+    pair = [("A", torch.ones(2, 3)), ("B", torch.ones(1, 2))]
+    named = [(LORA.format(k), torch.nn.Parameter(x.double())) for k, x in pair]
+    opt = optimizer(named, **options)
+    assert len(opt.monitored_units) == 1
+    return opt
+
+
+def test_a_pair_is_measured_as_a_sum_and_freezes_together():
+    """Six elements of 1 and two of 0.5 are 7; neither part nor their mean may be compared."""
+    opt = lora_pair(tau=7.0)
+    feed(opt, 1.0, 0.5)
+    assert list(opt.statistics().values()) == [7.0]
+    assert not opt.freeze_events
+    before = snapshot(opt)["params"]
+    opt.param_groups[0]["tau"] = math.nextafter(7.0, 8.0)
+    feed(opt, 1.0, 0.5)
+    assert [(e.step, e.n_elements) for e in opt.freeze_events] == [(2, 8)]
+    assert_same(snapshot(opt)["params"], before)
+
+
+def test_tau_per_element_divides_by_all_elements_of_the_unit():
+    opt = lora_pair(tau=0.875, tau_per="element")  # 7 / 8
+    feed(opt, 1.0, 0.5)
+    assert list(opt.statistics().values()) == [0.875]
+    assert not opt.freeze_events
+    opt.param_groups[0]["tau"] = math.nextafter(0.875, 1.0)
+    feed(opt, 1.0, 0.5)
+    assert [(e.statistic, e.n_elements) for e in opt.freeze_events] == [(0.875, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_gradients_are_summed_in_fp32_or_better(dtype):
+    """16384 times 0.01 stagnates in bf16, 16384 times 8 overflows fp16."""
+    for g in (0.01, 8.0):
+        opt = optimizer(matrices(1, (128, 128), dtype), tau=0.0)
+        feed(opt, g)
+        exact = 16384 * float(torch.tensor(g, dtype=dtype))
+        assert next(iter(opt.statistics().values())) == pytest.approx(exact, rel=1e-5)
+
+
+def test_low_precision_differences_are_not_rounded():
+    """1 - 2^-9 needs nine bits: bf16 has eight and would say 1."""
+    opt = optimizer(matrices(1, (2, 2), torch.bfloat16), statistic="change", tau=0.0)
+    feed(opt, 2.0**-9)
+    feed(opt, 1.0)
+    assert list(opt.statistics().values()) == [4 * (1 - 2.0**-9)]
+
+
+def test_the_statistic_is_bitwise_repeatable():
+    def once():
+        generator = torch.Generator().manual_seed(0)
+        opt = optimizer(matrices(1, (67, 131), torch.float32), statistic="change", tau=0.0)
+        for _ in range(3):
+            feed(opt, torch.randn(67, 131, generator=generator))
+        return opt.statistics()
+
+    assert once() == once()
+
+
+def test_statistics_are_nan_before_the_first_measurement():
+    opt = optimizer(matrices(2), grace_steps=1)
+    assert [math.isnan(s) for s in opt.statistics().values()] == [True, True]
+    feed(opt, LOW, LOW)
+    assert [math.isnan(s) for s in opt.statistics().values()] == [True, True]
+    feed(opt, 3.0, None)
+    assert_same(list(opt.statistics().values()), [3.0, NAN])
+
+
+# 4. No evidence
+
+VOIDS = {"missing": None, "zero": 0.0, "nan": NAN, "inf": INF}
+
+
+@pytest.mark.parametrize("void", VOIDS.values(), ids=VOIDS.keys())
+def test_a_void_check_counts_neither_for_nor_against(void):
+    assert freezes(run([void] * 5)) == []
+    assert freezes(run([LOW, void, LOW], patience=2)) == [(3, 0)]
+    assert freezes(run([LOW, void, void], patience=2)) == []
+    assert freezes(run([void, LOW], patience=2)) == []
+
+
+@pytest.mark.parametrize("void", VOIDS.values(), ids=VOIDS.keys())
+def test_a_void_check_leaves_the_last_statistic(void):
+    assert list(run([3.0, void]).statistics().values()) == [3.0]
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF])
+@pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
+def test_one_non_finite_element_is_enough(statistic, hidden):
+    opt = optimizer(matrices(1, (3, 3)), statistic=statistic, tau=1e30)
+    broken = torch.full((3, 3), LOW, dtype=torch.float64)
+    broken[1, 2] = hidden
+    feed(opt, broken)
+    feed(opt, broken)
+    assert freezes(opt) == []
+    assert [math.isnan(s) for s in opt.statistics().values()] == [True]
+
+
+def test_a_gradient_with_some_zeros_is_evidence():
+    opt = optimizer(matrices(1, (2, 2)))
+    feed(opt, torch.tensor([[0.0, 0.0], [0.0, 0.5]], dtype=torch.float64))
+    assert freezes(opt) == [(1, 0)]
+
+
+@pytest.mark.parametrize("gap", [None, NAN], ids=["missing", "nan"])
+def test_change_needs_the_gradient_of_the_step_before(gap):
+    """Steps 2 (the gap) and 3 (nothing to compare with) are void, step 4 sees no change."""
+    assert freezes(run([5.0, gap, 5.0, 5.0], statistic="change")) == [(4, 0)]
+    assert freezes(run([5.0, gap, 5.0], statistic="change")) == []
+
+
+def test_a_gap_longer_than_check_every_does_not_revive_an_old_gradient():
+    """Checks at 1, 3, 5. Step 4 has no gradient, so the one kept at step 2 is of no use at 5."""
+    sequence = [5.0, 7.0, 20.0, None, 7.0]
+    assert freezes(run(sequence, statistic="change", check_every=2)) == []
+
+
+def test_change_at_a_zero_gradient_is_void_and_after_it_counts():
+    assert freezes(run([5.0, 0.0, 0.0, 0.0], statistic="change")) == []
+    opt = run([1.0, 0.0, 1.0], statistic="change")
+    assert [(e.step, e.statistic) for e in opt.freeze_events] == [(3, 1.0)]
+
+
+def test_an_unchanged_gradient_is_evidence():
+    opt = run([5.0, 5.0], statistic="change", tau=1e-300)
+    assert [(e.step, e.statistic) for e in opt.freeze_events] == [(2, 0.0)]
+
+
+def test_the_first_step_is_void_for_change_and_momentum_only():
+    for statistic, step in (("change", 2), ("momentum", 2), ("norm", 1)):
+        assert freezes(run([LOW] * 3, statistic=statistic, tau=1e30)) == [(step, 0)], statistic
+
+
+def test_momentum_waits_for_a_moment():
+    """The moment is there after the first gradient, and a later gap does not take it away."""
+    assert freezes(run([None, LOW, LOW], statistic="momentum", tau=1e30)) == [(3, 0)]
+    assert freezes(run([LOW, None, LOW], statistic="momentum", tau=1e30)) == [(3, 0)]
+
+
+@pytest.mark.parametrize("void", VOIDS.values(), ids=VOIDS.keys())
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_void_tensor_makes_its_unit_void(void, side):
+    """LoRA's A has a gradient of zero while B is zero: the pair has to wait."""
+    opt = lora_pair(tau=1e30)
+    grads = [1.0, 1.0]
+    grads[side] = void
+    feed(opt, *grads)
+    assert freezes(opt) == []
+    feed(opt, 1.0, 1.0)
+    assert freezes(opt) == [(2, 0)]
+
+
+# 5. Threshold, patience, max_frozen
+
+
+def test_the_threshold_is_strict():
+    assert freezes(run([1.5], tau=1.5)) == []
+    assert freezes(run([1.5], tau=math.nextafter(1.5, 2.0))) == [(1, 0)]
+
+
+def test_exactly_one_unit_flips_with_tau():
+    for tau, frozen in ((2.0, [(1, 0)]), (math.nextafter(2.0, 3.0), [(1, 0), (1, 1)])):
+        assert freezes(run([1.0], [2.0], [3.0], tau=tau)) == frozen
+
+
+@pytest.mark.parametrize(
+    ("sequence", "step"),
+    [
+        ([LOW, LOW, LOW], 3),
+        ([LOW, LOW, HIGH, LOW, LOW, LOW], 6),
+        ([LOW, HIGH, LOW, HIGH, LOW, LOW], None),
+        ([LOW, LOW, NAN, LOW], 4),
+        ([LOW, LOW, 2.0, LOW, LOW], None),  # exactly tau resets, too
+    ],
+)
+def test_patience_counts_consecutive_hits(sequence, step):
+    opt = run(sequence, patience=3)
+    assert [t for t, _ in freezes(opt)] == ([] if step is None else [step])
+
+
+def test_patience_counts_checks_not_steps():
+    assert freezes(run([LOW] * 8, patience=3, check_every=3, grace_steps=1)) == [(8, 0)]
+    sequence = [HIGH, LOW, HIGH, HIGH, LOW]  # the high ones fall between the checks
+    assert freezes(run(sequence, patience=2, check_every=3, grace_steps=1)) == [(5, 0)]
+
+
+def test_the_count_of_hits_is_in_the_state():
+    opt = optimizer(matrices(1), patience=4)
+    counts = []
+    for g in [LOW, LOW, NAN, LOW, HIGH, LOW]:
+        feed(opt, g)
+        counts.append(opt.state[tensors_of(opt)[0]]["grades_hits"])
+    assert counts == [1, 2, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_max_frozen_takes_the_straggler_along_one_step_later(timing):
+    """Unit 0 is decided at step 2; unit 1 follows at 3, without an update in either timing."""
+    opt = run([HIGH, LOW, LOW, LOW], [HIGH] * 4, max_frozen=0.5, freeze_timing=timing)
+    first, second = opt.freeze_events
+    assert (first.step, first.decided_at, first.statistic) == (2, 2, LOW)
+    assert (second.step, second.decided_at) == (3, 3)
+    assert math.isnan(second.statistic)
+    assert values(opt)[1] == adamw([HIGH, HIGH], start=2.0)[0]
+    assert opt.all_frozen
+
+
+@pytest.mark.parametrize(("share", "closes"), [(2 / 3, True), (0.66, True), (0.67, False)])
+def test_max_frozen_is_a_share_of_the_units_by_count(share, closes):
+    opt = run([LOW] * 2, [LOW] * 2, [HIGH] * 2, max_frozen=share)
+    assert freezes(opt) == [(1, 0), (1, 1)] + [(2, 2)] * closes
+
+
+def test_max_frozen_needs_no_check_no_gradient_and_no_tau():
+    """Checks come at 1, 6, 11: units 1 (no gradient) and 2 (observed only) close at step 2."""
+    a, b, c = matrices(3)
+    groups = [{"params": [a, b]}, {"params": [c], "tau": 0.0}]
+    opt = optimizer(groups, max_frozen=0.3, check_every=5)
+    feed(opt, LOW, HIGH, LOW)
+    feed(opt, LOW, None, LOW)
+    assert freezes(opt) == [(1, 0), (2, 1), (2, 2)]
+
+
+def test_max_frozen_counts_units_that_are_cooling():
+    opt = run([LOW] * 5, [HIGH] * 5, max_frozen=0.5, cooldown=3)
+    assert [(e.step, e.decided_at) for e in opt.freeze_events] == [(4, 1), (5, 2)]
+
+
+def test_max_frozen_of_one_leaves_stragglers_alone():
+    assert freezes(run([LOW] * 5, [HIGH] * 5)) == [(1, 0)]
+
+
+# 6. Timing
+
+
+@pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
+def test_the_timings_differ_by_exactly_one_update(statistic):
+    sequence = [HIGH, 3.0, 1.0, 1.0, 1.0, 1.0]
+    options = {"statistic": statistic, "betas": (0.5, 0.9), "tau": 2.5, "weight_decay": 0.3}
+    same = run(sequence, freeze_timing="same_step", **options)
+    late = run(sequence, freeze_timing="next_step", **options)
+    (event,) = same.freeze_events
+    assert late.freeze_events == [event]
+    kwargs = {"betas": (0.5, 0.9), "weight_decay": 0.3}
+    for opt, updates in ((same, event.step - 1), (late, event.step)):
+        value, state = adamw(sequence[:updates], **kwargs)
+        assert values(opt) == [value]
+        mine = opt.state[tensors_of(opt)[0]]
+        assert (float(mine["step"]), mine["exp_avg"]) == (updates, state["exp_avg"])
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_the_event_is_there_after_the_decisive_step(timing):
+    opt = run([HIGH, HIGH, LOW], freeze_timing=timing)
+    assert freezes(opt) == [(3, 0)]
+    assert opt.frozen_units == ["group0.param0"]
+
+
+# 7. Cooldown
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_a_decided_unit_cools_down_before_it_freezes(timing):
+    """Decided at 3 with K = 4: factors 1, 3/4, 1/2, 1/4 at steps 3 to 6, frozen from 7 on."""
+    sequence = [HIGH, HIGH, LOW, 5.0, 6.0, 7.0, 8.0, 9.0]
+    opt = run(sequence, cooldown=4, weight_decay=0.3, freeze_timing=timing)
+    (event,) = opt.freeze_events
+    assert (event.step, event.decided_at, event.statistic) == (7, 3, LOW)
+    ramp = [0.1, 0.1, 0.1, 0.075, 0.05, 0.025]
+    value, state = adamw(sequence[:6], lr=ramp, weight_decay=0.3)
+    assert values(opt) == [pytest.approx(value, rel=1e-14)]
+    mine = opt.state[tensors_of(opt)[0]]
+    assert mine["step"] == 6
+    assert torch.equal(mine["exp_avg"], state["exp_avg"])
+    assert torch.equal(mine["exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_both_timings_are_one_with_a_cooldown():
+    sequences = [HIGH, 3.0, LOW, 4.0, 5.0, 6.0], [HIGH] * 6
+    runs = [run(*sequences, cooldown=2, freeze_timing=timing) for timing in TIMINGS]
+    assert_same(snapshot(runs[0]), snapshot(runs[1]))
+
+
+def test_a_cooling_unit_is_not_frozen_and_not_measured():
+    opt = optimizer(matrices(1), cooldown=3)
+    feed(opt, LOW)
+    for g in (7.0, 9.0):  # far above tau: too late to matter
+        feed(opt, g)
+        assert (opt.frozen_units, opt.freeze_events, opt.all_frozen) == ([], [], False)
+        assert list(opt.statistics().values()) == [LOW]
+    feed(opt, 9.0)
+    assert (opt.frozen_units, opt.all_frozen) == (["group0.param0"], True)
+
+
+@pytest.mark.parametrize("scheduled", [[0.1] * 5, [0.1, 0.2, 0.05, 0.3, 0.1]])
+def test_the_ramp_multiplies_the_scheduler(scheduled):
+    opt = optimizer(matrices(1), cooldown=2, grace_steps=1)
+    for lr in scheduled:
+        opt.param_groups[0]["lr"] = lr
+        feed(opt, LOW)
+    lrs = [scheduled[0], scheduled[1], scheduled[2] / 2]
+    assert values(opt) == [pytest.approx(adamw([LOW] * 3, lr=lrs)[0], rel=1e-14)]
+    assert opt.param_groups[0]["lr"] == scheduled[-1], "the group belongs to the scheduler"
+
+
+def test_unmonitored_tensors_follow_the_last_unit():
+    """Units decided at 1 and 3, K = 2: the plain tensor has factors 1 1 1 1/2 0 0, never frozen."""
+    a, b, plain = matrices(3)
+    opt = optimizer([{"params": [a, b]}, {"params": [plain], "tau": None}], cooldown=2)
+    grads = [(LOW, HIGH, 3.0), (LOW, HIGH, 1.0), *[(LOW, LOW, 2.0)] * 4]
+    for row in grads:
+        feed(opt, *row)
+    assert freezes(opt) == [(3, 0), (5, 1)]
+    lrs = [0.1, 0.1, 0.1, 0.05, 0.0, 0.0]
+    value, state = adamw([row[2] for row in grads], lr=lrs, start=3.0)
+    assert plain.item() == pytest.approx(value, rel=1e-14)
+    assert opt.state[plain]["step"] == 6
+    assert torch.equal(opt.state[plain]["exp_avg"], state["exp_avg"])
+
+
+def test_unmonitored_tensors_go_on_without_a_cooldown_and_before_the_last_decision():
+    for options in ({"cooldown": 0}, {"cooldown": 1, "patience": 9}):
+        a, plain = matrices(2)
+        opt = optimizer([{"params": [a]}, {"params": [plain], "tau": None}], **options)
+        for _ in range(5):
+            feed(opt, LOW, 3.0)
+        assert plain.item() == adamw([3.0] * 5, start=2.0)[0]
+
+
+def test_a_plain_optimizer_has_no_ramp():
+    """With nothing monitored no unit is undecided, which must not count as all decided."""
+    opt = run([3.0] * 4, tau=None, cooldown=2)
+    assert values(opt) == [adamw([3.0] * 4)[0]]
+
+
+# 8. Frozen means untouched
+
+
+@pytest.mark.parametrize("stop_grad", ["auto", False])
+@pytest.mark.parametrize("options", [{}, {"cooldown": 2}, {"freeze_timing": "next_step"}], ids=str)
+def test_a_frozen_tensor_stays_bit_for_bit_whatever_arrives(options, stop_grad):
+    generator = torch.Generator().manual_seed(1)
+    params = matrices(2, (3, 5), torch.float32)
+    opt = optimizer(
+        params, tau=16.0, weight_decay=0.9, amsgrad=True, stop_grad=stop_grad, **options
+    )
+    feed(opt, 5.0, 5.0)
+    while not opt.freeze_events:
+        feed(opt, 1.0, 5.0)
+    frozen, moving = params
+    before = frozen.detach().clone(), copy.deepcopy(dict(opt.state[frozen]))
+    statistic = opt.statistics()["group0.param0"]
+    for _ in range(20):
+        before_moving = moving.detach().clone()
+        g = torch.randn(3, 5, generator=generator) * 100
+        for bad in (g, None, 0.0, NAN, INF):
+            feed(opt, bad, 5.0)
+        assert not torch.equal(moving, before_moving)
+    assert torch.equal(frozen, before[0])
+    state = dict(opt.state[frozen])
+    for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert_same(state[key], before[1][key], key)
+    for key in ("grades_frozen_at", "grades_hits", "grades_decided_at", "grades_statistic"):
+        assert state[key] == before[1][key], key
+    assert opt.statistics()["group0.param0"] == statistic
+    assert len(opt.freeze_events) == 1
+
+
+def test_a_unit_can_freeze_before_it_ever_moved():
+    opt = run([LOW, HIGH])
+    assert freezes(opt) == [(1, 0)]
+    assert values(opt) == [1.0]
+
+
+# 9. all_frozen
+
+
+def test_all_frozen_needs_a_monitored_unit_and_every_one_of_them():
+    assert run([LOW] * 3, tau=None).all_frozen is False
+    assert run([LOW] * 3, [HIGH] * 3).all_frozen is False
+    assert run([LOW] * 3, [HIGH, HIGH, LOW]).all_frozen is True
+    assert optimizer(matrices(1)).all_frozen is False
+
+
+# 10. AdamW where nothing freezes
+
+
+@pytest.mark.parametrize("tau", [None, 0.0, 1e-9], ids=["plain", "observing", "never reached"])
+@pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_without_a_freeze_the_result_is_adamw_bit_for_bit(tau, statistic, dtype):
+    def train(make):
+        generator = torch.Generator().manual_seed(2)
+        params = matrices(2, (4, 7), dtype) + matrices(1, (5,), dtype)
+        opt = make(params)
+        for _ in range(8):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            opt.step()
+        return params, [opt.state[p] for p in params]
+
+    kwargs = {"lr": 0.03, "betas": (0.8, 0.97), "weight_decay": 0.2, "amsgrad": True}
+    mine, my_state = train(
+        lambda p: optimizer(p, tau=tau, statistic=statistic, max_frozen=0.5, **kwargs)
+    )
+    theirs, their_state = train(lambda p: torch.optim.AdamW(p, foreach=False, **kwargs))
+    for a, b, s, r in zip(mine, theirs, my_state, their_state, strict=True):
+        assert torch.equal(a, b)
+        for key, value in r.items():
+            assert torch.equal(s[key], value), key
+
+
+def test_observing_reports_without_freezing():
+    """A statistic of exactly zero is not below a tau of zero."""
+    opt = run([5.0, 5.0, 6.0], statistic="change", tau=0.0)
+    assert (freezes(opt), opt.statistics()) == ([], {"group0.param0": 1.0})
+    assert freezes(run([5.0, 5.0], statistic="change", tau=0.0)) == []
+
+
+# Groups and changes between steps
+
+
+def test_tau_and_statistic_belong_to_the_group():
+    a, b, c = matrices(3)
+    opt = optimizer(
+        [
+            {"params": [a], "tau": 4.0},
+            {"params": [b], "statistic": "change"},
+            {"params": [c], "tau": None},
+        ],
+        tau=0.5,
+    )
+    assert opt.monitored_units == ["group0.param0", "group1.param0"]
+    feed(opt, 3.0, 3.0, 0.1)
+    feed(opt, 3.0, 3.0, 0.1)
+    assert [(e.step, e.unit, e.statistic, e.tau) for e in opt.freeze_events] == [
+        (1, "group0.param0", 3.0, 4.0),
+        (2, "group1.param0", 0.0, 0.5),
+    ]
+
+
+def test_tau_may_be_changed_between_steps():
+    opt = optimizer(matrices(1), tau=0.0)
+    feed(opt, 3.0)
+    feed(opt, 3.0)
+    opt.param_groups[0]["tau"] = 3.5
+    feed(opt, 3.0)
+    assert [(e.step, e.tau) for e in opt.freeze_events] == [(3, 3.5)]
+
+
+def test_statistic_may_be_changed_between_steps():
+    """Switched to change after step 2: step 3 has no previous gradient, step 4 has."""
+    opt = optimizer(matrices(1))
+    for g in (HIGH, HIGH):
+        feed(opt, g)
+    opt.param_groups[0]["statistic"] = "change"
+    for g in (HIGH, HIGH):
+        feed(opt, g)
+    assert [(e.step, e.statistic) for e in opt.freeze_events] == [(4, 0.0)]
+
+
+def test_vectors_scalars_and_empty_tensors_are_not_monitored():
+    shapes = [(2, 2), (4,), (), (0, 3), (2, 1, 3)]
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    opt = optimizer(params)
+    assert opt.monitored_units == ["group0.param0", "group0.param4"]
+    assert sum(e.n_elements for e in run([LOW]).freeze_events) == 1
+
+
+def test_a_group_added_in_the_middle_of_a_run_is_watched():
+    opt = run([LOW] * 3)
+    assert opt.all_frozen
+    (new,) = matrices(1)
+    opt.add_param_group({"params": [new], "tau": 4.0})
+    assert not opt.all_frozen
+    assert opt.monitored_units == ["group0.param0", "group1.param0"]
+    feed(opt, LOW, HIGH)
+    feed(opt, LOW, 3.0)
+    assert [(e.step, e.unit) for e in opt.freeze_events] == [
+        (1, "group0.param0"),
+        (5, "group1.param0"),
+    ]
+    assert new.item() == adamw([HIGH])[0]
+    assert opt.all_frozen
+
+
+# Thaw
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_thawed_unit_starts_anew(everything):
+    opt = run([HIGH, LOW, LOW], [HIGH] * 3, patience=2, amsgrad=True)
+    assert freezes(opt) == [(3, 0)]
+    start = values(opt)[0]
+    opt.thaw(None if everything else ["group0.param0"])
+    assert opt.frozen_units == []
+    sequence = [HIGH, LOW, 5.0]
+    for g in sequence:
+        feed(opt, g, HIGH)
+    value, state = adamw(sequence, start=start, amsgrad=True)
+    mine = opt.state[tensors_of(opt)[0]]
+    assert values(opt)[0] == value
+    for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert torch.equal(mine[key], state[key]), key
+    assert values(opt)[1] == adamw([HIGH] * 6, start=2.0, amsgrad=True)[0], "the other one went on"
+
+
+def test_a_thawed_unit_has_no_hits_and_may_freeze_again():
+    opt = run([LOW, LOW], patience=2)
+    opt.thaw()
+    assert freezes(opt) == [], "one event for each unit that is frozen now"
+    feed(opt, LOW)
+    assert freezes(opt) == []
+    feed(opt, LOW)
+    assert freezes(opt) == [(4, 0)]
+
+
+@pytest.mark.parametrize(("statistic", "step"), [("change", 4), ("momentum", 4), ("norm", 3)])
+def test_the_first_check_after_a_thaw_has_no_past(statistic, step):
+    opt = run([LOW] * 2, statistic=statistic, tau=1e30)
+    opt.thaw()
+    for _ in range(2):
+        feed(opt, LOW)
+    assert freezes(opt)[-1] == (step, 0)
+
+
+def test_thawing_a_cooling_unit_keeps_its_moments_and_its_pace():
+    opt = run([HIGH, LOW, HIGH], cooldown=4)
+    opt.thaw()
+    feed(opt, HIGH)
+    lrs = [0.1, 0.1, 0.075, 0.1]
+    value, state = adamw([HIGH, LOW, HIGH, HIGH], lr=lrs)
+    assert values(opt) == [pytest.approx(value, rel=1e-14)]
+    assert torch.equal(opt.state[tensors_of(opt)[0]]["exp_avg"], state["exp_avg"])
+    for _ in range(6):
+        feed(opt, HIGH)
+    assert freezes(opt) == []
+
+
+def test_thaw_lifts_the_ramp_from_unmonitored_tensors():
+    a, plain = matrices(2)
+    opt = optimizer([{"params": [a]}, {"params": [plain], "tau": None}], cooldown=1)
+    for _ in range(3):  # decided at 1: the plain tensor stands still from step 2 on
+        feed(opt, LOW, 3.0)
+    opt.thaw()
+    feed(opt, HIGH, 3.0)
+    lrs = [0.1, 0.0, 0.0, 0.1]
+    assert plain.item() == pytest.approx(adamw([3.0] * 4, lr=lrs, start=2.0)[0], rel=1e-14)
+
+
+def test_thaw_takes_a_name_or_any_iterable_of_names():
+    for units in ("group0.param0", ["group0.param0"], (name for name in ["group0.param0"])):
+        opt = run([LOW], [LOW])
+        opt.thaw(units)
+        assert opt.frozen_units == ["group0.param1"]
+
+
+def test_thaw_of_an_unknown_unit_changes_nothing():
+    opt = run([LOW] * 2)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=r"nobody"):
+        opt.thaw(["group0.param0", "nobody"])
+    assert_same(snapshot(opt), before)
+
+
+# Hooks
+
+
+def test_freeze_hooks_are_called_once_per_wave():
+    calls = []
+    opt = optimizer(matrices(3))
+    handle = opt.register_freeze_hook(lambda o, events: calls.append((o, list(events))))
+    feed(opt, LOW, LOW, HIGH)
+    feed(opt, LOW, LOW, HIGH)
+    assert [(o is opt, [e.unit for e in events]) for o, events in calls] == [
+        (True, ["group0.param0", "group0.param1"])
+    ]
+    handle.remove()
+    feed(opt, LOW, LOW, LOW)
+    assert len(calls) == 1
+    assert len(opt.freeze_events) == 3
+
+
+def test_an_exception_in_a_freeze_hook_leaves_the_optimizer_consistent():
+    """The step has happened when a hook is called: with or without it, the run is the same."""
+    sequences = [LOW] * 4, [HIGH, 3.0, 4.0, LOW]
+    untouched = run(*sequences, statistic="change", tau=2.5)
+    opt = optimizer(matrices(2), statistic="change", tau=2.5)
+
+    def fail(opt, events):
+        raise RuntimeError("hook failed")
+
+    opt.register_freeze_hook(fail)
+    failures = 0
+    for grads in zip(*sequences, strict=True):
+        try:
+            feed(opt, *grads)
+        except RuntimeError as error:
+            assert "hook failed" in str(error)
+            failures += 1
+    assert failures == len({e.step for e in untouched.freeze_events}) > 0
+    assert_same(snapshot(opt), snapshot(untouched))
+
+
+# stop_grad
+
+
+@pytest.mark.parametrize("stop_grad", ["auto", True])
+@pytest.mark.parametrize("options", [{}, {"freeze_timing": "next_step"}, {"cooldown": 2}], ids=str)
+def test_stop_grad_acts_at_the_start_of_the_step_after_the_freeze(stop_grad, options):
+    (p, other) = matrices(2)
+    opt = optimizer([p, other], stop_grad=stop_grad, **options)
+    while not opt.freeze_events:
+        feed(opt, LOW, HIGH)
+    assert p.requires_grad, "step post-hooks still see the gradient"
+    assert p.grad is not None
+    feed(opt, LOW, HIGH)
+    assert (p.requires_grad, p.grad) == (False, None)
+    assert other.requires_grad
+    opt.thaw()
+    assert p.requires_grad
+
+
+def test_stop_grad_false_only_masks():
+    opt = run([LOW] * 4, stop_grad=False)
+    (p,) = tensors_of(opt)
+    assert freezes(opt) == [(1, 0)]
+    assert p.requires_grad
+    assert p.grad is not None
+
+
+# fp32 gradients on bf16 parameters
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs Tensor.grad_dtype")
+@pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
+def test_fp32_gradients_on_bf16_parameters(statistic):
+    """The gradient is used as it is: 1 + 2^-12 is not a bf16 number."""
+    p = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    opt = optimizer([p], statistic=statistic, tau=0.0, betas=(0.0, 0.9))
+    exact = 1 + 2.0**-12
+    for g in (2.0, exact):
+        p.grad = torch.full((4, 4), g, dtype=torch.float32)
+        opt.step()
+    expected = {"change": 2 - exact, "norm": exact, "momentum": 2 - exact}[statistic]
+    assert list(opt.statistics().values()) == [16 * expected]
+    wide = torch.ones(4, 4, requires_grad=True)
+    adam = torch.optim.AdamW([wide], lr=0.1, betas=(0.0, 0.9), foreach=False)
+    for g in (2.0, exact):
+        wide.grad = torch.full((4, 4), g)
+        adam.step()
+    torch.testing.assert_close(p.float(), wide, rtol=2**-7, atol=0)
+    if statistic == "change":
+        assert opt.state[p]["prev_grad"].dtype is torch.float32
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs Tensor.grad_dtype")
+def test_a_previous_gradient_of_another_dtype_is_still_the_previous_gradient():
+    p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    p.grad_dtype = None  # any dtype
+    opt = optimizer([p], statistic="change", tau=0.0)
+    for g, dtype in ((3.0, torch.bfloat16), (3.5, torch.float32), (3.25, torch.bfloat16)):
+        p.grad = torch.full((2, 2), g, dtype=dtype)
+        opt.step()
+        statistic = opt.statistics()["group0.param0"]
+        assert math.isnan(statistic) or statistic == {3.5: 2.0, 3.25: 1.0}[g]
+
+
+# Bad input
+
+BAD_ARGUMENTS = [
+    ("alpha", 1.0, ("0", "1")),
+    ("alpha", -0.1, ("0", "1")),
+    ("alpha", NAN, ("0", "1")),
+    ("tau", -1.0, ("0", "None")),
+    ("tau", NAN, ("0", "None")),
+    ("patience", 0, ("1",)),
+    ("patience", -3, ("1",)),
+    ("patience", 1.5, ("1",)),
+    ("check_every", 0, ("1",)),
+    ("check_every", 2.5, ("1",)),
+    ("cooldown", -1, ("0",)),
+    ("cooldown", NAN, ("0",)),
+    ("max_frozen", 0.0, ("0", "1")),
+    ("max_frozen", 1.01, ("0", "1")),
+    ("max_frozen", NAN, ("0", "1")),
+    ("grace_steps", -1, ("0",)),
+    ("total_steps", 0, ("1",)),
+    ("statistic", "gradient", ("change", "norm", "momentum")),
+    ("freeze_timing", "now", ("same_step", "next_step")),
+    ("tau_per", "matrix", ("unit", "element")),
+    ("stop_grad", "maybe", ("auto", "True", "False")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"), BAD_ARGUMENTS, ids=[f"{n}={v}" for n, v, _ in BAD_ARGUMENTS]
+)
+def test_an_impossible_argument_is_named_with_its_value_and_range(name, value, allowed):
+    options = {"total_steps": 10, name: value}
+    with pytest.raises(ValueError) as caught:
+        optimizer(matrices(1), **options)
+    message = str(caught.value)
+    assert name in message
+    assert str(value) in message
+    for word in allowed:
+        assert word in message.replace(str(value), "", 1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("tau", -1.0), ("tau", NAN), ("statistic", "spread")])
+def test_an_impossible_group_value_is_refused_early_and_late(name, value):
+    with pytest.raises(ValueError, match=name):
+        optimizer([{"params": matrices(1), name: value}])
+    opt = optimizer(matrices(1), tau=4.0)
+    with pytest.raises(ValueError, match=name):
+        opt.add_param_group({"params": matrices(1), name: value})
+    assert len(opt.param_groups) == 1
+    feed(opt, HIGH)
+    before, good = snapshot(opt), opt.param_groups[0][name]
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=name):
+        feed(opt, LOW)
+    opt.param_groups[0][name] = good
+    assert_same(snapshot(opt), before)
+
+
+def test_tau_needs_a_grace_period():
+    for params in (matrices(1), [{"params": matrices(1), "tau": 1.0}]):
+        tau = {"tau": 1.0} if isinstance(params[0], torch.Tensor) else {}
+        with pytest.raises(ValueError, match=r"(?s)total_steps.*grace_steps|grace_steps.*total_st"):
+            GradESAdamW(params, **tau)
+    GradESAdamW(matrices(1))  # nothing monitored, nothing needed
+
+
+def test_tau_with_nothing_to_monitor_is_an_error_at_the_first_step():
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(()))]
+    opt = optimizer(params)
+    with pytest.raises(ValueError, match="tau"):
+        feed(opt, 1.0, 1.0)
+    assert [p.sum().item() for p in params] == [3.0, 1.0]
+
+
+def test_single_groups_without_anything_to_monitor_are_normal():
+    vector = torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": matrices(1)}, {"params": [vector]}, {"params": []}]
+    opt = optimizer(groups)
+    feed(opt, LOW, 1.0)
+    assert freezes(opt) == [(1, 0)]
+
+
+def test_two_units_of_one_name_are_an_error():
+    a, b = matrices(2)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj"):
+        optimizer(
+            [("layers.0.mlp.up_proj.weight", a), ("module.layers.0.mlp.up_proj.weight", b)]
+        ).step()
+
+
+def test_a_second_unit_of_one_name_cannot_be_added():
+    a, b = matrices(2)
+    opt = optimizer([("layers.0.mlp.up_proj.weight", a)])
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj"):
+        opt.add_param_group({"params": [("module.layers.0.mlp.up_proj.weight", b)]})
+    assert len(opt.param_groups) == 1
+    feed(opt, LOW)
+    assert freezes(opt) == [(1, 0)]
+
+
+def test_differentiable_cannot_be_monitored():
+    with pytest.raises((ValueError, RuntimeError), match="differentiable"):
+        optimizer(matrices(1), differentiable=True)
+    GradESAdamW(matrices(1), differentiable=True)
+
+
+def sparse_gradient(p):
+    return torch.sparse_coo_tensor(
+        [[0], [0]], [1.0], size=(1, 1), dtype=p.dtype, check_invariants=True
+    )
+
+
+def set_foreign_shape(p):
+    p.grad = torch.ones_like(p)
+    p.grad.data = torch.ones(2, 3, dtype=p.dtype)
+
+
+def set_sparse(p):
+    p.grad = sparse_gradient(p)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(set_sparse, "sparse"), (set_foreign_shape, "shape|size")]
+)
+@pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("before_error", [0, 3])
+def test_an_error_in_step_leaves_everything_as_it_was(
+    spoil, words, statistic, timing, before_error
+):
+    """The last tensor's gradient is wrong: no other tensor, count or statistic may have moved."""
+    options = {"statistic": statistic, "freeze_timing": timing, "tau": 0.5, "patience": 2}
+    sequence = [HIGH, 3.0, 3.0, 3.0, 3.0, 3.0]
+    untouched = run(sequence, sequence, **options)
+    opt = optimizer(matrices(2), **options)
+    first, last = tensors_of(opt)
+    for t, g in enumerate(sequence):
+        if t == before_error:
+            before = snapshot(opt)
+            first.grad = torch.full_like(first, g)
+            spoil(last)
+            with pytest.raises((RuntimeError, ValueError), match=words):
+                opt.step()
+            last.grad = None
+            assert_same(snapshot(opt), before)
+        feed(opt, g, g)
+    assert_same(snapshot(opt), snapshot(untouched))
