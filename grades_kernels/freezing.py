@@ -9,7 +9,6 @@ keeps a device copy and brings this one up to date.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -84,6 +83,7 @@ class Unit:
         decided_tau: The threshold at the decision, NaN before it.
         decided_statistic: The statistic at the decision; NaN before it, and when `max_frozen`
             decided.
+        checked_at: Step of the last measurement, or -1.
         announced: Whether the freeze hooks have been told.
     """
 
@@ -99,6 +99,7 @@ class Unit:
     statistic: float = math.nan
     decided_tau: float = math.nan
     decided_statistic: float = math.nan
+    checked_at: int = NEVER
     announced: bool = False
 
     def decide(self, t: int, statistic: float) -> None:
@@ -160,35 +161,34 @@ class FreezeTable:
     def all_frozen(self) -> bool:
         return bool(self.units) and all(unit.frozen_at != NEVER for unit in self.units)
 
+    def settle(self) -> None:
+        """Freeze the decided units whose cooldown is over at step `t`."""
+        for unit in self.units:
+            if unit.decided_at != NEVER and unit.frozen_at == NEVER:
+                over_at = unit.decided_at + self.rule.cooldown
+                if self.t >= over_at:
+                    unit.frozen_at = over_at
+
     def begin_step(self) -> int:
         """Count a step and settle what earlier decisions bring about; returns the step `t`."""
         self.t += 1
-        t, rule = self.t, self.rule
-        decided = 0
-        for unit in self.units:
-            if unit.decided_at == NEVER:
-                continue
-            decided += 1
-            if unit.frozen_at == NEVER and t >= unit.decided_at + rule.cooldown:
-                unit.frozen_at = unit.decided_at + rule.cooldown
-        if decided < len(self.units) and decided / len(self.units) >= rule.max_frozen:
+        n, n_decided = len(self.units), sum(unit.decided_at != NEVER for unit in self.units)
+        if n_decided < n and n_decided / n >= self.rule.max_frozen:
             for unit in self.units:
                 if unit.decided_at == NEVER:
-                    unit.decide(t, math.nan)
-                    if rule.cooldown == 0:
-                        unit.frozen_at = t
-        return t
+                    unit.decide(self.t, math.nan)
+        self.settle()
+        return self.t
 
     def judge(self, unit: Unit, statistic: float) -> None:
         """Compare a measured (not void) statistic with tau, strictly, and decide the unit."""
         if self.rule.tau_per == "element":
             statistic /= unit.n_elements
-        unit.statistic = statistic
+        unit.statistic, unit.checked_at = statistic, self.t
         unit.hits = unit.hits + 1 if statistic < unit.tau else 0
         if unit.hits >= self.rule.patience:
-            unit.decide(self.t, statistic)
-            if self.rule.cooldown == 0:
-                unit.frozen_at = self.t
+            unit.decide(self.t, unit.statistic)
+            self.settle()
 
     def lr_factor(self, unit: Unit | None) -> float:
         """Learning-rate factor of a tensor at this step: 1, the cooldown ramp, 0 where frozen.
@@ -213,13 +213,13 @@ class FreezeTable:
             unit.announced = True
         return [unit.event() for unit in sorted(new, key=lambda unit: unit.frozen_at)]
 
-    def record(self, measured: Iterable[Unit]) -> None:
-        """Keep a row of the history, thinned to every 2nd, 4th, ... row once it is long."""
-        measured = set(measured)
-        if not measured:
-            return
+    def record(self, row: tuple[float, ...]) -> None:
+        """Keep a row of the history, thinned to every 2nd, 4th, ... row once it is long.
+
+        Args:
+            row: The statistic of every unit at this step, NaN where none was measured.
+        """
         if self._rows_seen % self._history_stride == 0:
-            row = tuple(unit.statistic if unit in measured else math.nan for unit in self.units)
             self.history.append((self.t, row))
             if len(self.history) > MAX_HISTORY_ROWS:
                 del self.history[1::2]

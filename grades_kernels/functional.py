@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .freezing import FreezeRule, FreezeTable, Unit
@@ -107,30 +110,90 @@ def grades_adamw(
         differentiable,
     )
     table = table if table is not None else FreezeTable(FreezeRule())
-    step([group], table, fused=fused, grad_scale=grad_scale, found_inf=found_inf)
+    if choose(params, fused, differentiable=differentiable, foreach=foreach) == "triton":
+        from .triton_kernels import _fused_triton_grades_adamw
+
+        _fused_triton_grades_adamw([group], table, grad_scale=grad_scale, found_inf=found_inf)
+    else:
+        _single_tensor_grades_adamw([group], table, grad_scale=grad_scale, found_inf=found_inf)
 
 
-def step(
-    groups: list[StepGroup],
-    table: FreezeTable,
-    *,
+def choose(
+    params: list[Tensor],
     fused: bool | None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> list[Unit]:
-    """One step over all parameter groups; returns the units whose statistic was measured."""
-    return _single_tensor_grades_adamw(groups, table, grad_scale=grad_scale, found_inf=found_inf)
+    *,
+    differentiable: bool = False,
+    foreach: bool | None = None,
+) -> str:
+    """The implementation that serves these parameters: "triton" or "reference".
 
-
-def choose(params: list[Tensor], fused: bool | None) -> str:
-    """The implementation that serves these parameters: "triton", "native" or "reference".
+    Args:
+        fused: As in `GradESAdamW`.
 
     Raises:
         RuntimeError: If `fused` is True and no fused implementation can serve them.
     """
+    if fused is False or differentiable or foreach:
+        return "reference"
+    reason = why_not_triton(params, interpret=bool(fused))
+    if reason is None:
+        return "triton"
     if fused:
         raise RuntimeError(
-            "fused=True is not possible: no fused implementation. Use fused=None to fall back to "
-            "the reference implementation, or fused=False to ask for it."
+            f"fused=True is not possible: {reason}. Use fused=None to fall back to the reference "
+            "implementation where there is no fused one, or fused=False to ask for it."
         )
     return "reference"
+
+
+def why_not_triton(params: list[Tensor], *, interpret: bool = False) -> str | None:
+    """What keeps the Triton kernels from serving these parameters; None: nothing does.
+
+    Args:
+        interpret: Whether CPU tensors may go through Triton's interpreter (TRITON_INTERPRET=1).
+    """
+    if not params:
+        return "there are no parameters"
+    devices = {p.device for p in params}
+    if len(devices) > 1:
+        return f"the parameters lie on several devices, {sorted(map(str, devices))}"
+    dtypes = {p.dtype for p in params} - {torch.float32, torch.bfloat16, torch.float16}
+    if dtypes:
+        return f"the Triton kernels have no {', '.join(sorted(map(str, dtypes)))}"
+    if not all(map(is_dense, params)):
+        return "a parameter is a DTensor or a view with gaps"
+    device = devices.pop()
+    if device.type == "cpu":
+        if not interpret or os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "the parameters are on the CPU, where the Triton kernels run only in the "
+                "interpreter (TRITON_INTERPRET=1 and fused=True)"
+            )
+    elif device.type != "cuda":
+        return f"the Triton kernels do not run on {device.type!r}"
+    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than what Triton supports"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def is_dense(p: Tensor) -> bool:
+    """Whether a plain tensor fills its stretch of memory without gaps or overlaps."""
+    if not isinstance(p, Tensor) or type(p) not in (Tensor, torch.nn.Parameter):
+        return False
+    expected = 1
+    if p.numel() == 0:
+        return True
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_memory_order(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of one shape lie in memory alike; dimensions of size 1 do not matter."""
+    strides = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return all(i == j for i, j, size in strides if size > 1)

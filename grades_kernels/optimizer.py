@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from numbers import Real
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ from torch.optim import AdamW
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from . import functional
 from .freezing import NEVER, STATISTICS, TIMINGS, FreezeRule, FreezeTable, Unit, exact_grace_steps
+from .functional import StepGroup, choose, same_memory_order
+from .reference import _single_tensor_grades_adamw
 from .report import FreezeEvent, FreezeReport, UnitReport
 from .units import canonical_name, place_of, unit_of
+
+if TYPE_CHECKING:
+    from .triton_kernels import Plan
 
 _SAVED = {
     "grades_hits": "hits",
@@ -169,7 +173,7 @@ class GradESAdamW(AdamW):
         )
         self.defaults.update(self._own_defaults)
         self._build()
-        functional.choose(self._all_params(), self._fused())
+        _ = self.backend  # raises where fused=True is not possible
 
     def _reset_freezing(self) -> None:
         self._table = FreezeTable(self._rule)
@@ -178,6 +182,10 @@ class GradESAdamW(AdamW):
         self._built_for: tuple[list[Tensor], list[tuple[Any, Any]]] | None = None
         self._attached: list[list[str]] | None = None
         self._stopped: set[Unit] = set()
+        self._chosen: tuple[Any, ...] = (self, None, None, "")
+        self._plan: Plan | None = None
+        self._idle: list[Tensor] = []
+        self._outdated_plans: list[Plan] = []
         self._warned: set[str] = set()
         self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
 
@@ -185,8 +193,20 @@ class GradESAdamW(AdamW):
 
     @property
     def backend(self) -> str:
-        """The implementation that the next step uses: "triton", "native" or "reference"."""
-        return functional.choose(self._all_params(), self._fused())
+        """The implementation that the next step uses: "triton" or "reference"."""
+        self._current_table()
+        asked = self._fused()
+        flags = {(group["differentiable"], group["foreach"]) for group in self.param_groups}
+        # Kept until tensors or flags change, since every step asks.
+        if self._chosen[0] is not self._built_for or self._chosen[1:3] != (asked, flags):
+            name = choose(
+                self._all_params(),
+                asked,
+                differentiable=any(differentiable for differentiable, _ in flags),
+                foreach=any(foreach for _, foreach in flags),
+            )
+            self._chosen = (self._built_for, asked, flags, name)
+        return self._chosen[3]
 
     @property
     def monitored_units(self) -> list[str]:
@@ -201,20 +221,22 @@ class GradESAdamW(AdamW):
     @property
     def freeze_events(self) -> list[FreezeEvent]:
         """One event for every unit that is frozen now, by step."""
-        return self._current_table().events
+        return self._exact_table().events
 
     @property
     def all_frozen(self) -> bool:
         """Whether there is a monitored unit and every one is frozen: the signal to stop."""
+        if self._plan is not None and self._plan.captured:
+            self._plan.peek()
         return self._current_table().all_frozen
 
     def statistics(self) -> dict[str, float]:
         """The last statistic of every unit as it is compared with tau; NaN before the first."""
-        return {unit.name: unit.statistic for unit in self._current_table().units}
+        return {unit.name: unit.statistic for unit in self._exact_table().units}
 
     def report(self) -> FreezeReport:
         """What froze when, with the history of every statistic."""
-        table = self._current_table()
+        table = self._exact_table()
         units = []
         for unit in table.units:
             layer, kind = place_of(unit.name)
@@ -288,7 +310,8 @@ class GradESAdamW(AdamW):
         Raises:
             ValueError: For a name that is no monitored unit.
         """
-        table = self._current_table()
+        table = self._exact_table()
+        self._leave_device()
         if units is None:
             units = self.monitored_units
         names = [units] if isinstance(units, str) else list(units)
@@ -321,6 +344,7 @@ class GradESAdamW(AdamW):
         super().add_param_group(param_group)
         if self._built_for is not None:  # in the constructor all groups are there before the units
             try:
+                self._fused()
                 self._current_table()
             except ValueError:
                 self.param_groups.pop()
@@ -339,7 +363,7 @@ class GradESAdamW(AdamW):
             RuntimeError: For a sparse gradient. Nothing has changed then.
         """
         self._graph_capture_health_check()
-        self._stop_gradients(frozen_until=self._current_table().t)
+        self._begin_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -348,35 +372,97 @@ class GradESAdamW(AdamW):
         return loss
 
     @torch._disable_dynamo
+    def _begin_step(self) -> None:
+        """Act on what the step before decided."""
+        table = self._current_table()
+        if self._plan is not None and not self._capturing():
+            self._plan.absorb()
+            self._publish()
+        self._stop_gradients(frozen_until=table.t)
+
+    @torch._disable_dynamo
     def _step(self) -> None:
         table = self._current_table()
         self._check_monitored(table)
-        self._check_gradients()
         if self._total_steps is not None and table.t >= self._total_steps:
             self._warn_once(
                 f"total_steps={self._total_steps} is exceeded: the optimizer goes on, but the "
                 "grace period was planned for fewer steps."
             )
-        measured = functional.step(
-            [self._gather(i) for i in range(len(self.param_groups))],
-            table,
-            fused=self._fused(),
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-        )
-        table.record(measured)
-        self._publish(measured)
+        scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        if self.backend == "triton":
+            self._step_on_device(**scaling)
+        else:
+            self._leave_device()
+            self._check_gradients()
+            groups = [self._gather(i) for i in range(len(self.param_groups))]
+            _single_tensor_grades_adamw(groups, table, **scaling)
+            self._publish()
 
-    def _publish(self, measured: Iterable[Unit]) -> None:
+    def _publish(self) -> None:
         """Bring the state up to date with what a step decided, then tell the hooks."""
         table = self._table
-        news = (unit for unit in table.units if table.t in (unit.decided_at, unit.frozen_at))
-        for unit in {*measured, *news}:
-            self._write_unit(unit)
+        for unit in table.units:
+            if unit.checked_at == table.t or (unit.decided_at != NEVER and not unit.announced):
+                self._write_unit(unit)
         events = table.announce()
         if events:
             for hook in tuple(self._freeze_hooks.values()):
                 hook(self, events)
+
+    def _step_on_device(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        from .triton_kernels import Hyper, Plan
+
+        plan = self._plan
+        if plan is None or not self._plan_serves(plan):
+            self._check_gradients()
+            self._leave_device()
+            groups = [self._gather_all(i) for i in range(len(self.param_groups))]
+            if not any(group.params for group in groups):
+                self._table.begin_step()
+                return
+            plan = self._plan = Plan(groups, self._table)
+            planned = set(plan.flat_params)
+            self._idle = [p for p in self._all_params() if p not in planned]
+            plan.drop(
+                {
+                    p
+                    for unit in self._table.units
+                    if unit.frozen_at != NEVER
+                    for p in self._members[unit]
+                }
+            )
+        hypers = [
+            Hyper(g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"])
+            for g in self.param_groups
+        ]
+        plan.step([p.grad for p in plan.flat_params], hypers, grad_scale, found_inf)
+
+    def _plan_serves(self, plan: Plan) -> bool:
+        t, rule = self._table.t + 1, self._rule
+        flags = [(group["amsgrad"], group["capturable"]) for group in self.param_groups]
+        return (
+            flags == plan.flags
+            and (plan.holds_prev_grads or not (rule.checks(t) or rule.checks(t + 1)))
+            and all(p.grad is None for p in self._idle)
+            and plan.fits([p.grad for p in plan.flat_params])
+        )
+
+    def _leave_device(self) -> None:
+        """Bring the table up to date and let go of the device's copy."""
+        if self._plan is not None:
+            self._plan.sync()
+            if self._plan.captured:
+                warnings.warn(
+                    "the tensors of this optimizer have changed since step() was captured in a "
+                    "CUDA graph: capture it again, the old graph does not know of the change.",
+                    stacklevel=5,
+                )
+                self._outdated_plans.append(self._plan)  # a replay must not write into freed memory
+            self._plan = None
+
+    def _capturing(self) -> bool:
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def _stop_gradients(self, frozen_until: int) -> None:
         """Spare backward the gradients of units frozen at step `frozen_until` or before.
@@ -425,7 +511,7 @@ class GradESAdamW(AdamW):
                 f"fused differs between parameter groups: {asked}. One implementation serves all "
                 "groups; give every group the same value."
             )
-        return next(iter(asked))
+        return next(iter(asked), None)
 
     def _current_table(self) -> FreezeTable:
         """The freeze table, rebuilt if groups, tensors, tau or statistic have changed."""
@@ -443,8 +529,16 @@ class GradESAdamW(AdamW):
         self._build()
         return self._table
 
+    def _exact_table(self) -> FreezeTable:
+        """The freeze table with all that the device has decided; may wait for the device."""
+        table = self._current_table()
+        if self._plan is not None:
+            self._plan.sync()
+        return table
+
     def _build(self) -> None:
         """Make the units from the groups as they are now, and their rows from the state."""
+        self._leave_device()
         units: dict[str, Unit] = {}
         members: dict[Unit, list[Tensor]] = {}
         rows: list[list[Unit | None]] = []
@@ -461,7 +555,8 @@ class GradESAdamW(AdamW):
                     if self.state.get(p, _FRESH).get("grades_frozen_at", NEVER) != NEVER:
                         raise ValueError(
                             f"parameter {j} of group {i} is frozen but belongs to no monitored "
-                            f"unit (tau={tau}). Call thaw() first, or give its group a tau."
+                            f"unit (tau={tau}). Set its group's tau back, call thaw(), then take "
+                            "the tau away."
                         )
                     continue
                 full_name = canonical_name(names[j]) if names else name
@@ -519,7 +614,8 @@ class GradESAdamW(AdamW):
         if self._rule.grace_steps is None:
             raise ValueError(
                 f"tau={tau} needs total_steps or grace_steps: the grace period (alpha * "
-                "total_steps, or grace_steps) keeps the small gradients of warm-up from freezing everything."
+                "total_steps, or grace_steps) keeps the small gradients of warm-up from freezing "
+                "everything."
             )
         if differentiable:
             raise ValueError(
@@ -583,7 +679,7 @@ class GradESAdamW(AdamW):
 
     # State
 
-    def _gather(self, i: int) -> functional.StepGroup:
+    def _gather(self, i: int) -> StepGroup:
         """The tensors of group `i` that have a gradient, their state made on first use."""
         group = self.param_groups[i]
         params: list[Tensor] = []
@@ -608,13 +704,14 @@ class GradESAdamW(AdamW):
                 prev_grad = state.setdefault("prev_grad", _no_prev_grad(p))
                 if uses_prev and prev_grad.shape != p.shape:
                     prev_grad = state["prev_grad"] = torch.zeros_like(p.grad)
+                    unit.prev_step = NEVER  # who cleared the state has taken the evidence with it
                 elif uses_prev and prev_grad.dtype != p.grad.dtype:
                     wide = torch.promote_types(prev_grad.dtype, p.grad.dtype)
                     prev_grad = state["prev_grad"] = prev_grad.to(wide)
             units.append(unit)
             prev_grads.append(prev_grad)
         beta1, beta2 = group["betas"]
-        return functional.StepGroup(
+        return StepGroup(
             params,
             grads,
             exp_avgs,
@@ -627,6 +724,41 @@ class GradESAdamW(AdamW):
             beta1=beta1,
             beta2=beta2,
             **{name: group[name] for name in _FLAGS},
+        )
+
+    def _gather_all(self, i: int) -> StepGroup:
+        """All tensors of group `i` that have state, laid out as the kernels want them."""
+        group = self.param_groups[i]
+        gathered = self._gather(i)
+        members = [
+            (p, unit)
+            for p, unit in zip(group["params"], self._rows[i], strict=True)
+            if self.state.get(p)
+        ]
+        for p, _ in members:
+            state = self.state[p]
+            if "step" in state:
+                state["step"] = state["step"].to(p.device, torch.float32)
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "prev_grad"):
+                x = state.get(key)
+                if x is None or x.shape != p.shape:
+                    continue
+                dtype = p.grad.dtype if key == "prev_grad" and p.grad is not None else x.dtype
+                if dtype != x.dtype or not same_memory_order(x, p):
+                    state[key] = torch.empty_like(p, dtype=dtype).copy_(x)
+        states = [self.state[p] for p, _ in members]
+        return gathered._replace(
+            params=[p for p, _ in members],
+            grads=[p.grad for p, _ in members],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+            state_steps=[state["step"] for state in states],
+            prev_grads=[
+                state.get("prev_grad") if unit is not None and unit.criterion == "change" else None
+                for state, (_, unit) in zip(states, members, strict=True)
+            ],
+            units=[unit for _, unit in members],
         )
 
     def _init_state(self, p: Tensor) -> None:
@@ -658,11 +790,13 @@ class GradESAdamW(AdamW):
             state["grades_t"] = self._table.t
             for key, name in _SAVED.items():
                 state[key] = getattr(unit, name)
-            if unit.criterion == "change" and (unit.prev_step == NEVER or unit.decided_at != NEVER):
-                state["prev_grad"] = _no_prev_grad(p)
+            if unit.criterion == "change" and unit.decided_at != NEVER:
+                state["prev_grad"] = _no_prev_grad(p)  # measured no more
 
     def _write_state(self) -> None:
         """Copy the whole table into the per-parameter state."""
+        if self._plan is not None:
+            self._plan.sync()
         for state in self.state.values():
             if state:
                 state["grades_t"] = self._table.t

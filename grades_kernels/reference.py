@@ -24,11 +24,10 @@ def _single_tensor_grades_adamw(
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> list[Unit]:
+) -> None:
     """Measure, decide, update, keep: Algorithm 1 of the paper for all parameter groups at once.
 
-    Returns the units whose statistic was measured. Reads the statistics back from the device, one
-    synchronisation per step with a check.
+    Reads the statistics back from the device: a synchronisation per step with a check.
     """
     if grad_scale is not None or found_inf is not None:
         raise AssertionError("Expected grad_scale and found_inf to be None")
@@ -50,7 +49,9 @@ def _single_tensor_grades_adamw(
 
     if table.rule.checks(t + 1):
         _keep(groups, t)
-    return list(measured)
+    if measured:
+        nan = float("nan")
+        table.record(tuple(u.statistic if u in measured else nan for u in table.units))
 
 
 def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> dict[Unit, float]:

@@ -680,12 +680,13 @@ def test_checkpoint_continues_under_adamw(mode, dtype, plain):
 # Other implementations of the same step --------------------------------------------------------
 
 
+@every_mode
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["adam", "amsgrad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_foreach(dtype, amsgrad):
+def test_foreach(mode, dtype, amsgrad):
     """foreach=True equals AdamW(foreach=True)."""
     twins = Twins(
-        lambda: small_parameters(dtype), foreach=True, amsgrad=amsgrad, **hyper_for(dtype)
+        lambda: small_parameters(dtype), mode, foreach=True, amsgrad=amsgrad, **hyper_for(dtype)
     )
     twins.train(5)
 

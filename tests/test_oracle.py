@@ -263,6 +263,7 @@ def compare_step(opt, params, oracle, dtype):
     for name, want in zip(names, oracle.statistics, strict=True):
         close("statistic", f"statistics()[{name!r}]", [opt.statistics()[name]], [want])
 
+    opt.state_dict()  # brings the state up to date where a device decides
     state = opt.state
     for u, members in enumerate(oracle.units):
         if oracle.decided[u] is None:

@@ -1,0 +1,971 @@
+"""The fused implementation: one Triton launch a step for all tensors, decisions on the device.
+
+The only module that imports Triton. Three parts: the kernels; `_Plan`, which lays the tensors of
+an optimizer out in device tables once and then costs one upload per step; and the door,
+`_fused_triton_grades_adamw`.
+
+How a decision is made without the host: every block of a monitored tensor adds its share of the
+statistic to a buffer and takes a ticket of its unit; the block with the last ticket sums the shares
+in a fixed order, compares with tau and writes the unit's row. Nothing that a block reads of a row
+in the same launch can tell whether that has happened yet: a row written at step t acts from t + 1
+on ("next_step"), or in a second launch ("same_step"). So a step's result never depends on the order
+in which blocks run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .freezing import NEVER, FreezeTable, Unit
+from .functional import StepGroup, same_memory_order
+
+# Tables are int64 words, so that one table holds addresses, counts and (as bits) numbers.
+
+# A row per tensor, written once.
+_PARAM = tl.constexpr(0)  # addresses
+_EXP_AVG = tl.constexpr(1)
+_EXP_AVG_SQ = tl.constexpr(2)
+_MAX_EXP_AVG_SQ = tl.constexpr(3)
+_PREV_GRAD = tl.constexpr(4)
+_STEP = tl.constexpr(5)
+_NUMEL = tl.constexpr(6)
+_UNIT = tl.constexpr(7)  # -1: not monitored
+_FIRST_BLOCK = tl.constexpr(8)
+_N_BLOCKS = tl.constexpr(9)
+_SPAN = tl.constexpr(10)  # elements per block of the launch
+_GROUP = tl.constexpr(11)
+_TENSOR_WORDS = tl.constexpr(12)
+
+# A row per unit; row 0 speaks for all units together, and so for tensors that are not monitored.
+_DECIDED_AT = tl.constexpr(0)  # row 0: the step at which the last unit was decided
+_HITS = tl.constexpr(1)
+_PREV_STEP = tl.constexpr(2)
+_MEASURED_AT = tl.constexpr(3)
+_STATISTIC = tl.constexpr(4)  # fp64
+_TAU = tl.constexpr(5)  # fp64
+_DIVISOR = tl.constexpr(6)  # fp64: the number of elements with tau_per="element", else 1
+_FIRST_TENSOR = tl.constexpr(7)
+_N_TENSORS = tl.constexpr(8)
+_N_UNIT_BLOCKS = tl.constexpr(9)
+_UNIT_WORDS = tl.constexpr(12)
+# Row 0 alone:
+_CLOCK = tl.constexpr(1)  # steps that really happened; kept up where the device counts
+_FORCED_AT = tl.constexpr(2)  # the step at which max_frozen decides all others
+_N_DECIDED = tl.constexpr(3)
+_N_UNITS = tl.constexpr(4)
+_ENOUGH = tl.constexpr(5)  # decided units from which on max_frozen decides the others
+_PATIENCE = tl.constexpr(6)
+_COOLDOWN = tl.constexpr(7)
+_LATE = tl.constexpr(8)  # 1 where the update of the decisive step is still applied
+_GRACE = tl.constexpr(9)
+_CHECK_EVERY = tl.constexpr(10)
+
+# The inputs of one step: a head, then a row per tensor.
+_T = tl.constexpr(0)
+_IS_CHECK = tl.constexpr(1)
+_IS_KEEP = tl.constexpr(2)
+_FOUND_INF = tl.constexpr(3)  # addresses of GradScaler's fp32 scalars, or 0
+_GRAD_SCALE = tl.constexpr(4)
+_HEAD_WORDS = tl.constexpr(6)
+_GRAD = tl.constexpr(0)  # address, 0: no gradient in this step
+_COEFFICIENTS = tl.constexpr(1)  # eight fp32
+_INPUT_WORDS = tl.constexpr(5)
+
+_STEP_SIZE = tl.constexpr(0)  # lr / (1 - beta1^step)
+_SQRT_BIAS_CORRECTION2 = tl.constexpr(1)
+_DECAY = tl.constexpr(2)  # lr * weight_decay
+_ONE_MINUS_BETA1 = tl.constexpr(3)
+_BETA2 = tl.constexpr(4)
+_ONE_MINUS_BETA2 = tl.constexpr(5)
+_EPS = tl.constexpr(6)
+_SIGN = tl.constexpr(7)  # -1 with maximize
+
+# Hyper-parameters of a parameter group in fp64, where the device computes the coefficients.
+_LR = tl.constexpr(0)
+_BETA1_64 = tl.constexpr(1)
+_BETA2_64 = tl.constexpr(2)
+_EPS_64 = tl.constexpr(3)
+_WEIGHT_DECAY_64 = tl.constexpr(4)
+_SIGN_64 = tl.constexpr(5)
+_HYPER_WORDS = tl.constexpr(6)
+
+_JUDGE_TILE = tl.constexpr(512)
+
+
+@triton.jit
+def _f64(ptr):
+    return ptr.to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def _f32(ptr):
+    return ptr.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _found_inf(inputs_ptr):
+    """Whether GradScaler found an infinity: then nothing may be written."""
+    found = 0.0
+    address = tl.load(inputs_ptr + _FOUND_INF)
+    if address != 0:
+        found = tl.load(_f32(address))
+    return found != 0.0
+
+
+@triton.jit
+def _at(address, first, dtype: tl.constexpr, FULL: tl.constexpr):
+    """A typed pointer to element `first`; the hint makes 16-byte accesses, after the cast only."""
+    ptr = address.to(tl.pointer_type(dtype)) + first
+    if FULL:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
+def _load(address, first, n_left, dtype: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    if FULL:
+        x = tl.load(_at(address, first, dtype, FULL) + lanes)
+    else:
+        x = tl.load(_at(address, first, dtype, FULL) + lanes, mask=lanes < n_left, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(address, first, n_left, x, dtype: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    if FULL:
+        tl.store(_at(address, first, dtype, FULL) + lanes, x.to(dtype))
+    else:
+        tl.store(_at(address, first, dtype, FULL) + lanes, x.to(dtype), mask=lanes < n_left)
+
+
+@triton.jit
+def _do_block(
+    tensor_row,
+    grad_address,
+    coefficients,
+    grad_scale,
+    factor,
+    measuring,
+    keeping,
+    first,
+    n_left,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,
+    STATISTIC: tl.constexpr,
+    MEASURE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    KEEP: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One block of one tensor: returns |difference| and |g| per element, in fp32.
+
+    All arithmetic is fp32 and rounded operation by operation; only the storage dtypes are narrow.
+    FULL blocks lie wholly inside an aligned tensor and need no mask: a mask alone, even one that is
+    always true, breaks 16-byte accesses into single ones.
+    """
+    g = _load(grad_address, first, n_left, GRAD, FULL, BLOCK)
+    if SCALED:
+        g = tl.div_rn(g, tl.full(g.shape, 0.0, tl.float32) + grad_scale)
+        if UPDATE:
+            _store(grad_address, first, n_left, g, GRAD, FULL, BLOCK)
+    difference = tl.zeros_like(g)
+    signed = g * tl.load(coefficients + _SIGN)
+
+    if UPDATE:
+        exp_avg_address = tl.load(tensor_row + _EXP_AVG)
+        exp_avg_sq_address = tl.load(tensor_row + _EXP_AVG_SQ)
+        param_address = tl.load(tensor_row + _PARAM)
+        m = _load(exp_avg_address, first, n_left, MOMENT, FULL, BLOCK)
+        v = _load(exp_avg_sq_address, first, n_left, MOMENT, FULL, BLOCK)
+        p = _load(param_address, first, n_left, PARAM, FULL, BLOCK)
+    elif STATISTIC == "momentum":
+        m = _load(tl.load(tensor_row + _EXP_AVG), first, n_left, MOMENT, FULL, BLOCK)
+
+    if MEASURE:
+        if STATISTIC == "change":
+            if measuring:
+                prev_address = tl.load(tensor_row + _PREV_GRAD)
+                difference = g - _load(prev_address, first, n_left, GRAD, FULL, BLOCK)
+        elif STATISTIC == "momentum":
+            difference = signed - m
+        else:
+            difference = g
+
+    if KEEP and STATISTIC == "change":
+        if keeping:
+            _store(tl.load(tensor_row + _PREV_GRAD), first, n_left, g, GRAD, FULL, BLOCK)
+
+    if UPDATE:
+        weight = tl.load(coefficients + _ONE_MINUS_BETA1)
+        # As torch's lerp: the form that is exact at the nearer end.
+        m = tl.where(
+            weight < 0.5, m + weight * (signed - m), signed - (signed - m) * (1.0 - weight)
+        )
+        beta2 = tl.load(coefficients + _BETA2)
+        v = v * beta2 + (tl.load(coefficients + _ONE_MINUS_BETA2) * signed) * signed
+        _store(exp_avg_address, first, n_left, m, MOMENT, FULL, BLOCK)
+        _store(exp_avg_sq_address, first, n_left, v, MOMENT, FULL, BLOCK)
+        if AMSGRAD:
+            max_address = tl.load(tensor_row + _MAX_EXP_AVG_SQ)
+            v_max = _load(max_address, first, n_left, MOMENT, FULL, BLOCK)
+            v = tl.maximum(v, v_max, propagate_nan=tl.PropagateNan.ALL)
+            _store(max_address, first, n_left, v, MOMENT, FULL, BLOCK)
+        correction = tl.load(coefficients + _SQRT_BIAS_CORRECTION2)
+        root = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction)
+        step_size = tl.load(coefficients + _STEP_SIZE) * factor
+        p = p - p * (tl.load(coefficients + _DECAY) * factor)
+        p = p - tl.div_rn(step_size * m, root + tl.load(coefficients + _EPS))
+        _store(param_address, first, n_left, p, PARAM, FULL, BLOCK)
+
+    difference = tl.abs(difference)
+    magnitude = tl.abs(g)
+    if not FULL and STATISTIC == "momentum":
+        difference = tl.where(tl.arange(0, BLOCK) < n_left, difference, 0.0)
+    return difference, magnitude
+
+
+@triton.jit
+def _complete(unit_row, tensors_ptr, inputs_ptr):
+    """Whether every tensor of the unit has a gradient in this step."""
+    first = tl.load(unit_row + _FIRST_TENSOR)
+    complete = True
+    for tensor in range(first, first + tl.load(unit_row + _N_TENSORS)):
+        grad = tl.load(inputs_ptr + _HEAD_WORDS + tensor * _INPUT_WORDS + _GRAD)
+        complete = complete & (grad != 0)
+    return complete
+
+
+@triton.jit
+def _judge(
+    units_ptr,
+    unit_row,
+    tensors_ptr,
+    inputs_ptr,
+    partials_ptr,
+    t,
+    keeping,
+    STATISTIC: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sum a unit's shares in a fixed order, compare with tau, write its row."""
+    first = tl.load(unit_row + _FIRST_TENSOR)
+    statistic = tl.full((), 0.0, tl.float64)
+    evidence = True
+    for tensor in range(first, first + tl.load(unit_row + _N_TENSORS)):
+        row = tensors_ptr + tensor * _TENSOR_WORDS
+        first_block = tl.load(row + _FIRST_BLOCK)
+        n_blocks = tl.load(row + _N_BLOCKS)
+        differences = tl.zeros((TILE,), tl.float64)
+        magnitudes = tl.zeros((TILE,), tl.float64)
+        for start in range(0, n_blocks, TILE):
+            block = start + tl.arange(0, TILE)
+            shares = partials_ptr + (first_block + block) * 2
+            # Past the first-level cache: other multiprocessors wrote them in this launch.
+            mask = block < n_blocks
+            differences += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg").to(
+                tl.float64
+            )
+            magnitudes += tl.load(shares + 1, mask=mask, other=0.0, cache_modifier=".cg").to(
+                tl.float64
+            )
+        statistic += tl.sum(differences)
+        evidence = evidence & (tl.sum(magnitudes) > 0)
+        if STATISTIC == "momentum":
+            # The tensor's first block has counted this step already where it updates.
+            steps = tl.load(_f32(tl.load(row + _STEP)), cache_modifier=".cg")
+            evidence = evidence & (steps >= (2 if UPDATE else 1))
+    evidence = evidence & (statistic < float("inf"))  # False for NaN too
+    if STATISTIC == "change":
+        evidence = evidence & (tl.load(unit_row + _PREV_STEP) == t - 1)
+        if keeping:
+            if _complete(unit_row, tensors_ptr, inputs_ptr):
+                tl.store(unit_row + _PREV_STEP, t)
+
+    if evidence:
+        statistic = statistic / tl.load(_f64(unit_row) + _DIVISOR)
+        tl.store(_f64(unit_row) + _STATISTIC, statistic)
+        tl.store(unit_row + _MEASURED_AT, t)
+        hit = statistic < tl.load(_f64(unit_row) + _TAU)
+        hits = tl.where(hit, tl.load(unit_row + _HITS) + 1, 0)
+        tl.store(unit_row + _HITS, hits)
+        if hits >= tl.load(units_ptr + _PATIENCE):
+            tl.store(unit_row + _DECIDED_AT, t)
+            decided = tl.atomic_add(units_ptr + _N_DECIDED, 1) + 1
+            if decided == tl.load(units_ptr + _N_UNITS):
+                tl.store(units_ptr + _DECIDED_AT, t)
+            elif decided >= tl.load(units_ptr + _ENOUGH):
+                tl.store(units_ptr + _FORCED_AT, t + 1)
+
+
+@triton.jit(do_not_specialize=["first_program"])
+def _step_kernel(
+    blocks_ptr,  # int32 pairs: the tensor of each program, and which part of it
+    tensors_ptr,
+    inputs_ptr,
+    units_ptr,
+    partials_ptr,  # fp32 pairs: a program's share of the statistic and of |g|
+    tickets_ptr,  # int32 per unit
+    first_program,  # of this launch in blocks_ptr
+    PARAM: tl.constexpr,  # dtypes
+    GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,
+    STATISTIC: tl.constexpr,  # "change", "norm" or "momentum"
+    MEASURE: tl.constexpr,  # accumulate the statistic
+    UPDATE: tl.constexpr,  # AdamW
+    KEEP: tl.constexpr,  # store the gradient for the next step's check
+    AMSGRAD: tl.constexpr,
+    SCALED: tl.constexpr,  # GradScaler's in-kernel protocol
+    BLOCK: tl.constexpr,
+):
+    """Statistic, decision and AdamW of all tensors of one dtype combination.
+
+    Reads g, and where it updates p, exp_avg, exp_avg_sq; writes the latter three. A tensor of a
+    frozen unit costs a few scalar loads and writes nothing.
+    """
+    place = blocks_ptr + (first_program + tl.program_id(0)) * 2
+    tensor = tl.load(place).to(tl.int64)
+    index = tl.load(place + 1)
+    tensor_row = tensors_ptr + tensor * _TENSOR_WORDS
+    input_row = inputs_ptr + _HEAD_WORDS + tensor * _INPUT_WORDS
+    t = tl.load(inputs_ptr + _T)
+    if SCALED:
+        if _found_inf(inputs_ptr):
+            return
+    if UPDATE:
+        if (first_program == 0) & (tl.program_id(0) == 0):
+            tl.store(units_ptr + _CLOCK, t)
+    unit = tl.load(tensor_row + _UNIT)
+    unit_row = units_ptr + (unit + 1) * _UNIT_WORDS
+    monitored = unit >= 0
+
+    decided_at = tl.load(unit_row + _DECIDED_AT)
+    forced_at = tl.load(units_ptr + _FORCED_AT)
+    forced = (decided_at < 0) & (forced_at >= 0) & (forced_at <= t)
+    decided_at = tl.where(forced, forced_at, decided_at)
+    decided = decided_at >= 0
+    cooldown = tl.load(units_ptr + _COOLDOWN)
+    late = tl.where(forced, 0, tl.load(units_ptr + _LATE))
+    frozen = monitored & decided & (t >= decided_at + cooldown + late)
+    measuring = MEASURE and (monitored & (decided_at < 0) & (tl.load(inputs_ptr + _IS_CHECK) != 0))
+    keeping = KEEP and (monitored & (decided_at < 0) & (tl.load(inputs_ptr + _IS_KEEP) != 0))
+    if frozen:
+        return
+    if not UPDATE:
+        if not measuring:
+            return
+
+    factor = 1.0
+    if decided & (cooldown > 0):
+        ramp = 1.0 - (t - decided_at).to(tl.float64) / cooldown.to(tl.float64)
+        factor = tl.maximum(ramp, 0.0).to(tl.float32)
+
+    grad_address = tl.load(input_row + _GRAD)
+    coefficients = _f32(input_row + _COEFFICIENTS)
+    grad_scale = 1.0
+    if SCALED:
+        scale_address = tl.load(inputs_ptr + _GRAD_SCALE)
+        if scale_address != 0:
+            grad_scale = tl.load(_f32(scale_address))
+    n_elements = tl.load(tensor_row + _NUMEL)
+    n_elements = tl.where(grad_address != 0, n_elements, 0)
+    span = tl.load(tensor_row + _SPAN)
+    start = index * span
+    stop = tl.minimum(start + span, n_elements)
+
+    addresses = grad_address
+    if UPDATE:
+        addresses |= tl.load(tensor_row + _PARAM)
+        addresses |= tl.load(tensor_row + _EXP_AVG) | tl.load(tensor_row + _EXP_AVG_SQ)
+        if AMSGRAD:
+            addresses |= tl.load(tensor_row + _MAX_EXP_AVG_SQ)
+    elif STATISTIC == "momentum":
+        addresses |= tl.load(tensor_row + _EXP_AVG)
+    if STATISTIC == "change":
+        if MEASURE or KEEP:
+            addresses |= tl.load(tensor_row + _PREV_GRAD)
+    aligned = addresses % 16 == 0
+
+    differences = tl.zeros((BLOCK,), tl.float32)
+    magnitudes = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, stop, BLOCK):
+        n_left = (n_elements - first).to(tl.int32)
+        if aligned & (first + BLOCK <= n_elements):
+            difference, magnitude = _do_block(
+                tensor_row, grad_address, coefficients, grad_scale, factor, measuring, keeping,
+                first, n_left, PARAM, GRAD, MOMENT, STATISTIC, MEASURE, UPDATE, KEEP,
+                AMSGRAD, SCALED, BLOCK, FULL=True,
+            )  # fmt: skip
+        else:
+            difference, magnitude = _do_block(
+                tensor_row, grad_address, coefficients, grad_scale, factor, measuring, keeping,
+                first, n_left, PARAM, GRAD, MOMENT, STATISTIC, MEASURE, UPDATE, KEEP,
+                AMSGRAD, SCALED, BLOCK, FULL=False,
+            )  # fmt: skip
+        if MEASURE:
+            differences += difference
+            magnitudes += magnitude
+
+    if UPDATE:
+        if (index == 0) & (grad_address != 0):
+            step_ptr = _f32(tl.load(tensor_row + _STEP))
+            tl.store(step_ptr, tl.load(step_ptr) + 1.0)
+
+    if KEEP and STATISTIC == "change":
+        # Where this launch measures too, the judge writes prev_step, after it has read it.
+        if keeping & (not measuring) & (index == 0) & (tl.load(unit_row + _FIRST_TENSOR) == tensor):
+            if _complete(unit_row, tensors_ptr, inputs_ptr):
+                tl.store(unit_row + _PREV_STEP, t)
+
+    if MEASURE:
+        if measuring:
+            share = partials_ptr + (tl.load(tensor_row + _FIRST_BLOCK) + index) * 2
+            tl.store(share, tl.sum(differences))
+            tl.store(share + 1, tl.sum(magnitudes))
+            tl.debug_barrier()
+            ticket = tl.atomic_add(tickets_ptr + unit, 1, sem="acq_rel")
+            if ticket == tl.load(unit_row + _N_UNIT_BLOCKS) - 1:
+                tl.store(tickets_ptr + unit, 0)
+                _judge(
+                    units_ptr, unit_row, tensors_ptr, inputs_ptr, partials_ptr, t, keeping,
+                    STATISTIC, UPDATE, TILE=_JUDGE_TILE,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _begin_kernel(inputs_ptr, units_ptr, tensors_ptr, hyper_ptr, n_tensors, TILE: tl.constexpr):
+    """Count a step and compute its inputs, where the host cannot: in a captured CUDA graph.
+
+    One program. Reads the clock, every tensor's step and its group's hyper-parameters (fp64);
+    writes the clock, the head of the inputs and the coefficients of every tensor.
+    """
+    if _found_inf(inputs_ptr):
+        return
+    t = tl.load(units_ptr + _CLOCK) + 1
+    since = t - tl.load(units_ptr + _GRACE) - 1
+    every = tl.load(units_ptr + _CHECK_EVERY)
+    is_check = (since >= 0) & (since % every == 0)
+    is_keep = (since + 1 >= 0) & ((since + 1) % every == 0)
+    tl.store(units_ptr + _CLOCK, t)
+    tl.store(inputs_ptr + _T, t)
+    tl.store(inputs_ptr + _IS_CHECK, is_check.to(tl.int64))
+    tl.store(inputs_ptr + _IS_KEEP, is_keep.to(tl.int64))
+    for start in range(0, n_tensors, TILE):
+        tensor = (start + tl.arange(0, TILE)).to(tl.int64)
+        mask = tensor < n_tensors
+        row = tensors_ptr + tensor * _TENSOR_WORDS
+        hyper = _f64(hyper_ptr + tl.load(row + _GROUP, mask=mask, other=0) * _HYPER_WORDS)
+        lr = tl.load(hyper + _LR, mask=mask, other=0.0)
+        beta1 = tl.load(hyper + _BETA1_64, mask=mask, other=0.0)
+        beta2 = tl.load(hyper + _BETA2_64, mask=mask, other=0.0)
+        step_address = tl.load(row + _STEP, mask=mask, other=0)
+        steps = tl.load(_f32(step_address), mask=mask, other=0.0).to(tl.float64) + 1.0
+        bias_correction1 = 1.0 - tl.exp(steps * tl.log(beta1))
+        bias_correction2 = 1.0 - tl.exp(steps * tl.log(beta2))
+        decay = lr * tl.load(hyper + _WEIGHT_DECAY_64, mask=mask, other=0.0)
+        eps = tl.load(hyper + _EPS_64, mask=mask, other=0.0)
+        sign = tl.load(hyper + _SIGN_64, mask=mask, other=1.0)
+        out = _f32(inputs_ptr + _HEAD_WORDS + tensor * _INPUT_WORDS + _COEFFICIENTS)
+        tl.store(out + _STEP_SIZE, (lr / bias_correction1).to(tl.float32), mask=mask)
+        root = tl.sqrt(bias_correction2).to(tl.float32)
+        tl.store(out + _SQRT_BIAS_CORRECTION2, root, mask=mask)
+        tl.store(out + _DECAY, decay.to(tl.float32), mask=mask)
+        tl.store(out + _ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
+        tl.store(out + _BETA2, beta2.to(tl.float32), mask=mask)
+        tl.store(out + _ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
+        tl.store(out + _EPS, eps.to(tl.float32), mask=mask)
+        tl.store(out + _SIGN, sign.to(tl.float32), mask=mask)
+
+
+NUM_WARPS = 4
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_MIN_SPAN = 2048
+_MAX_PROGRAMS_PER_TENSOR = 4096  # what the judge of a unit has to sum
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters of a parameter group in one step."""
+
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+class _Launch(NamedTuple):
+    """The tensors that one launch serves: one combination of dtypes and flags."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    moment: torch.dtype
+    amsgrad: bool
+    criterion: str
+
+
+class _Staging:
+    """A pinned buffer for one step's inputs, and when the device has read it."""
+
+    def __init__(self, n_tensors: int, cuda: bool) -> None:
+        n_words = _HEAD_WORDS.value + n_tensors * _INPUT_WORDS.value
+        self.words = torch.zeros(n_words, dtype=torch.int64, pin_memory=cuda)
+        array = self.words.numpy()
+        self.head = array[: _HEAD_WORDS.value]
+        rows = array[_HEAD_WORDS.value :].reshape(n_tensors, _INPUT_WORDS.value)
+        self.grads = rows[:, _GRAD.value]
+        self.coefficients = rows[:, _COEFFICIENTS.value :].view(np.float32)
+        self.read = torch.cuda.Event() if cuda else None
+
+
+class Plan:
+    """The tensors of an optimizer on one device, laid out for the kernels.
+
+    Built when tensors, state or units change; `step` then costs one pass over the gradients, one
+    asynchronous copy and one launch (two for a check before the update) per dtype combination.
+
+    Args:
+        groups: Per parameter group, its tensors that have state; gradients may be None.
+        table: The freeze table; the device's rows start from it.
+    """
+
+    def __init__(self, groups: Sequence[StepGroup], table: FreezeTable) -> None:
+        self.table = table
+        self.params = [group.params for group in groups]
+        self.state = [(g.exp_avgs, g.exp_avg_sqs, g.max_exp_avg_sqs, g.state_steps) for g in groups]
+        self.flags = [(group.amsgrad, group.capturable) for group in groups]
+        self.capturable = any(group.capturable for group in groups)
+        tensors = [
+            (group.units[i], k, i)
+            for k, group in enumerate(groups)
+            for i in range(len(group.params))
+        ]
+        number = {unit: n for n, unit in enumerate(table.units)}
+        # A unit's tensors stand next to each other, behind them those that are not monitored.
+        tensors.sort(key=lambda x: number[x[0]] if x[0] is not None else len(number))
+        self.places = [(k, i) for _, k, i in tensors]
+        self.device = groups[self.places[0][0]].params[self.places[0][1]].device
+        self.cuda = self.device.type == "cuda"
+        self.group_of = np.array([k for k, _ in self.places])
+        self.flat_params = [groups[k].params[i] for k, i in self.places]
+        self.shapes = [p.shape for p in self.flat_params]
+        self.grad_dtypes = [
+            _grad_dtype(groups[k].grads[i], p)
+            for (k, i), p in zip(self.places, self.flat_params, strict=True)
+        ]
+        self.strided = [n for n, p in enumerate(self.flat_params) if not p.is_contiguous()]
+        self._lay_out(groups, [unit for unit, _, _ in tensors], number)
+        n = len(self.places)
+        steps = torch.stack([groups[k].state_steps[i] for k, i in self.places])
+        self.steps = steps.cpu().numpy().astype(np.int64)
+        self.ring = [self._staging(n) for _ in range(4)]
+        self.inputs = torch.zeros_like(self.ring[0].words, device=self.device)
+        self.hyper = torch.zeros(
+            len(groups), _HYPER_WORDS.value, dtype=torch.float64, device=self.device
+        )
+        self.turn = 0
+        self.captured: list[Any] = []
+        self.pending: np.ndarray | None = None  # the tensors that the step under way updates
+        self.stepped = False  # since the last sync
+        self.counts_alone = False  # whether the device knows better than the host what t is
+        self.recorded_at = table.t
+
+    def _staging(self, n: int) -> _Staging:
+        return _Staging(n, self.cuda)
+
+    def _lay_out(
+        self, groups: Sequence[StepGroup], unit_of: list[Unit | None], number: dict[Unit, int]
+    ) -> None:
+        rows = np.zeros((len(self.places), _TENSOR_WORDS.value), dtype=np.int64)
+        launches: dict[_Launch, list[int]] = {}
+        self.holds_prev_grads = True
+        first_program = 0
+        for n, ((k, i), unit) in enumerate(zip(self.places, unit_of, strict=True)):
+            group, row, p = groups[k], rows[n], groups[k].params[i]
+            step = group.state_steps[i]
+            if step.device != p.device or step.dtype != torch.float32:
+                raise AssertionError("steps must be fp32 on the parameter's device")
+            row[_PARAM.value] = p.data_ptr()
+            row[_EXP_AVG.value] = group.exp_avgs[i].data_ptr()
+            row[_EXP_AVG_SQ.value] = group.exp_avg_sqs[i].data_ptr()
+            if group.amsgrad:
+                row[_MAX_EXP_AVG_SQ.value] = group.max_exp_avg_sqs[i].data_ptr()
+            prev_grad = group.prev_grads[i]
+            if prev_grad is not None and prev_grad.shape == p.shape:
+                row[_PREV_GRAD.value] = prev_grad.data_ptr()
+            elif unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
+                self.holds_prev_grads = False
+            row[_STEP.value] = step.data_ptr()
+            row[_NUMEL.value] = p.numel()
+            row[_UNIT.value] = -1 if unit is None else number[unit]
+            span = max(_MIN_SPAN, -(-p.numel() // _MAX_PROGRAMS_PER_TENSOR))
+            span = -(-span // 1024) * 1024
+            programs = max(1, -(-p.numel() // span))
+            row[_FIRST_BLOCK.value], row[_N_BLOCKS.value] = first_program, programs
+            row[_SPAN.value], row[_GROUP.value] = span, k
+            first_program += programs
+            launch = _Launch(
+                p.dtype,
+                self.grad_dtypes[n],
+                group.exp_avgs[i].dtype,
+                group.amsgrad,
+                unit.criterion if unit is not None else "",
+            )
+            launches.setdefault(launch, []).append(n)
+        self.rows = rows
+        self.tensors = self._upload(rows)
+        self.partials = torch.zeros(first_program * 2, device=self.device)
+        self.tickets = torch.zeros(max(1, len(number)), dtype=torch.int32, device=self.device)
+        self._lay_out_units(rows, unit_of, number)
+
+        # What is not monitored rides along with a launch of its dtypes.
+        for launch in [x for x in launches if not x.criterion]:
+            partner = next((x for x in launches if x.criterion and x[:4] == launch[:4]), None)
+            if partner is not None:
+                launches[partner] += launches.pop(launch)
+        self.launches = launches
+        self.dropped: set[int] = set()
+        self._lay_out_blocks()
+
+    def _lay_out_units(
+        self, rows: np.ndarray, unit_of: list[Unit | None], number: dict[Unit, int]
+    ) -> None:
+        table, rule = self.table, self.table.rule
+        words = np.full((1 + len(number), _UNIT_WORDS.value), NEVER, dtype=np.int64)
+        numbers = words.view(np.float64)
+        head = words[0]
+        n_decided = sum(unit.decided_at != NEVER for unit in table.units)
+        enough = next(
+            (k for k in range(1, len(number) + 1) if k / len(number) >= rule.max_frozen), 0
+        )
+        head[_DECIDED_AT.value] = table.all_decided_at
+        head[_CLOCK.value] = table.t
+        forced = bool(number) and enough <= n_decided < len(number)
+        head[_FORCED_AT.value] = table.t + 1 if forced else NEVER
+        head[_N_DECIDED.value], head[_N_UNITS.value] = n_decided, len(number)
+        head[_ENOUGH.value] = enough
+        head[_PATIENCE.value], head[_COOLDOWN.value] = rule.patience, rule.cooldown
+        head[_LATE.value] = rule.freeze_timing == "next_step" and rule.cooldown == 0
+        head[_GRACE.value] = rule.grace_steps if rule.grace_steps is not None else 1 << 62
+        head[_CHECK_EVERY.value] = rule.check_every
+        for unit, n in number.items():
+            row = words[1 + n]
+            members = [m for m, other in enumerate(unit_of) if other is unit]
+            row[_DECIDED_AT.value] = unit.decided_at
+            row[_HITS.value], row[_PREV_STEP.value] = unit.hits, unit.prev_step
+            numbers[1 + n, _STATISTIC.value] = unit.statistic
+            numbers[1 + n, _TAU.value] = unit.tau
+            numbers[1 + n, _DIVISOR.value] = unit.n_elements if rule.tau_per == "element" else 1
+            row[_FIRST_TENSOR.value] = members[0] if members else 0
+            # A unit with a tensor that never had a gradient has no evidence: no ticket is the last.
+            complete = len(members) == unit.n_tensors
+            row[_N_TENSORS.value] = len(members)
+            row[_N_UNIT_BLOCKS.value] = (
+                sum(rows[m, _N_BLOCKS.value] for m in members) if complete else 1 << 62
+            )
+        self.units = self._upload(words)
+        self.mirror = torch.zeros(words.shape, dtype=torch.int64, pin_memory=self.cuda)
+        self.mirrored = torch.cuda.Event() if self.cuda else None
+
+    def _lay_out_blocks(self) -> None:
+        """The programs of every launch: those that may measure first, dropped tensors not at all."""
+        parts: list[np.ndarray] = []
+        self.programs: dict[_Launch, tuple[int, int, int]] = {}
+        first = 0
+        for launch, members in self.launches.items():
+            chosen = np.array([n for n in members if n not in self.dropped], dtype=np.int64)
+            if len(chosen) == 0:
+                continue
+            counts = self.rows[chosen, _N_BLOCKS.value]
+            tensor = np.repeat(chosen, counts)
+            index = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+            parts.append(np.stack([tensor, index], axis=1))
+            monitored = int(counts[self.rows[chosen, _UNIT.value] >= 0].sum())
+            self.programs[launch] = (first, monitored, len(tensor))
+            first += len(tensor)
+        blocks = np.concatenate(parts) if parts else np.zeros((0, 2))
+        self.blocks = self._upload(blocks.astype(np.int32))
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        """A copy on the device that does not hold the host up."""
+        if not self.cuda:
+            return torch.from_numpy(array.copy())
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these gradients have the shapes and dtypes that the plan was laid out for."""
+        return all(
+            g is None or (g.shape == shape and g.dtype == dtype and g.layout == torch.strided)
+            for g, shape, dtype in zip(grads, self.shapes, self.grad_dtypes, strict=True)
+        )
+
+    def step(
+        self,
+        grads: list[Tensor | None],
+        hypers: Sequence[Hyper],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Launch one step; returns before the device has done it.
+
+        Args:
+            grads: In the order of `flat_params`; None where there is none.
+            hypers: Per parameter group.
+            grad_scale: What gradients were multiplied with, as GradScaler hands it over.
+            found_inf: Not zero: nothing may be written.
+        """
+        table, rule = self.table, self.table.rule
+        t = table.t + 1
+        grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
+        capturing = self.cuda and torch.cuda.is_current_stream_capturing()
+        scaled = grad_scale is not None or found_inf is not None
+        on_device = self.capturable or any(
+            isinstance(x, Tensor) and x.device.type != "cpu" for h in hypers for x in h[:3]
+        )
+        if not self.programs and not self.capturable:  # all is frozen
+            table.t, self.counts_alone = t, False
+            return
+        restrided = self._restride(grads)
+        staging = self._next_staging(capturing)
+        staging.grads[:] = [0 if g is None else g.data_ptr() or 16 for g in grads]
+        has_grad = staging.grads != 0
+        staging.head[:5] = (
+            t,
+            rule.checks(t),
+            rule.checks(t + 1),
+            0 if found_inf is None else found_inf.data_ptr(),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+        )
+        if not on_device:
+            self._compute_coefficients(staging.coefficients, hypers, has_grad)
+
+        elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
+        with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
+            self.inputs.copy_(staging.words, non_blocking=True)
+            if staging.read is not None and not capturing:
+                staging.read.record()
+            if on_device:
+                self._begin(hypers)
+            check = on_device or rule.checks(t)
+            keep = on_device or rule.checks(t + 1)
+            if check and rule.freeze_timing == "same_step":
+                self._launch(measure=True, update=False, keep=False, scaled=scaled)
+            self._launch(
+                measure=check and rule.freeze_timing == "next_step",
+                update=True,
+                keep=keep,
+                scaled=scaled,
+            )
+            if check or scaled:
+                self.mirror.copy_(self.units, non_blocking=True)
+                if self.mirrored is not None and not capturing:
+                    self.mirrored.record()
+                self.pending = has_grad
+        for g, copy in restrided if scaled else ():
+            g.copy_(copy)
+        if not (on_device or scaled):
+            table.t = t
+            self.steps += has_grad
+        self.counts_alone, self.stepped = on_device or scaled, True
+
+    def _scalar(self, value: Tensor | float | None) -> Tensor | None:
+        """GradScaler's scalars as this device's; it hands over the number 0 for "nothing found"."""
+        if not isinstance(value, Tensor):
+            return None
+        return value.to(self.device, torch.float32, non_blocking=True)
+
+    def _restride(self, grads: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        """Replace gradients that do not lie in memory like their parameter by copies that do."""
+        odd = self.strided
+        if not all([g is None or g.is_contiguous() for g in grads]):
+            odd = range(len(grads))
+        copies = []
+        for n in odd:
+            g, p = grads[n], self.flat_params[n]
+            if g is not None and not same_memory_order(g, p):
+                grads[n] = copy = torch.empty_like(p, dtype=g.dtype).copy_(g)
+                copies.append((g, copy))
+        return copies
+
+    def _next_staging(self, capturing: bool) -> _Staging:
+        if capturing:
+            # A replay reads this buffer again, so it belongs to the graph.
+            staging = self._staging(len(self.places))
+            self.captured.append((staging, self.blocks))
+            return staging
+        self.turn = (self.turn + 1) % len(self.ring)
+        staging = self.ring[self.turn]
+        if staging.read is not None:
+            staging.read.synchronize()  # four steps back
+        return staging
+
+    def _compute_coefficients(
+        self, out: np.ndarray, hypers: Sequence[Hyper], has_grad: np.ndarray
+    ) -> None:
+        """In fp64, since a Python float reaches a kernel as fp32: 1 - 0.999 would be off by 1e-5."""
+        columns = np.array(
+            [[float(h.lr), float(h.beta1), float(h.beta2), h.eps, h.weight_decay] for h in hypers]
+        )[self.group_of]
+        lr, beta1, beta2, eps, weight_decay = columns.T
+        steps = self.steps + 1
+        out[:, _STEP_SIZE.value] = lr / (1 - beta1**steps)
+        out[:, _SQRT_BIAS_CORRECTION2.value] = np.sqrt(1 - beta2**steps)
+        out[:, _DECAY.value] = lr * weight_decay
+        out[:, _ONE_MINUS_BETA1.value] = 1 - beta1
+        out[:, _BETA2.value] = beta2
+        out[:, _ONE_MINUS_BETA2.value] = 1 - beta2
+        out[:, _EPS.value] = eps
+        out[:, _SIGN.value] = np.array([-1.0 if h.maximize else 1.0 for h in hypers])[self.group_of]
+
+    def _begin(self, hypers: Sequence[Hyper]) -> None:
+        for row, h in zip(self.hyper, hypers, strict=True):
+            values = (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, -1.0 if h.maximize else 1.0)
+            for word, value in zip(row, values, strict=True):
+                if isinstance(value, Tensor):
+                    word.copy_(value.squeeze(), non_blocking=True)
+                else:
+                    word.fill_(value)
+        _begin_kernel[(1,)](
+            self.inputs,
+            self.units,
+            self.tensors,
+            self.hyper.view(torch.int64),
+            len(self.places),
+            TILE=128,
+        )
+
+    def _launch(self, *, measure: bool, update: bool, keep: bool, scaled: bool) -> None:
+        for launch, (first, n_monitored, n_programs) in self.programs.items():
+            n = n_programs if update else n_monitored
+            if n == 0:
+                continue
+            measures = measure and n_monitored > 0
+            keeps = keep and n_monitored > 0 and launch.criterion == "change"
+            narrow = min(launch.param.itemsize, launch.grad.itemsize, launch.moment.itemsize)
+            _step_kernel[(n,)](
+                self.blocks,
+                self.tensors,
+                self.inputs,
+                self.units,
+                self.partials,
+                self.tickets,
+                first,
+                PARAM=_DTYPES[launch.param],
+                GRAD=_DTYPES[launch.grad],
+                MOMENT=_DTYPES[launch.moment],
+                STATISTIC=launch.criterion if measures or keeps else "norm",
+                MEASURE=measures,
+                UPDATE=update,
+                KEEP=keeps,
+                AMSGRAD=launch.amsgrad,
+                SCALED=scaled,
+                BLOCK=block_size(narrow),
+                num_warps=NUM_WARPS,
+                # Every operation rounds, as in the reference and alike in all variants.
+                enable_fp_fusion=False,
+            )
+
+    # What the host learns
+
+    def absorb(self) -> None:
+        """Take over what the step before decided: the fixed lag of one step.
+
+        Waits for that step's copy of the table, which was queued before the forward and backward
+        pass that the device works on now.
+        """
+        if self.pending is not None:
+            if self.mirrored is not None:
+                self.mirrored.synchronize()
+            self._read(self.mirror.numpy())
+        self.table.settle()
+
+    def sync(self) -> None:
+        """Bring the whole table up to date; waits for the device."""
+        if not (self.stepped or self.captured):
+            return
+        self.stepped = False
+        words = self.units.cpu().numpy()
+        self._read(words)
+        numbers = words.view(np.float64)
+        for n, unit in enumerate(self.table.units, start=1):
+            unit.hits = int(words[n, _HITS.value])
+            unit.prev_step = int(words[n, _PREV_STEP.value])
+            unit.statistic = float(numbers[n, _STATISTIC.value])
+        self.table.settle()
+
+    def peek(self) -> None:
+        """Take over what replays of a captured graph have copied out so far; never waits."""
+        self._read(self.mirror.numpy())
+        self.table.settle()
+
+    def _read(self, words: np.ndarray) -> None:
+        table, numbers = self.table, words.view(np.float64)
+        if self.counts_alone:
+            happened = int(words[0, _CLOCK.value]) - table.t
+            table.t += happened
+            if self.pending is not None:
+                self.steps += self.pending * happened
+        self.pending = None
+        forced_at = int(words[0, _FORCED_AT.value])
+        measured = words[1:, _MEASURED_AT.value] == table.t
+        if measured.any() and table.t > self.recorded_at:
+            self.recorded_at = table.t
+            row = np.where(measured, numbers[1:, _STATISTIC.value], math.nan)
+            table.record(tuple(row.tolist()))
+        for n, unit in enumerate(table.units, start=1):
+            if unit.decided_at != NEVER:
+                continue
+            decided_at = int(words[n, _DECIDED_AT.value])
+            if decided_at != NEVER:
+                unit.statistic = float(numbers[n, _STATISTIC.value])
+                unit.hits = int(words[n, _HITS.value])
+                unit.decide(decided_at, unit.statistic)
+            elif NEVER < forced_at <= table.t:
+                unit.decide(forced_at, math.nan)
+
+    def drop(self, params: set[Tensor]) -> None:
+        """Take tensors out of the launches: those of frozen units, which only return there."""
+        self.dropped |= {n for n, p in enumerate(self.flat_params) if p in params}
+        self._lay_out_blocks()
+
+
+def block_size(itemsize: int) -> int:
+    """Elements per inner iteration: 16 bytes per thread of the narrowest tensor."""
+    return NUM_WARPS * 32 * 16 // itemsize
+
+
+def _grad_dtype(grad: Tensor | None, p: Tensor) -> torch.dtype:
+    return grad.dtype if grad is not None else getattr(p, "grad_dtype", None) or p.dtype
+
+
+def _fused_triton_grades_adamw(
+    groups: list[StepGroup],
+    table: FreezeTable,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step from scratch: lays out a plan, takes the step and waits for its decisions.
+
+    The optimizer class keeps its plan from step to step instead.
+    """
+    plan = Plan(groups, table)
+    grads = [groups[k].grads[i] for k, i in plan.places]
+    hypers = [Hyper(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups]
+    plan.step(grads, hypers, grad_scale, found_inf)
+    plan.sync()
