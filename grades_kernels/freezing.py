@@ -139,6 +139,9 @@ class FreezeTable:
     units: list[Unit] = field(default_factory=list)
     t: int = 0
     history: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
+    news: bool = True
+    """Whether units were decided or frozen that the optimizer has not acted on yet."""
+
     _history_stride: int = 1
     _rows_seen: int = 0
 
@@ -168,6 +171,7 @@ class FreezeTable:
                 over_at = unit.decided_at + self.rule.cooldown
                 if self.t >= over_at:
                     unit.frozen_at = over_at
+                self.news = True
 
     def begin_step(self) -> int:
         """Count a step and settle what earlier decisions bring about; returns the step `t`."""

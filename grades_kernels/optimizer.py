@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from .checkpoint import FRESH, CheckpointedAdamW, no_prev_grad
 from .freezing import NEVER, STATISTICS, TIMINGS, FreezeRule, FreezeTable, Unit, exact_grace_steps
 from .functional import StepGroup, choose, same_memory_order
 from .reference import _single_tensor_grades_adamw
@@ -25,18 +25,6 @@ from .units import canonical_name, place_of, unit_of
 
 if TYPE_CHECKING:
     from .triton_kernels import Plan
-
-_SAVED = {
-    "grades_hits": "hits",
-    "grades_decided_at": "decided_at",
-    "grades_frozen_at": "frozen_at",
-    "grades_prev_step": "prev_step",
-    "grades_statistic": "statistic",
-    "grades_tau": "decided_tau",
-    "grades_decided_statistic": "decided_statistic",
-}
-"""State key -> attribute of `Unit`. Python numbers: `load_state_dict` casts every state tensor but
-`step` to the parameter's dtype (torch/optim/optimizer.py), which turns 1001 into 1000 in bf16."""
 
 _FLAGS = (
     "eps",
@@ -48,21 +36,8 @@ _FLAGS = (
     "differentiable",
 )
 
-_FRESH = {key: getattr(Unit("", "change", 0.0, 0), name) for key, name in _SAVED.items()}
 
-
-_REPLACED_BY_LOAD = (
-    "state",
-    "param_groups",
-    "_table",
-    "_rows",
-    "_members",
-    "_built_for",
-    "_stopped",
-)
-
-
-class GradESAdamW(AdamW):
+class GradESAdamW(CheckpointedAdamW):
     r"""AdamW that freezes each weight matrix when its gradient has stopped changing.
 
     A drop-in for `torch.optim.AdamW`: the same arguments in the same order, the same state and
@@ -195,18 +170,7 @@ class GradESAdamW(AdamW):
     def backend(self) -> str:
         """The implementation that the next step uses: "triton" or "reference"."""
         self._current_table()
-        asked = self._fused()
-        flags = {(group["differentiable"], group["foreach"]) for group in self.param_groups}
-        # Kept until tensors or flags change, since every step asks.
-        if self._chosen[0] is not self._built_for or self._chosen[1:3] != (asked, flags):
-            name = choose(
-                self._all_params(),
-                asked,
-                differentiable=any(differentiable for differentiable, _ in flags),
-                foreach=any(foreach for _, foreach in flags),
-            )
-            self._chosen = (self._built_for, asked, flags, name)
-        return self._chosen[3]
+        return self._implementation()
 
     @property
     def monitored_units(self) -> list[str]:
@@ -377,12 +341,14 @@ class GradESAdamW(AdamW):
         table = self._current_table()
         if self._plan is not None and not self._capturing():
             self._plan.absorb()
+        if table.news:
+            table.news = False
             self._publish()
-        self._stop_gradients(frozen_until=table.t)
+            self._stop_gradients(frozen_until=table.t)
 
     @torch._disable_dynamo
     def _step(self) -> None:
-        table = self._current_table()
+        table = self._table
         self._check_monitored(table)
         if self._total_steps is not None and table.t >= self._total_steps:
             self._warn_once(
@@ -390,7 +356,7 @@ class GradESAdamW(AdamW):
                 "grace period was planned for fewer steps."
             )
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        if self.backend == "triton":
+        if self._implementation() == "triton":
             self._step_on_device(**scaling)
         else:
             self._leave_device()
@@ -414,7 +380,8 @@ class GradESAdamW(AdamW):
         from .triton_kernels import Hyper, Plan
 
         plan = self._plan
-        if plan is None or not self._plan_serves(plan):
+        grads = [p.grad for p in plan.flat_params] if plan is not None else []
+        if plan is None or not self._serves(plan, grads):
             self._check_gradients()
             self._leave_device()
             groups = [self._gather_all(i) for i in range(len(self.param_groups))]
@@ -422,30 +389,24 @@ class GradESAdamW(AdamW):
                 self._table.begin_step()
                 return
             plan = self._plan = Plan(groups, self._table)
+            grads = [p.grad for p in plan.flat_params]
             planned = set(plan.flat_params)
             self._idle = [p for p in self._all_params() if p not in planned]
-            plan.drop(
-                {
-                    p
-                    for unit in self._table.units
-                    if unit.frozen_at != NEVER
-                    for p in self._members[unit]
-                }
-            )
         hypers = [
-            Hyper(g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"])
+            Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
             for g in self.param_groups
         ]
-        plan.step([p.grad for p in plan.flat_params], hypers, grad_scale, found_inf)
+        plan.step(grads, hypers, grad_scale, found_inf)
 
-    def _plan_serves(self, plan: Plan) -> bool:
+    def _serves(self, plan: Plan, grads: list[Tensor | None]) -> bool:
+        """Whether a plan laid out earlier still fits flags, tensors and gradients."""
         t, rule = self._table.t + 1, self._rule
         flags = [(group["amsgrad"], group["capturable"]) for group in self.param_groups]
         return (
             flags == plan.flags
             and (plan.holds_prev_grads or not (rule.checks(t) or rule.checks(t + 1)))
             and all(p.grad is None for p in self._idle)
-            and plan.fits([p.grad for p in plan.flat_params])
+            and plan.fits(grads)
         )
 
     def _leave_device(self) -> None:
@@ -513,6 +474,20 @@ class GradESAdamW(AdamW):
             )
         return next(iter(asked), None)
 
+    def _implementation(self) -> str:
+        """As `backend`; asked for in every step, so kept until tensors or flags change."""
+        asked = self._fused()
+        flags = {(group["differentiable"], group["foreach"]) for group in self.param_groups}
+        if self._chosen[0] is not self._built_for or self._chosen[1:3] != (asked, flags):
+            name = choose(
+                self._all_params(),
+                asked,
+                differentiable=any(differentiable for differentiable, _ in flags),
+                foreach=any(foreach for _, foreach in flags),
+            )
+            self._chosen = (self._built_for, asked, flags, name)
+        return self._chosen[3]
+
     def _current_table(self) -> FreezeTable:
         """The freeze table, rebuilt if groups, tensors, tau or statistic have changed."""
         params = self._all_params()
@@ -552,7 +527,7 @@ class GradESAdamW(AdamW):
                 name = None if tau is None else self._unit_name(p, names, i, j)
                 if name is None:
                     rows[i].append(None)
-                    if self.state.get(p, _FRESH).get("grades_frozen_at", NEVER) != NEVER:
+                    if self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER:
                         raise ValueError(
                             f"parameter {j} of group {i} is frozen but belongs to no monitored "
                             f"unit (tau={tau}). Set its group's tau back, call thaw(), then take "
@@ -698,10 +673,10 @@ class GradESAdamW(AdamW):
                 continue
             state = self.state[p]
             if "grades_t" not in state:
-                state.update(_FRESH, grades_t=t)
+                state.update(FRESH, grades_t=t)
             prev_grad = None
             if unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
-                prev_grad = state.setdefault("prev_grad", _no_prev_grad(p))
+                prev_grad = state.setdefault("prev_grad", no_prev_grad(p))
                 if uses_prev and prev_grad.shape != p.shape:
                     prev_grad = state["prev_grad"] = torch.zeros_like(p.grad)
                     unit.prev_step = NEVER  # who cleared the state has taken the evidence with it
@@ -760,266 +735,6 @@ class GradESAdamW(AdamW):
             ],
             units=[unit for _, unit in members],
         )
-
-    def _init_state(self, p: Tensor) -> None:
-        """State of a tensor that is decided before it ever had a gradient.
-
-        Like `Adam._init_group` makes it on the first gradient; plain AdamW reads `step` of every
-        entry of a checkpoint.
-        """
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        on_device = group["capturable"] or group["fused"]
-        state = self.state[p]
-        state["step"] = torch.tensor(0.0, device=p.device if on_device else "cpu")
-        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-
-    def _forget_moments(self, p: Tensor) -> None:
-        for key, value in self.state.get(p, {}).items():
-            if key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                value.zero_()
-
-    def _write_unit(self, unit: Unit) -> None:
-        """Copy a row of the table into the state of the unit's tensors."""
-        for p in self._members[unit]:
-            if unit.decided_at != NEVER and not self.state.get(p):
-                self._init_state(p)
-            if not self.state.get(p):
-                continue
-            state = self.state[p]
-            state["grades_t"] = self._table.t
-            for key, name in _SAVED.items():
-                state[key] = getattr(unit, name)
-            if unit.criterion == "change" and unit.decided_at != NEVER:
-                state["prev_grad"] = _no_prev_grad(p)  # measured no more
-
-    def _write_state(self) -> None:
-        """Copy the whole table into the per-parameter state."""
-        if self._plan is not None:
-            self._plan.sync()
-        for state in self.state.values():
-            if state:
-                state["grades_t"] = self._table.t
-        for unit in self._table.units:
-            self._write_unit(unit)
-
-    def _read_unit(self, unit: Unit) -> None:
-        """Fill a row of the table from the state: the least that all its tensors agree on."""
-        states = [self.state.get(p) or _FRESH for p in self._members[unit]]
-        for key, name in _SAVED.items():
-            values = [state.get(key, _FRESH[key]) for state in states]
-            whole = all(isinstance(value, int) for value in values)
-            setattr(unit, name, min(values) if whole else values[0])
-
-    @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.AdamW.state_dict`, with the freeze table as numbers in the state.
-
-        A tensor monitored by "change" always has a `prev_grad` of its own shape here, zeros while
-        none is held, and of a dtype that does not depend on the gradients seen: loading in place
-        (`torch.distributed.checkpoint`) takes keys, shapes and dtypes from the receiving side.
-        """
-        self._write_state()
-        state_dict = super().state_dict()
-        states = state_dict.get("state", {})
-        for k, p in enumerate(self._all_params()):
-            entry = states.get(k)
-            if not entry or "prev_grad" not in entry:
-                continue
-            held, dtype = entry["prev_grad"], _saved_prev_grad_dtype(p)
-            full = held.to(dtype) if held.shape == p.shape else torch.zeros_like(p, dtype=dtype)
-            states[k] = {**entry, "prev_grad": full}
-        return state_dict
-
-    def adamw_state_dict(self) -> dict[str, Any]:
-        """A state dict for plain `torch.optim.AdamW`, without the keys that are ours.
-
-        Warns once if a unit is frozen: plain AdamW will move it again.
-        """
-        if self.frozen_units:
-            self._warn_once(
-                f"{len(self.frozen_units)} frozen units will move again under torch.optim.AdamW, "
-                "which knows no frozen parameters."
-            )
-        state_dict = self.state_dict()
-        return {
-            "state": {
-                k: {
-                    key: value
-                    for key, value in entry.items()
-                    if key != "prev_grad" and not key.startswith("grades_")
-                }
-                for k, entry in state_dict["state"].items()
-            },
-            "param_groups": [
-                {key: value for key, value in group.items() if key not in self._own_defaults}
-                for group in state_dict["param_groups"]
-            ],
-        }
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of GradESAdamW or of plain AdamW.
-
-        A plain one brings no freeze table: nothing is frozen, the count of steps goes on from the
-        largest `step`, and `tau` and `statistic` stay as they are. For how prev_grad and the
-        counters travel, see `state_dict`.
-
-        Raises:
-            ValueError: If parameters were renamed, reordered or reshaped since; with both names.
-                Nothing has changed then.
-        """
-        prev_grads: dict[int, Tensor] = {}
-        stopped = [p for unit in self._stopped for p in self._members[unit]]
-
-        def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
-            return self._prepared(incoming, prev_grads)
-
-        def restore(_: Any) -> None:
-            for p in stopped:
-                p.requires_grad_(True)
-            self._restore(prev_grads)
-
-        # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
-        before = self.register_load_state_dict_pre_hook(prepare)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        kept = {name: getattr(self, name) for name in _REPLACED_BY_LOAD}
-        flags = [p.requires_grad for p in self._all_params()]
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.__dict__.update(kept)
-            for p, flag in zip(self._all_params(), flags, strict=True):
-                p.requires_grad_(flag)
-            raise
-        finally:
-            before.remove()
-            after.remove()
-
-    def _prepared(self, incoming: dict[str, Any], prev_grads: dict[int, Tensor]) -> dict[str, Any]:
-        """A checked copy of an incoming state dict; takes `prev_grad` out before torch casts it.
-
-        `prev_grads` gets them by the position of their parameter among all.
-        """
-        keys = [k for group in incoming["param_groups"] for k in group["params"]]
-        position = {k: n for n, k in enumerate(keys)}
-        states = {}
-        for k, entry in incoming["state"].items():
-            if isinstance(entry, dict) and k in position:
-                entry = dict(entry)
-                prev_grad = entry.pop("prev_grad", None)
-                if isinstance(prev_grad, Tensor):
-                    prev_grads[position[k]] = prev_grad
-                for key in (*_SAVED, "grades_t"):
-                    # A flat distributed checkpoint fills in {} for what it lacks.
-                    if not isinstance(entry.get(key, 0), (int, float)):
-                        del entry[key]
-            states[k] = entry
-        groups = [dict(group) for group in incoming["param_groups"]]
-        if len(groups) == len(self.param_groups):
-            for i, (group, live) in enumerate(zip(groups, self.param_groups, strict=True)):
-                for key in self._own_defaults:
-                    group.setdefault(key, live[key])
-                # Which implementation runs is this optimizer's choice, not the checkpoint's.
-                group["fused"] = live["fused"]
-                if len(group["params"]) == len(live["params"]):
-                    self._check_same_parameters(i, group, states)
-        return {**incoming, "state": states, "param_groups": groups}
-
-    def _check_same_parameters(self, i: int, group: dict[str, Any], states: dict[Any, Any]) -> None:
-        """Compare names and shapes of a saved group with the live ones; names follow the live."""
-        live, live_names, keys = self.param_groups[i]["params"], self._names(i), group["params"]
-        by_name = bool(keys) and isinstance(keys[0], str)
-        # torch.distributed.checkpoint matches by name: its keys are names in the live order, while
-        # `param_names` is a plain value that comes in the saved order.
-        saved_names = keys if by_name else group.get("param_names")
-        if by_name and "param_names" in group:
-            group["param_names"] = self.param_groups[i].get("param_names", list(keys))
-        if not saved_names or len(saved_names) != len(live):
-            saved_names = None
-        for j, (p, key) in enumerate(zip(live, keys, strict=True)):
-            saved_name = saved_names[j] if saved_names else f"parameter {j} of group {i}"
-            live_name = live_names[j] if live_names else f"parameter {j} of group {i}"
-            if (
-                saved_names
-                and live_names
-                and canonical_name(saved_name) != canonical_name(live_name)
-            ):
-                raise ValueError(
-                    f"the checkpoint holds {saved_name!r} where this optimizer has {live_name!r} "
-                    f"(parameter {j} of group {i}). State is matched by position: build the "
-                    "optimizer in the saved order, or rename in a load_state_dict pre-hook."
-                )
-            moment = states.get(key, {}).get("exp_avg")
-            if isinstance(moment, Tensor) and moment.shape != p.shape:
-                raise ValueError(
-                    f"{saved_name!r} has shape {tuple(moment.shape)} in the checkpoint, "
-                    f"{live_name!r} has {tuple(p.shape)} in this optimizer."
-                )
-            if (
-                by_name
-                and states
-                and key not in states
-                and not p.requires_grad
-                and self.state.get(p)
-            ):
-                raise ValueError(
-                    f"the state of {live_name!r} is missing: torch.distributed.checkpoint leaves "
-                    "out parameters that do not require a gradient. Call thaw() before loading."
-                )
-
-    def _restore(self, prev_grads: dict[int, Tensor]) -> None:
-        """Rebuild the table from loaded state, and finish what torch's casting left undone."""
-        steps = [0]
-        for n, p in enumerate(self._all_params()):
-            state = self.state.get(p)
-            if not state:
-                continue
-            steps += [int(state["step"]), state.get("grades_t", 0)]
-            for key, value in _FRESH.items():
-                state.setdefault(key, value)
-            if n not in prev_grads or prev_grads[n].shape != p.shape:
-                state["grades_prev_step"] = NEVER
-            if n in prev_grads:
-                held = state["grades_prev_step"] != NEVER and state["grades_decided_at"] == NEVER
-                # A copy, since the caller's tensor is not ours to write into.
-                state["prev_grad"] = (
-                    prev_grads[n].to(p.device, copy=True) if held else _no_prev_grad(p)
-                )
-        self._table = FreezeTable(self._rule, t=max(steps))
-        self._build()
-        self._write_state()
-        self._stop_gradients(frozen_until=self._table.t - 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._write_state()
-        kept = ("_rule", "_total_steps", "_stop_grad", "_own_defaults", "_table", "_attached")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self._own_defaults.items():
-                group.setdefault(key, value)
-        if "_table" in state:  # unpickled or deep-copied, rather than loaded
-            self._reset_freezing()
-            self._table, self._attached = state["_table"], state["_attached"]
-            self._build()
-            self._step_supports_amp_scaling = bool(self._fused())
-
-
-def _no_prev_grad(p: Tensor) -> Tensor:
-    """What `prev_grad` is while no previous gradient is held: the key without the memory.
-
-    The key is there from the first step on, since a flat distributed checkpoint loads just the
-    keys that the receiving optimizer has.
-    """
-    return torch.empty(0, dtype=p.dtype, device=p.device)
-
-
-def _saved_prev_grad_dtype(p: Tensor) -> torch.dtype:
-    """The widest dtype that a gradient of `p` may have (`grad_dtype` None allows any)."""
-    return getattr(p, "grad_dtype", p.dtype) or torch.float32
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

@@ -581,6 +581,8 @@ class Plan:
         self.turn = 0
         self.captured: list[Any] = []
         self.pending: np.ndarray | None = None  # the tensors that the step under way updates
+        self.forced_at = NEVER  # the step at which max_frozen decides all others, once known
+        self.unsettled = True
         self.stepped = False  # since the last sync
         self.counts_alone = False  # whether the device knows better than the host what t is
         self.recorded_at = table.t
@@ -641,6 +643,7 @@ class Plan:
         self.launches = launches
         self.dropped: set[int] = set()
         self._lay_out_blocks()
+        self._drop_frozen()
 
     def _lay_out_units(
         self, rows: np.ndarray, unit_of: list[Unit | None], number: dict[Unit, int]
@@ -683,7 +686,7 @@ class Plan:
         self.mirrored = torch.cuda.Event() if self.cuda else None
 
     def _lay_out_blocks(self) -> None:
-        """The programs of every launch: those that may measure first, dropped tensors not at all."""
+        """The programs of every launch: first those that may measure; no dropped tensors."""
         parts: list[np.ndarray] = []
         self.programs: dict[_Launch, tuple[int, int, int]] = {}
         first = 0
@@ -791,7 +794,7 @@ class Plan:
 
     def _restride(self, grads: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
         """Replace gradients that do not lie in memory like their parameter by copies that do."""
-        odd = self.strided
+        odd: Sequence[int] = self.strided
         if not all([g is None or g.is_contiguous() for g in grads]):
             odd = range(len(grads))
         copies = []
@@ -817,7 +820,7 @@ class Plan:
     def _compute_coefficients(
         self, out: np.ndarray, hypers: Sequence[Hyper], has_grad: np.ndarray
     ) -> None:
-        """In fp64, since a Python float reaches a kernel as fp32: 1 - 0.999 would be off by 1e-5."""
+        """In fp64: a Python float reaches a kernel as fp32, and 1 - 0.999 would be 1e-5 off."""
         columns = np.array(
             [[float(h.lr), float(h.beta1), float(h.beta2), h.eps, h.weight_decay] for h in hypers]
         )[self.group_of]
@@ -892,7 +895,7 @@ class Plan:
             if self.mirrored is not None:
                 self.mirrored.synchronize()
             self._read(self.mirror.numpy())
-        self.table.settle()
+        self._settle()
 
     def sync(self) -> None:
         """Bring the whole table up to date; waits for the device."""
@@ -906,12 +909,12 @@ class Plan:
             unit.hits = int(words[n, _HITS.value])
             unit.prev_step = int(words[n, _PREV_STEP.value])
             unit.statistic = float(numbers[n, _STATISTIC.value])
-        self.table.settle()
+        self._settle()
 
     def peek(self) -> None:
         """Take over what replays of a captured graph have copied out so far; never waits."""
         self._read(self.mirror.numpy())
-        self.table.settle()
+        self._settle()
 
     def _read(self, words: np.ndarray) -> None:
         table, numbers = self.table, words.view(np.float64)
@@ -921,27 +924,43 @@ class Plan:
             if self.pending is not None:
                 self.steps += self.pending * happened
         self.pending = None
-        forced_at = int(words[0, _FORCED_AT.value])
+        self.forced_at = int(words[0, _FORCED_AT.value])
         measured = words[1:, _MEASURED_AT.value] == table.t
         if measured.any() and table.t > self.recorded_at:
             self.recorded_at = table.t
             row = np.where(measured, numbers[1:, _STATISTIC.value], math.nan)
             table.record(tuple(row.tolist()))
-        for n, unit in enumerate(table.units, start=1):
-            if unit.decided_at != NEVER:
-                continue
-            decided_at = int(words[n, _DECIDED_AT.value])
-            if decided_at != NEVER:
-                unit.statistic = float(numbers[n, _STATISTIC.value])
-                unit.hits = int(words[n, _HITS.value])
-                unit.decide(decided_at, unit.statistic)
-            elif NEVER < forced_at <= table.t:
-                unit.decide(forced_at, math.nan)
+        known = np.array([unit.decided_at for unit in table.units], dtype=np.int64)
+        for n in np.flatnonzero(known != words[1:, _DECIDED_AT.value]):
+            unit, row = table.units[n], words[1 + n]
+            if unit.decided_at == NEVER:  # else decided by max_frozen, which the row does not say
+                unit.statistic = float(numbers[1 + n, _STATISTIC.value])
+                unit.hits = int(row[_HITS.value])
+                unit.decide(int(row[_DECIDED_AT.value]), unit.statistic)
+                self.unsettled = True
 
-    def drop(self, params: set[Tensor]) -> None:
-        """Take tensors out of the launches: those of frozen units, which only return there."""
-        self.dropped |= {n for n, p in enumerate(self.flat_params) if p in params}
-        self._lay_out_blocks()
+    def _settle(self) -> None:
+        """What follows from known decisions as steps go by: max_frozen, the end of cooldowns."""
+        table = self.table
+        if NEVER < self.forced_at <= table.t:
+            for unit in table.units:
+                if unit.decided_at == NEVER:
+                    unit.decide(self.forced_at, math.nan)
+            self.forced_at, self.unsettled = NEVER, True
+        if self.unsettled:
+            table.settle()
+            self.unsettled = any(
+                unit.decided_at != NEVER and unit.frozen_at == NEVER for unit in table.units
+            )
+            self._drop_frozen()
+
+    def _drop_frozen(self) -> None:
+        """Take frozen units out of the launches, where their programs only return."""
+        frozen = [n for n, unit in enumerate(self.table.units) if unit.frozen_at != NEVER]
+        dropped = set(np.flatnonzero(np.isin(self.rows[:, _UNIT.value], frozen)).tolist())
+        if dropped != self.dropped:
+            self.dropped = dropped
+            self._lay_out_blocks()
 
 
 def block_size(itemsize: int) -> int:
@@ -965,7 +984,7 @@ def _fused_triton_grades_adamw(
     The optimizer class keeps its plan from step to step instead.
     """
     plan = Plan(groups, table)
-    grads = [groups[k].grads[i] for k, i in plan.places]
+    grads: list[Tensor | None] = [groups[k].grads[i] for k, i in plan.places]
     hypers = [Hyper(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups]
     plan.step(grads, hypers, grad_scale, found_inf)
     plan.sync()
