@@ -383,6 +383,11 @@ class GradESAdamW(CheckpointedAdamW):
         grads = [p.grad for p in plan.flat_params] if plan is not None else []
         if plan is None or not self._serves(plan, grads):
             self._check_gradients()
+            if self._capturing():
+                raise RuntimeError(
+                    "step() cannot be captured in a CUDA graph before it has run with the same "
+                    "tensors: take a few steps on a side stream first, as torch.cuda.graph asks."
+                )
             self._leave_device()
             groups = [self._gather_all(i) for i in range(len(self.param_groups))]
             if not any(group.params for group in groups):

@@ -234,8 +234,6 @@ def _do_block(
 
     difference = tl.abs(difference)
     magnitude = tl.abs(g)
-    if not FULL and STATISTIC == "momentum":
-        difference = tl.where(tl.arange(0, BLOCK) < n_left, difference, 0.0)
     return difference, magnitude
 
 
@@ -522,14 +520,16 @@ class _Launch(NamedTuple):
 class _Staging:
     """A pinned buffer for one step's inputs, and when the device has read it."""
 
-    def __init__(self, n_tensors: int, cuda: bool) -> None:
-        n_words = _HEAD_WORDS.value + n_tensors * _INPUT_WORDS.value
+    def __init__(self, n_tensors: int, n_groups: int, cuda: bool) -> None:
+        end_of_rows = _HEAD_WORDS.value + n_tensors * _INPUT_WORDS.value
+        n_words = end_of_rows + n_groups * _HYPER_WORDS.value
         self.words = torch.zeros(n_words, dtype=torch.int64, pin_memory=cuda)
         array = self.words.numpy()
         self.head = array[: _HEAD_WORDS.value]
-        rows = array[_HEAD_WORDS.value :].reshape(n_tensors, _INPUT_WORDS.value)
+        rows = array[_HEAD_WORDS.value : end_of_rows].reshape(n_tensors, _INPUT_WORDS.value)
         self.grads = rows[:, _GRAD.value]
         self.coefficients = rows[:, _COEFFICIENTS.value :].view(np.float32)
+        self.hyper = array[end_of_rows:].view(np.float64).reshape(n_groups, _HYPER_WORDS.value)
         self.read = torch.cuda.Event() if cuda else None
 
 
@@ -570,14 +570,13 @@ class Plan:
         ]
         self.strided = [n for n, p in enumerate(self.flat_params) if not p.is_contiguous()]
         self._lay_out(groups, [unit for unit, _, _ in tensors], number)
-        n = len(self.places)
         steps = torch.stack([groups[k].state_steps[i] for k, i in self.places])
         self.steps = steps.cpu().numpy().astype(np.int64)
-        self.ring = [self._staging(n) for _ in range(4)]
+        self.ring = [self._staging() for _ in range(4)]
+        # Nothing can be allocated while a graph is captured.
+        self.for_capture = [self._staging()] if self.capturable else []
         self.inputs = torch.zeros_like(self.ring[0].words, device=self.device)
-        self.hyper = torch.zeros(
-            len(groups), _HYPER_WORDS.value, dtype=torch.float64, device=self.device
-        )
+        self.hyper = self.inputs[-len(groups) * _HYPER_WORDS.value :]
         self.turn = 0
         self.captured: list[Any] = []
         self.pending: np.ndarray | None = None  # the tensors that the step under way updates
@@ -587,8 +586,8 @@ class Plan:
         self.counts_alone = False  # whether the device knows better than the host what t is
         self.recorded_at = table.t
 
-    def _staging(self, n: int) -> _Staging:
-        return _Staging(n, self.cuda)
+    def _staging(self) -> _Staging:
+        return _Staging(len(self.places), len(self.params), self.cuda)
 
     def _lay_out(
         self, groups: Sequence[StepGroup], unit_of: list[Unit | None], number: dict[Unit, int]
@@ -682,7 +681,9 @@ class Plan:
                 sum(rows[m, _N_BLOCKS.value] for m in members) if complete else 1 << 62
             )
         self.units = self._upload(words)
-        self.mirror = torch.zeros(words.shape, dtype=torch.int64, pin_memory=self.cuda)
+        self.mirror = torch.from_numpy(words.copy())
+        if self.cuda:
+            self.mirror = self.mirror.pin_memory()
         self.mirrored = torch.cuda.Event() if self.cuda else None
 
     def _lay_out_blocks(self) -> None:
@@ -754,7 +755,11 @@ class Plan:
             0 if found_inf is None else found_inf.data_ptr(),
             0 if grad_scale is None else grad_scale.data_ptr(),
         )
-        if not on_device:
+        if on_device:
+            for row, h in zip(staging.hyper, hypers, strict=True):
+                numbers = [0.0 if isinstance(x, Tensor) else x for x in h[:5]]
+                row[:] = (*numbers, -1.0 if h.maximize else 1.0)
+        else:
             self._compute_coefficients(staging.coefficients, hypers, has_grad)
 
         elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
@@ -776,9 +781,10 @@ class Plan:
             )
             if check or scaled:
                 self.mirror.copy_(self.units, non_blocking=True)
-                if self.mirrored is not None and not capturing:
-                    self.mirrored.record()
-                self.pending = has_grad
+                if not capturing:
+                    self.pending = has_grad
+                    if self.mirrored is not None:
+                        self.mirrored.record()
         for g, copy in restrided if scaled else ():
             g.copy_(copy)
         if not (on_device or scaled):
@@ -808,9 +814,11 @@ class Plan:
     def _next_staging(self, capturing: bool) -> _Staging:
         if capturing:
             # A replay reads this buffer again, so it belongs to the graph.
-            staging = self._staging(len(self.places))
+            staging = self.for_capture.pop() if self.for_capture else self._staging()
             self.captured.append((staging, self.blocks))
             return staging
+        if self.capturable and not self.for_capture:
+            self.for_capture.append(self._staging())
         self.turn = (self.turn + 1) % len(self.ring)
         staging = self.ring[self.turn]
         if staging.read is not None:
@@ -836,20 +844,14 @@ class Plan:
         out[:, _SIGN.value] = np.array([-1.0 if h.maximize else 1.0 for h in hypers])[self.group_of]
 
     def _begin(self, hypers: Sequence[Hyper]) -> None:
-        for row, h in zip(self.hyper, hypers, strict=True):
-            values = (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, -1.0 if h.maximize else 1.0)
-            for word, value in zip(row, values, strict=True):
+        """Let the device count the step and compute its coefficients."""
+        words = self.hyper.view(torch.float64).view(len(hypers), -1)
+        for row, h in zip(words, hypers, strict=True):
+            for word, value in zip(row, h[:3], strict=False):
                 if isinstance(value, Tensor):
                     word.copy_(value.squeeze(), non_blocking=True)
-                else:
-                    word.fill_(value)
         _begin_kernel[(1,)](
-            self.inputs,
-            self.units,
-            self.tensors,
-            self.hyper.view(torch.int64),
-            len(self.places),
-            TILE=128,
+            self.inputs, self.units, self.tensors, self.hyper, len(self.places), TILE=128
         )
 
     def _launch(self, *, measure: bool, update: bool, keep: bool, scaled: bool) -> None:
