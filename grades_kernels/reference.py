@@ -57,7 +57,7 @@ def _single_tensor_grades_adamw(
 def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> dict[Unit, float]:
     """The statistic of every undecided unit, in order; void checks are left out."""
     sums: dict[Unit, list[Tensor]] = {u: [] for u in table.units if u.decided_at == NEVER}
-    nonzero: dict[Unit, list[Tensor]] = {unit: [] for unit in sums}
+    magnitudes: dict[Unit, list[Tensor]] = {unit: [] for unit in sums}
     for group in groups:
         for i, unit in enumerate(group.units):
             if unit not in sums:
@@ -76,16 +76,16 @@ def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> dict[Unit, 
                 difference = (-grad if group.maximize else grad) - _widened(group.exp_avgs[i])
             else:
                 difference = grad
-            sums[unit].append(difference.abs().sum(dtype=torch.float64))
-            nonzero[unit].append(grad.any())
+            sums[unit].append(_abs_sum(difference))
+            magnitudes[unit].append(_abs_sum(grad))
 
     complete = [unit for unit in sums if len(sums[unit]) == unit.n_tensors]
-    statistics = _read_back([torch.stack(_on_one_device(sums[u])).sum() for u in complete])
-    alive = _read_back([torch.stack(_on_one_device(nonzero[u])).all() for u in complete])
+    statistics = _read_back([_together(sums[unit]).sum() for unit in complete])
+    evidence = _read_back([_together(magnitudes[unit]).min() for unit in complete])
     return {
         unit: statistic
-        for unit, statistic, is_alive in zip(complete, statistics, alive, strict=True)
-        if is_alive and abs(statistic) < torch.inf
+        for unit, statistic, magnitude in zip(complete, statistics, evidence, strict=True)
+        if magnitude > 0 and statistic < torch.inf  # neither holds for NaN
     }
 
 
@@ -180,9 +180,15 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _on_one_device(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.to(tensors[0].device) for x in tensors]
+def _abs_sum(x: Tensor) -> Tensor:
+    """Sum of the absolute values in float64; of a DTensor, over all its shards."""
+    total = x.abs().sum(dtype=torch.float64)
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+def _together(scalars: list[Tensor]) -> Tensor:
+    return torch.stack([x.to(scalars[0].device) for x in scalars])
 
 
 def _read_back(scalars: list[Tensor]) -> list[float]:
-    return torch.stack(_on_one_device(scalars)).tolist() if scalars else []
+    return _together(scalars).tolist() if scalars else []

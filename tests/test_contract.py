@@ -1364,18 +1364,28 @@ def test_zero_redundancy_optimizer(own, one_process):
     assert fresh.freeze_events == alone.freeze_events
 
 
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["adam", "amsgrad"])
-def test_fully_sharded_model(amsgrad, one_process):
-    """adam.py: state of a DTensor is a DTensor; a sharded model trains as the plain one does."""
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"amsgrad": True},
+        {**FREEZES_AT_3},
+        {**FREEZES_AT_3, "statistic": "momentum", "freeze_timing": "next_step"},
+    ],
+    ids=["adam", "amsgrad", "freezes", "freezes-momentum"],
+)
+def test_fully_sharded_model(own, one_process):
+    """adam.py: state of a DTensor is a DTensor; a sharded model trains as the plain one does.
+
+    Its statistics are those of whole matrices, so it freezes with the plain one too.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     alone, sharded = model(), model()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-    optimizers = [
-        reference(net.named_parameters(), lr=0.1, amsgrad=amsgrad) for net in (alone, sharded)
-    ]
+    optimizers = [reference(net.named_parameters(), lr=0.1, **own) for net in (alone, sharded)]
     for step in range(4):
         for net, optimizer in zip((alone, sharded), optimizers, strict=True):
             optimizer.zero_grad()
@@ -1383,6 +1393,8 @@ def test_fully_sharded_model(amsgrad, one_process):
             optimizer.step()
     assert_equal([p.full_tensor().detach() for p in sharded.parameters()], values(optimizers[0]))
     assert all(isinstance(optimizers[1].state[p]["exp_avg"], DTensor) for p in sharded.parameters())
+    assert optimizers[1].freeze_events == optimizers[0].freeze_events
+    assert bool(optimizers[0].freeze_events) is ("tau" in own)
 
 
 def test_accelerate_wrapper():
