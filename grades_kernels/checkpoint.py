@@ -53,7 +53,7 @@ class CheckpointedAdamW(AdamW):
     _table: FreezeTable
     _members: dict[Unit, list[Tensor]]
     _plan: Plan | None
-    _stopped: set[Unit]
+    _stopped: set[Tensor]
 
     if TYPE_CHECKING:  # what GradESAdamW brings
 
@@ -191,14 +191,14 @@ class CheckpointedAdamW(AdamW):
                 Nothing has changed then.
         """
         prev_grads: dict[int, Tensor] = {}
-        stopped = [p for unit in self._stopped for p in self._members[unit]]
 
         def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             return self._prepared(incoming, prev_grads)
 
         def restore(_: Any) -> None:
-            for p in stopped:
+            for p in self._stopped:
                 p.requires_grad_(True)
+            self._stopped = set()
             self._restore(prev_grads)
 
         # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
@@ -309,6 +309,8 @@ class CheckpointedAdamW(AdamW):
                 )
         self._table = FreezeTable(self._rule, t=max(steps))
         self._build()
+        for unit in self._table.units:
+            unit.announced = unit.frozen_at != NEVER  # before the checkpoint was written
         self._write_state()
         self._stop_gradients(frozen_until=self._table.t - 1)
 
@@ -326,6 +328,9 @@ class CheckpointedAdamW(AdamW):
             self._reset_freezing()
             self._table, self._attached = state["_table"], state["_attached"]
             self._build()
+            frozen = (unit for unit in self._table.units if unit.frozen_at != NEVER)
+            members = (p for unit in frozen for p in self._members[unit])
+            self._stopped = {p for p in members if not p.requires_grad}
             self._step_supports_amp_scaling = bool(self._fused())
 
 

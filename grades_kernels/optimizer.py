@@ -156,10 +156,12 @@ class GradESAdamW(CheckpointedAdamW):
         self._members: dict[Unit, list[Tensor]] = {}
         self._built_for: tuple[list[Tensor], list[tuple[Any, Any]]] | None = None
         self._attached: list[list[str]] | None = None
-        self._stopped: set[Unit] = set()
+        self._stopped: set[Tensor] = set()
         self._chosen: tuple[Any, ...] = (self, None, None, "")
         self._plan: Plan | None = None
         self._idle: list[Tensor] = []
+        self._planned_states: list[dict[str, Any]] = []
+        self._planned_tensors: list[Tensor | None] = []
         self._outdated_plans: list[Plan] = []
         self._warned: set[str] = set()
         self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
@@ -234,6 +236,8 @@ class GradESAdamW(CheckpointedAdamW):
     ) -> RemovableHandle:
         """Call `hook(optimizer, events)` after a step that froze units.
 
+        Where the device decides, the host learns of it, and calls, at the start of the next step.
+
         Returns:
             A handle whose `remove()` takes the hook away.
         """
@@ -290,7 +294,7 @@ class GradESAdamW(CheckpointedAdamW):
                 for p in self._members[unit]:
                     self._forget_moments(p)
                     p.requires_grad_(True)
-                self._stopped.discard(unit)
+                    self._stopped.discard(p)
             if unit.decided_at != NEVER:
                 unit.thaw()
                 self._write_unit(unit)
@@ -342,9 +346,9 @@ class GradESAdamW(CheckpointedAdamW):
         if self._plan is not None and not self._capturing():
             self._plan.absorb()
         if table.news:
-            table.news = False
             self._publish()
             self._stop_gradients(frozen_until=table.t)
+            table.news = False
 
     @torch._disable_dynamo
     def _step(self) -> None:
@@ -397,6 +401,8 @@ class GradESAdamW(CheckpointedAdamW):
             grads = [p.grad for p in plan.flat_params]
             planned = set(plan.flat_params)
             self._idle = [p for p in self._all_params() if p not in planned]
+            self._planned_states = list(self.state.values())
+            self._planned_tensors = _held(self._planned_states)
         hypers = [
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
             for g in self.param_groups
@@ -404,7 +410,11 @@ class GradESAdamW(CheckpointedAdamW):
         plan.step(grads, hypers, grad_scale, found_inf)
 
     def _serves(self, plan: Plan, grads: list[Tensor | None]) -> bool:
-        """Whether a plan laid out earlier still fits flags, tensors and gradients."""
+        """Whether a plan laid out earlier still fits flags, tensors and gradients.
+
+        Parameters and state may have been replaced in between: `p.data = ...`, `model.to(...)`,
+        `state[p]["exp_avg"] = ...`, `state.clear()`.
+        """
         t, rule = self._table.t + 1, self._rule
         flags = [(group["amsgrad"], group["capturable"]) for group in self.param_groups]
         return (
@@ -412,6 +422,9 @@ class GradESAdamW(CheckpointedAdamW):
             and (plan.holds_prev_grads or not (rule.checks(t) or rule.checks(t + 1)))
             and all(p.grad is None for p in self._idle)
             and plan.fits(grads)
+            and len(self.state) == len(self._planned_states)
+            and all(map(is_, self.state.values(), self._planned_states))
+            and all(map(is_, _held(self._planned_states), self._planned_tensors))
         )
 
     def _leave_device(self) -> None:
@@ -438,17 +451,18 @@ class GradESAdamW(CheckpointedAdamW):
         not depend on when the host learned of a decision.
         """
         news = [
-            unit
+            p
             for unit in self._table.units
-            if NEVER < unit.frozen_at <= frozen_until and unit not in self._stopped
+            if NEVER < unit.frozen_at <= frozen_until
+            for p in self._members[unit]
+            if p not in self._stopped
         ]
         if not news or self._stop_grad is False or not self._may_stop_gradients():
             return
-        for unit in news:
-            for p in self._members[unit]:
-                p.requires_grad_(False)
-                p.grad = None
-            self._stopped.add(unit)
+        for p in news:
+            p.requires_grad_(False)
+            p.grad = None
+        self._stopped.update(news)
 
     def _may_stop_gradients(self) -> bool:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -556,14 +570,15 @@ class GradESAdamW(CheckpointedAdamW):
                 members.setdefault(unit, []).append(p)
                 rows[i].append(unit)
 
+        told = {unit.name for unit in self._table.units if unit.announced}
         self._table = self._table.successor(list(units.values()))
-        self._rows, self._members, self._stopped = rows, members, set()
+        self._rows, self._members = rows, members
         for p, row in zip(self._all_params(), chain.from_iterable(rows), strict=True):
             if row is None or row.criterion != "change":
                 self.state.get(p, {}).pop("prev_grad", None)
         for unit in self._table.units:
             self._read_unit(unit)
-            unit.announced = unit.frozen_at != NEVER
+            unit.announced = unit.name in told
         self._built_for = (
             self._all_params(),
             [(group["tau"], group["statistic"]) for group in self.param_groups],
@@ -715,17 +730,24 @@ class GradESAdamW(CheckpointedAdamW):
             for p, unit in zip(group["params"], self._rows[i], strict=True)
             if self.state.get(p)
         ]
-        for p, _ in members:
+        t = self._table.t + 1
+        uses_prev = group["capturable"] or self._rule.checks(t) or self._rule.checks(t + 1)
+        for p, unit in members:
             state = self.state[p]
-            if "step" in state:
-                state["step"] = state["step"].to(p.device, torch.float32)
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "prev_grad"):
-                x = state.get(key)
-                if x is None or x.shape != p.shape:
-                    continue
-                dtype = p.grad.dtype if key == "prev_grad" and p.grad is not None else x.dtype
-                if dtype != x.dtype or not same_memory_order(x, p):
-                    state[key] = torch.empty_like(p, dtype=dtype).copy_(x)
+            state["step"] = state["step"].to(p.device, torch.float32)
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if key in state and not same_memory_order(state[key], p):
+                    state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
+            if unit is None or unit.criterion != "change" or unit.decided_at != NEVER:
+                continue
+            held = state.setdefault("prev_grad", no_prev_grad(p))
+            dtype = p.grad.dtype if p.grad is not None else _gradient_dtype(p)
+            if held.shape != p.shape:
+                if uses_prev:
+                    state["prev_grad"] = torch.zeros_like(p, dtype=dtype)
+                    unit.prev_step = NEVER
+            elif held.dtype != dtype or not same_memory_order(held, p):
+                state["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(held)
         states = [self.state[p] for p, _ in members]
         return gathered._replace(
             params=[p for p, _ in members],
@@ -744,6 +766,15 @@ class GradESAdamW(CheckpointedAdamW):
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _gradient_dtype(p: Tensor) -> torch.dtype:
+    return getattr(p, "grad_dtype", None) or p.dtype
+
+
+def _held(states: list[dict[str, Any]]) -> list[Tensor | None]:
+    keys = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    return [state.get(key) for state in states for key in keys]
 
 
 def _describe(p: Tensor, name: str) -> str:

@@ -262,6 +262,10 @@ def _judge(
     TILE: tl.constexpr,
 ):
     """Sum a unit's shares in a fixed order, compare with tau, write its row."""
+    # Every thread loads these and one stores them below: all must have read by then.
+    prev_step = tl.load(unit_row + _PREV_STEP)
+    hits = tl.load(unit_row + _HITS)
+    tl.debug_barrier()
     first = tl.load(unit_row + _FIRST_TENSOR)
     statistic = tl.full((), 0.0, tl.float64)
     evidence = True
@@ -290,25 +294,25 @@ def _judge(
             evidence = evidence & (steps >= (2 if UPDATE else 1))
     evidence = evidence & (statistic < float("inf"))  # False for NaN too
     if STATISTIC == "change":
-        evidence = evidence & (tl.load(unit_row + _PREV_STEP) == t - 1)
-        if keeping:
-            if _complete(unit_row, tensors_ptr, inputs_ptr):
-                tl.store(unit_row + _PREV_STEP, t)
+        evidence = evidence & (prev_step == t - 1)
 
+    statistic = statistic / tl.load(_f64(unit_row) + _DIVISOR)
     if evidence:
-        statistic = statistic / tl.load(_f64(unit_row) + _DIVISOR)
-        tl.store(_f64(unit_row) + _STATISTIC, statistic)
-        tl.store(unit_row + _MEASURED_AT, t)
-        hit = statistic < tl.load(_f64(unit_row) + _TAU)
-        hits = tl.where(hit, tl.load(unit_row + _HITS) + 1, 0)
+        hits = tl.where(statistic < tl.load(_f64(unit_row) + _TAU), hits + 1, 0)
         tl.store(unit_row + _HITS, hits)
-        if hits >= tl.load(units_ptr + _PATIENCE):
-            tl.store(unit_row + _DECIDED_AT, t)
-            decided = tl.atomic_add(units_ptr + _N_DECIDED, 1) + 1
-            if decided == tl.load(units_ptr + _N_UNITS):
-                tl.store(units_ptr + _DECIDED_AT, t)
-            elif decided >= tl.load(units_ptr + _ENOUGH):
-                tl.store(units_ptr + _FORCED_AT, t + 1)
+        tl.store(unit_row + _MEASURED_AT, t)
+        tl.store(_f64(unit_row) + _STATISTIC, statistic)
+    decides = evidence & (hits >= tl.load(units_ptr + _PATIENCE))
+    if decides:
+        tl.store(unit_row + _DECIDED_AT, t)
+        n_decided = tl.atomic_add(units_ptr + _N_DECIDED, 1) + 1
+        if n_decided == tl.load(units_ptr + _N_UNITS):
+            tl.store(units_ptr + _DECIDED_AT, t)
+        elif n_decided >= tl.load(units_ptr + _ENOUGH):
+            tl.store(units_ptr + _FORCED_AT, t + 1)
+    elif keeping:
+        if _complete(unit_row, tensors_ptr, inputs_ptr):
+            tl.store(unit_row + _PREV_STEP, t)
 
 
 @triton.jit(do_not_specialize=["first_program"])
@@ -402,7 +406,7 @@ def _step_kernel(
     differences = tl.zeros((BLOCK,), tl.float32)
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, stop, BLOCK):
-        n_left = (n_elements - first).to(tl.int32)
+        n_left = tl.minimum(n_elements - first, BLOCK).to(tl.int32)
         if aligned & (first + BLOCK <= n_elements):
             difference, magnitude = _do_block(
                 tensor_row, grad_address, coefficients, grad_scale, factor, measuring, keeping,
@@ -490,7 +494,10 @@ def _begin_kernel(inputs_ptr, units_ptr, tensors_ptr, hyper_ptr, n_tensors, TILE
         tl.store(out + _SIGN, sign.to(tl.float32), mask=mask)
 
 
-NUM_WARPS = 4
+THREADS = 128  # per program
+# Left alone, ptxas spills a register here and there to fit one more program on a multiprocessor;
+# with a ceiling it does not try. No variant needs more.
+MAX_REGISTERS = 168
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _MIN_SPAN = 2048
 _MAX_PROGRAMS_PER_TENSOR = 4096  # what the judge of a unit has to sum
@@ -546,8 +553,6 @@ class Plan:
 
     def __init__(self, groups: Sequence[StepGroup], table: FreezeTable) -> None:
         self.table = table
-        self.params = [group.params for group in groups]
-        self.state = [(g.exp_avgs, g.exp_avg_sqs, g.max_exp_avg_sqs, g.state_steps) for g in groups]
         self.flags = [(group.amsgrad, group.capturable) for group in groups]
         self.capturable = any(group.capturable for group in groups)
         tensors = [
@@ -563,15 +568,19 @@ class Plan:
         self.cuda = self.device.type == "cuda"
         self.group_of = np.array([k for k, _ in self.places])
         self.flat_params = [groups[k].params[i] for k, i in self.places]
+        self.addresses = [p.data_ptr() for p in self.flat_params]
         self.shapes = [p.shape for p in self.flat_params]
         self.grad_dtypes = [
             _grad_dtype(groups[k].grads[i], p)
             for (k, i), p in zip(self.places, self.flat_params, strict=True)
         ]
+        self.options = launch_options(self.device)
         self.strided = [n for n, p in enumerate(self.flat_params) if not p.is_contiguous()]
         self._lay_out(groups, [unit for unit, _, _ in tensors], number)
-        steps = torch.stack([groups[k].state_steps[i] for k, i in self.places])
-        self.steps = steps.cpu().numpy().astype(np.int64)
+        self.state_steps = [groups[k].state_steps[i] for k, i in self.places]
+        # The host counts along; a step that somebody else writes to shows in its version.
+        self.steps = torch.stack(self.state_steps).cpu().numpy().astype(np.int64)
+        self.step_versions = [step._version for step in self.state_steps]
         self.ring = [self._staging() for _ in range(4)]
         # Nothing can be allocated while a graph is captured.
         self.for_capture = [self._staging()] if self.capturable else []
@@ -580,14 +589,13 @@ class Plan:
         self.turn = 0
         self.captured: list[Any] = []
         self.pending: np.ndarray | None = None  # the tensors that the step under way updates
-        self.forced_at = NEVER  # the step at which max_frozen decides all others, once known
         self.unsettled = True
         self.stepped = False  # since the last sync
         self.counts_alone = False  # whether the device knows better than the host what t is
         self.recorded_at = table.t
 
     def _staging(self) -> _Staging:
-        return _Staging(len(self.places), len(self.params), self.cuda)
+        return _Staging(len(self.places), len(self.flags), self.cuda)
 
     def _lay_out(
         self, groups: Sequence[StepGroup], unit_of: list[Unit | None], number: dict[Unit, int]
@@ -658,7 +666,9 @@ class Plan:
         head[_DECIDED_AT.value] = table.all_decided_at
         head[_CLOCK.value] = table.t
         forced = bool(number) and enough <= n_decided < len(number)
-        head[_FORCED_AT.value] = table.t + 1 if forced else NEVER
+        # The step at which max_frozen decides all others, once known.
+        self.forced_at = table.t + 1 if forced else NEVER
+        head[_FORCED_AT.value] = self.forced_at
         head[_N_DECIDED.value], head[_N_UNITS.value] = n_decided, len(number)
         head[_ENOUGH.value] = enough
         head[_PATIENCE.value], head[_COOLDOWN.value] = rule.patience, rule.cooldown
@@ -712,10 +722,14 @@ class Plan:
         return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these gradients have the shapes and dtypes that the plan was laid out for."""
-        return all(
-            g is None or (g.shape == shape and g.dtype == dtype and g.layout == torch.strided)
-            for g, shape, dtype in zip(grads, self.shapes, self.grad_dtypes, strict=True)
+        """Whether parameters, steps and gradients are still as the plan was laid out for."""
+        return (
+            [p.data_ptr() for p in self.flat_params] == self.addresses
+            and [step._version for step in self.state_steps] == self.step_versions
+            and all(
+                g is None or (g.shape == shape and g.dtype == dtype and g.layout == torch.strided)
+                for g, shape, dtype in zip(grads, self.shapes, self.grad_dtypes, strict=True)
+            )
         )
 
     def step(
@@ -880,9 +894,7 @@ class Plan:
                 AMSGRAD=launch.amsgrad,
                 SCALED=scaled,
                 BLOCK=block_size(narrow),
-                num_warps=NUM_WARPS,
-                # Every operation rounds, as in the reference and alike in all variants.
-                enable_fp_fusion=False,
+                **self.options,
             )
 
     # What the host learns
@@ -965,9 +977,20 @@ class Plan:
             self._lay_out_blocks()
 
 
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Compile options of `_step_kernel`."""
+    # Every operation rounds, as in the reference and alike in all variants.
+    options: dict[str, Any] = {"num_warps": THREADS // 32, "enable_fp_fusion": False}
+    if device.type == "cuda" and torch.version.hip:
+        options["num_warps"] = THREADS // torch.cuda.get_device_properties(device).warp_size
+    elif device.type == "cuda":
+        options["maxnreg"] = MAX_REGISTERS
+    return options
+
+
 def block_size(itemsize: int) -> int:
     """Elements per inner iteration: 16 bytes per thread of the narrowest tensor."""
-    return NUM_WARPS * 32 * 16 // itemsize
+    return THREADS * 16 // itemsize
 
 
 def _grad_dtype(grad: Tensor | None, p: Tensor) -> torch.dtype:

@@ -88,15 +88,8 @@ FAULTS = [
     fault(
         "NaN counts as a hit",
         "reference",
-        (
-            "if is_alive and abs(statistic) < torch.inf",
-            "if is_alive",
-        ),
-        (
-            "statistic\n        for unit, statistic, is_alive",
-            "statistic if abs(statistic) < torch.inf else 0.0\n"
-            "        for unit, statistic, is_alive",
-        ),
+        ("if magnitude > 0 and statistic < torch.inf", "if magnitude != 0"),
+        ("unit: statistic\n", "unit: statistic if statistic < torch.inf else 0.0\n"),
     ),
     fault(
         "a void check resets patience",
@@ -112,7 +105,7 @@ FAULTS = [
     fault(
         "a zero gradient is evidence",
         "reference",
-        ("if is_alive and abs(statistic)", "if abs(statistic)"),
+        ("if magnitude > 0 and statistic", "if statistic"),
     ),
     fault(
         "half a LoRA pair decides for both",
@@ -142,7 +135,7 @@ FAULTS = [
     fault(
         "cooldown freezes one step late",
         "freezing",
-        ("t >= unit.decided_at + rule.cooldown", "t > unit.decided_at + rule.cooldown"),
+        ("if self.t >= over_at", "if self.t > over_at"),
     ),
     fault(
         "unmonitored tensors ignore the ramp",
@@ -153,8 +146,8 @@ FAULTS = [
         "max_frozen looks at the same step",
         "freezing",
         (
-            "            unit.decide(self.t, statistic)\n",
-            "            unit.decide(self.t, statistic)\n"
+            "            unit.decide(self.t, unit.statistic)\n",
+            "            unit.decide(self.t, unit.statistic)\n"
             "            decided = sum(u.decided_at != NEVER for u in self.units)\n"
             "            if decided / len(self.units) >= self.rule.max_frozen:\n"
             "                for u in self.units:\n"
@@ -195,7 +188,7 @@ FAULTS = [
     fault(
         "gradients are not looked at before the step",
         "optimizer",
-        ("        self._check_gradients()\n", ""),
+        ("self._leave_device()\n            self._check_gradients()", "self._leave_device()"),
         tests=(SEMANTICS,),
     ),
     fault(
@@ -206,13 +199,13 @@ FAULTS = [
     ),
     fault(
         "previous gradients are cast on load",
-        "optimizer",
+        "checkpoint",
         ("prev_grads[n].to(p.device, copy=True)", "prev_grads[n].to(p.device, p.dtype, copy=True)"),
         tests=(CHECKPOINT,),
     ),
     fault(
         "patience half counted is lost on load",
-        "optimizer",
+        "checkpoint",
         ('    "grades_hits": "hits",\n', ""),
         tests=(CHECKPOINT,),
     ),
