@@ -574,7 +574,10 @@ class Plan:
             _grad_dtype(groups[k].grads[i], p)
             for (k, i), p in zip(self.places, self.flat_params, strict=True)
         ]
-        self.options = launch_options(self.device)
+        self.options = launch_options("cpu")
+        if self.cuda:
+            warp_size = torch.cuda.get_device_properties(self.device).warp_size
+            self.options = launch_options("hip" if torch.version.hip else "cuda", warp_size)
         self.strided = [n for n, p in enumerate(self.flat_params) if not p.is_contiguous()]
         self._lay_out(groups, [unit for unit, _, _ in tensors], number)
         self.state_steps = [groups[k].state_steps[i] for k, i in self.places]
@@ -977,13 +980,16 @@ class Plan:
             self._lay_out_blocks()
 
 
-def launch_options(device: torch.device) -> dict[str, Any]:
-    """Compile options of `_step_kernel`."""
+def launch_options(backend: str, warp_size: int = 32) -> dict[str, Any]:
+    """Compile options of `_step_kernel`.
+
+    Args:
+        backend: "cuda", "hip" or "cpu" (the interpreter).
+        warp_size: Threads of a warp on the device.
+    """
     # Every operation rounds, as in the reference and alike in all variants.
-    options: dict[str, Any] = {"num_warps": THREADS // 32, "enable_fp_fusion": False}
-    if device.type == "cuda" and torch.version.hip:
-        options["num_warps"] = THREADS // torch.cuda.get_device_properties(device).warp_size
-    elif device.type == "cuda":
+    options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    if backend == "cuda":
         options["maxnreg"] = MAX_REGISTERS
     return options
 

@@ -1,0 +1,183 @@
+"""What a whole `optimizer.step()` costs the host, with many small matrices.
+
+    python -m benchmarks.bench_step [--device auto] [--part host reference]
+
+`host`: microseconds from calling step() on an idle device until it returns, launches and host
+synchronisations per step, against torch's fused and foreach AdamW. `reference`: what the reference
+costs on the CPU when nothing is monitored, against the implementation it stands on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.bench_kernels import LR, Problem, Setting, grades, unfused
+from grades_kernels import GradESAdamW
+
+N_MATRICES = 300
+SIZES = (64, 128, 256, 512, 1024)
+CPU_SIZES = (16, 32, 64)  # the same number of tensors, so the same work around them
+
+
+def matrices(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Every pair of sizes in turn, up to 300 matrices."""
+    return list(islice(cycle((m, n) for m in sizes for n in sizes), N_MATRICES))
+
+
+def providers(problem: Problem) -> Iterator[tuple[str, Callable[[], Callable[[], Any]]]]:
+    settings = {
+        "grades": Setting(),
+        "grades momentum next_step": Setting("momentum"),
+        "grades change next_step": Setting("change"),
+        "grades change same_step": Setting("change", "same_step"),
+        "grades change all frozen": Setting("change", "next_step", share=1.0),
+    }
+    for name, setting in settings.items():
+        yield name, lambda s=setting: grades(problem, s).step
+    yield "torch foreach", lambda: torch.optim.AdamW(problem.params, LR, foreach=True).step
+    yield "torch loop", lambda: torch.optim.AdamW(problem.params, LR, foreach=False).step
+    yield "unfused sequence", lambda: unfused(problem)
+
+
+def host(device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per provider, each in turns with torch's fused AdamW."""
+    problem = Problem(
+        matrices(SIZES if device.type == "cuda" else CPU_SIZES), torch.float32, device
+    )
+    fused = torch.optim.AdamW(problem.params, LR, fused=True).step
+    for name, make in [("torch fused", lambda: fused), *providers(problem)]:
+        call = make()
+        seconds, anchor = harness.alternate((call, fused), device, repeats, host=True)
+        median, low, high = harness.summary(seconds, 1e6)
+        whole = harness.alternate((_and_wait(call, device),), device, repeats, host=True)[0]
+        yield {
+            "provider": name,
+            "tensors": len(problem.params),
+            "elements": problem.n_elements,
+            "host_us": harness.rounded(median),
+            "host_us_p20": harness.rounded(low),
+            "host_us_p80": harness.rounded(high),
+            "whole_us": harness.rounded(harness.summary(whole, 1e6)[0]),
+            "fused_us": harness.rounded(harness.summary(anchor, 1e6)[0]),
+            "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
+            "launches": launches(call, device),
+            "synchronizes": synchronizes(call, device),
+            "repeats": repeats,
+        }
+
+
+def _and_wait(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    def whole() -> None:
+        call()
+        harness.synchronize(device)
+
+    return whole
+
+
+def launches(call: Callable[[], Any], device: torch.device) -> int | str:
+    """Kernels that one call runs on the device, without copies and fills; "" on a CPU."""
+    if device.type != "cuda":
+        return ""
+    call()
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # torch marks the time of a step on the device as well.
+    return sum(not e.name.startswith(("Memcpy", "Memset", "Optimizer.")) for e in on_device)
+
+
+def synchronizes(call: Callable[[], Any], device: torch.device) -> bool | str:
+    """Whether torch sees the call wait for the device; "" on a CPU."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+REFERENCE_CASES = {
+    "300 of 16..64": matrices(CPU_SIZES),
+    "40 of 512x512": [(512, 512)] * 40,
+}
+
+
+def reference(repeats: int) -> Iterator[dict[str, Any]]:
+    """Nothing monitored, against AdamW(foreach=False): the same numbers for how much more time?"""
+    device = torch.device("cpu")
+    for case, shapes in REFERENCE_CASES.items():
+        problems = [Problem(shapes, torch.float32, device) for _ in range(2)]
+        ours = GradESAdamW(problems[0].params, LR, fused=False)
+        theirs = torch.optim.AdamW(problems[1].params, LR, foreach=False)
+        seconds, anchor = harness.alternate((ours.step, theirs.step), device, repeats)
+        for p, q in zip(problems[0].params, problems[1].params, strict=True):
+            assert p.equal(q), "the reference must equal AdamW bit for bit"
+        median, low, high = harness.summary(seconds)
+        yield {
+            "case": case,
+            "tensors": len(shapes),
+            "elements": problems[0].n_elements,
+            "ms": harness.rounded(median),
+            "ms_p20": harness.rounded(low),
+            "ms_p80": harness.rounded(high),
+            "adamw_ms": harness.rounded(harness.summary(anchor)[0]),
+            "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
+            "state_bytes": state_bytes(ours),
+            "adamw_state_bytes": state_bytes(theirs),
+            "repeats": repeats,
+        }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in an optimizer's state."""
+    tensors = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
+    return sum(x.numel() * x.itemsize for x in tensors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--part", nargs="+", choices=("host", "reference"))
+    parser.add_argument("--repeats", type=int, default=100)
+    options = parser.parse_args()
+    device = harness.pick_device(options.device)
+    for part in options.part or ("host", "reference"):
+        if part == "host":
+            rows, where = list(host(device, options.repeats)), device
+        else:
+            rows, where = list(reference(options.repeats)), torch.device("cpu")
+        path = harness.append_rows(f"step-{part}-{where.type}", rows, where)
+        harness.print_table(f"{part} on {where.type}", rows)
+        print(f"written: {path}")
+
+
+@pytest.mark.parametrize("name", ["GradESAdamW", "AdamW"])
+def test_nothing_monitored(benchmark: Any, name: str) -> None:
+    """pytest-benchmark: the reference beside what it must cost at most 1.1 times."""
+    problem = Problem(REFERENCE_CASES["300 of 16..64"], torch.float32, torch.device("cpu"))
+    if name == "AdamW":
+        optimizer = torch.optim.AdamW(problem.params, LR, foreach=False)
+    else:
+        optimizer = GradESAdamW(problem.params, LR, fused=False)
+    benchmark(optimizer.step)
+    assert state_bytes(optimizer) == 8 * problem.n_elements + 4 * len(problem.params)
+
+
+if __name__ == "__main__":
+    main()
