@@ -35,7 +35,9 @@ bench: $(VENV)/installed-bench ## run the benchmarks on this machine
 gpu: ## run the GPU tests and the benchmarks with PYTHON=python3, which must bring torch and pytest
 	@echo "gpu: running the GPU tests and the benchmarks with $(PYTHON)"
 	@$(PYTHON) -m pytest -m gpu tests
-	@$(PYTHON) -m pytest benchmarks $(ARGS)
+	@$(PYTHON) -m benchmarks.bench_kernels
+	@$(PYTHON) -m benchmarks.bench_step
+	@$(PYTHON) -m benchmarks.codegen
 
 clean: ## remove .venv, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .coverage* .*_cache .hypothesis .benchmarks

@@ -161,20 +161,19 @@ def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tu
         "partials_ptr": "*fp32",
         "tickets_ptr": "*i32",
     }
-    compiled = _compile(
-        kernels, kernels._step_kernel, pointers, {"first_program": "i32"}, constants, target
-    )
-    return compiled, block // (kernels.THREADS)
+    scalars = {"first_program": "i32"}
+    options = kernels.launch_options(target.backend, target.warp_size)
+    compiled = _compile(kernels._step_kernel, pointers, scalars, constants, target, options)
+    return compiled, block // kernels.THREADS
 
 
 def compile_begin(kernels: ModuleType, target: GPUTarget) -> Any:
     pointers = dict.fromkeys(("inputs_ptr", "units_ptr", "tensors_ptr", "hyper_ptr"), "*i64")
-    return _compile(
-        kernels, kernels._begin_kernel, pointers, {"n_tensors": "i32"}, {"TILE": 128}, target
-    )
+    scalars, constants = {"n_tensors": "i32"}, {"TILE": 128}
+    return _compile(kernels._begin_kernel, pointers, scalars, constants, target, {"enable_fp_fusion": False})
 
 
-def _compile(kernels, kernel, pointers, scalars, constants, target):
+def _compile(kernel, pointers, scalars, constants, target, options):
     source = ASTSource(
         kernel,
         {**pointers, **scalars, **dict.fromkeys(constants, "constexpr")},
@@ -182,7 +181,6 @@ def _compile(kernels, kernel, pointers, scalars, constants, target):
         # Tables come from torch's allocator; integers are not specialised.
         {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
     )
-    options = kernels.launch_options(target.backend, target.warp_size)
     return triton.compile(source, target=target, options=options)
 
 

@@ -191,7 +191,10 @@ class GradESAdamW(CheckpointedAdamW):
 
     @property
     def all_frozen(self) -> bool:
-        """Whether there is a monitored unit and every one is frozen: the signal to stop."""
+        """Whether there is a monitored unit and every one is frozen: the signal to stop.
+
+        Never waits for the device, and so is at most one step late where that decides.
+        """
         if self._plan is not None and self._plan.captured:
             self._plan.peek()
         return self._current_table().all_frozen
@@ -236,7 +239,8 @@ class GradESAdamW(CheckpointedAdamW):
     ) -> RemovableHandle:
         """Call `hook(optimizer, events)` after a step that froze units.
 
-        Where the device decides, the host learns of it, and calls, at the start of the next step.
+        Where the device decides, the host learns of it, and calls, at the start of the next step,
+        or earlier when something exact is read.
 
         Returns:
             A handle whose `remove()` takes the hook away.
@@ -407,6 +411,9 @@ class GradESAdamW(CheckpointedAdamW):
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
             for g in self.param_groups
         ]
+        if self._capturing():
+            # What a replay writes to must outlive whatever becomes of the state.
+            plan.captured.append([dict(state) for state in self.state.values()])
         plan.step(grads, hypers, grad_scale, found_inf)
 
     def _serves(self, plan: Plan, grads: list[Tensor | None]) -> bool:
@@ -528,6 +535,8 @@ class GradESAdamW(CheckpointedAdamW):
         table = self._current_table()
         if self._plan is not None:
             self._plan.sync()
+            if table.news:
+                self._publish()
         return table
 
     def _build(self) -> None:
@@ -762,10 +771,6 @@ class GradESAdamW(CheckpointedAdamW):
             ],
             units=[unit for _, unit in members],
         )
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:

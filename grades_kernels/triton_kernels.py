@@ -1,6 +1,6 @@
 """The fused implementation: one Triton launch a step for all tensors, decisions on the device.
 
-The only module that imports Triton. Three parts: the kernels; `_Plan`, which lays the tensors of
+The only module that imports Triton. Three parts: the kernels; `Plan`, which lays the tensors of
 an optimizer out in device tables once and then costs one upload per step; and the door,
 `_fused_triton_grades_adamw`.
 
@@ -56,6 +56,7 @@ _DIVISOR = tl.constexpr(6)  # fp64: the number of elements with tau_per="element
 _FIRST_TENSOR = tl.constexpr(7)
 _N_TENSORS = tl.constexpr(8)
 _N_UNIT_BLOCKS = tl.constexpr(9)
+_NEVER_COMPLETE = tl.constexpr(1 << 62)  # blocks of a unit with a tensor that had no gradient yet
 _UNIT_WORDS = tl.constexpr(12)
 # Row 0 alone:
 _CLOCK = tl.constexpr(1)  # steps that really happened; kept up where the device counts
@@ -238,10 +239,10 @@ def _do_block(
 
 
 @triton.jit
-def _complete(unit_row, tensors_ptr, inputs_ptr):
+def _complete(unit_row, inputs_ptr):
     """Whether every tensor of the unit has a gradient in this step."""
     first = tl.load(unit_row + _FIRST_TENSOR)
-    complete = True
+    complete = tl.load(unit_row + _N_UNIT_BLOCKS) != _NEVER_COMPLETE
     for tensor in range(first, first + tl.load(unit_row + _N_TENSORS)):
         grad = tl.load(inputs_ptr + _HEAD_WORDS + tensor * _INPUT_WORDS + _GRAD)
         complete = complete & (grad != 0)
@@ -311,7 +312,7 @@ def _judge(
         elif n_decided >= tl.load(units_ptr + _ENOUGH):
             tl.store(units_ptr + _FORCED_AT, t + 1)
     elif keeping:
-        if _complete(unit_row, tensors_ptr, inputs_ptr):
+        if _complete(unit_row, inputs_ptr):
             tl.store(unit_row + _PREV_STEP, t)
 
 
@@ -401,7 +402,7 @@ def _step_kernel(
     if STATISTIC == "change":
         if MEASURE or KEEP:
             addresses |= tl.load(tensor_row + _PREV_GRAD)
-    aligned = addresses % 16 == 0
+    aligned = (addresses & 15) == 0
 
     differences = tl.zeros((BLOCK,), tl.float32)
     magnitudes = tl.zeros((BLOCK,), tl.float32)
@@ -431,7 +432,7 @@ def _step_kernel(
     if KEEP and STATISTIC == "change":
         # Where this launch measures too, the judge writes prev_step, after it has read it.
         if keeping & (not measuring) & (index == 0) & (tl.load(unit_row + _FIRST_TENSOR) == tensor):
-            if _complete(unit_row, tensors_ptr, inputs_ptr):
+            if _complete(unit_row, inputs_ptr):
                 tl.store(unit_row + _PREV_STEP, t)
 
     if MEASURE:
@@ -593,6 +594,7 @@ class Plan:
         self.captured: list[Any] = []
         self.pending: np.ndarray | None = None  # the tensors that the step under way updates
         self.unsettled = True
+        self.undecided = any(unit.decided_at == NEVER for unit in table.units)
         self.stepped = False  # since the last sync
         self.counts_alone = False  # whether the device knows better than the host what t is
         self.recorded_at = table.t
@@ -651,9 +653,8 @@ class Plan:
             if partner is not None:
                 launches[partner] += launches.pop(launch)
         self.launches = launches
-        self.dropped: set[int] = set()
+        self.dropped = np.array([u is not None and u.frozen_at != NEVER for u in unit_of])
         self._lay_out_blocks()
-        self._drop_frozen()
 
     def _lay_out_units(
         self, rows: np.ndarray, unit_of: list[Unit | None], number: dict[Unit, int]
@@ -691,7 +692,9 @@ class Plan:
             complete = len(members) == unit.n_tensors
             row[_N_TENSORS.value] = len(members)
             row[_N_UNIT_BLOCKS.value] = (
-                sum(rows[m, _N_BLOCKS.value] for m in members) if complete else 1 << 62
+                sum(rows[m, _N_BLOCKS.value] for m in members)
+                if complete
+                else _NEVER_COMPLETE.value
             )
         self.units = self._upload(words)
         self.mirror = torch.from_numpy(words.copy())
@@ -705,7 +708,7 @@ class Plan:
         self.programs: dict[_Launch, tuple[int, int, int]] = {}
         first = 0
         for launch, members in self.launches.items():
-            chosen = np.array([n for n in members if n not in self.dropped], dtype=np.int64)
+            chosen = np.array([n for n in members if not self.dropped[n]], dtype=np.int64)
             if len(chosen) == 0:
                 continue
             counts = self.rows[chosen, _N_BLOCKS.value]
@@ -755,10 +758,10 @@ class Plan:
         grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
         capturing = self.cuda and torch.cuda.is_current_stream_capturing()
         scaled = grad_scale is not None or found_inf is not None
-        on_device = self.capturable or any(
-            isinstance(x, Tensor) and x.device.type != "cpu" for h in hypers for x in h[:3]
-        )
-        if not self.programs and not self.capturable:  # all is frozen
+        # Without programs there is none that could tell whether a scaled step has happened.
+        on_device = self.capturable or not self.programs
+        on_device = on_device or any(_is_on_device(x) for h in hypers for x in h[:3])
+        if not (self.programs or self.capturable or scaled):  # all is frozen
             table.t, self.counts_alone = t, False
             return
         restrided = self._restride(grads)
@@ -774,7 +777,7 @@ class Plan:
         )
         if on_device:
             for row, h in zip(staging.hyper, hypers, strict=True):
-                numbers = [0.0 if isinstance(x, Tensor) else x for x in h[:5]]
+                numbers = [0.0 if _is_on_device(x) else float(x) for x in h[:5]]
                 row[:] = (*numbers, -1.0 if h.maximize else 1.0)
         else:
             self._compute_coefficients(staging.coefficients, hypers, has_grad)
@@ -786,8 +789,8 @@ class Plan:
                 staging.read.record()
             if on_device:
                 self._begin(hypers)
-            check = on_device or rule.checks(t)
-            keep = on_device or rule.checks(t + 1)
+            check = on_device or (self.undecided and rule.checks(t))
+            keep = on_device or (self.undecided and rule.checks(t + 1))
             if check and rule.freeze_timing == "same_step":
                 self._launch(measure=True, update=False, keep=False, scaled=scaled)
             self._launch(
@@ -865,10 +868,16 @@ class Plan:
         words = self.hyper.view(torch.float64).view(len(hypers), -1)
         for row, h in zip(words, hypers, strict=True):
             for word, value in zip(row, h[:3], strict=False):
-                if isinstance(value, Tensor):
-                    word.copy_(value.squeeze(), non_blocking=True)
+                if _is_on_device(value):
+                    word.copy_(torch.as_tensor(value).squeeze(), non_blocking=True)
         _begin_kernel[(1,)](
-            self.inputs, self.units, self.tensors, self.hyper, len(self.places), TILE=128
+            self.inputs,
+            self.units,
+            self.tensors,
+            self.hyper,
+            len(self.places),
+            TILE=128,
+            enable_fp_fusion=False,
         )
 
     def _launch(self, *, measure: bool, update: bool, keep: bool, scaled: bool) -> None:
@@ -930,8 +939,10 @@ class Plan:
 
     def peek(self) -> None:
         """Take over what replays of a captured graph have copied out so far; never waits."""
-        self._read(self.mirror.numpy())
-        self._settle()
+        words = self.mirror.numpy().copy()
+        if np.array_equal(words, self.mirror.numpy()):  # else a copy is landing just now
+            self._read(words)
+            self._settle()
 
     def _read(self, words: np.ndarray) -> None:
         table, numbers = self.table, words.view(np.float64)
@@ -966,18 +977,29 @@ class Plan:
             self.forced_at, self.unsettled = NEVER, True
         if self.unsettled:
             table.settle()
-            self.unsettled = any(
-                unit.decided_at != NEVER and unit.frozen_at == NEVER for unit in table.units
-            )
+            decided = [unit for unit in table.units if unit.decided_at != NEVER]
+            self.undecided = len(decided) < len(table.units)
+            self.unsettled = any(unit.frozen_at == NEVER for unit in decided)
             self._drop_frozen()
 
     def _drop_frozen(self) -> None:
-        """Take frozen units out of the launches, where their programs only return."""
+        """Take frozen units out of the launches, where their programs only return.
+
+        In waves of an eighth of what is left: laying the programs out takes the host tens of
+        milliseconds for billions of parameters, a program that only returns takes the device less
+        than a microsecond.
+        """
         frozen = [n for n, unit in enumerate(self.table.units) if unit.frozen_at != NEVER]
-        dropped = set(np.flatnonzero(np.isin(self.rows[:, _UNIT.value], frozen)).tolist())
-        if dropped != self.dropped:
+        dropped = np.isin(self.rows[:, _UNIT.value], frozen)
+        waiting = self.rows[dropped & ~self.dropped, _N_BLOCKS.value].sum()
+        left = self.rows[~self.dropped, _N_BLOCKS.value].sum()
+        if waiting and (waiting * 8 >= left or len(frozen) == len(self.table.units)):
             self.dropped = dropped
             self._lay_out_blocks()
+
+
+def _is_on_device(x: float | Tensor) -> bool:
+    return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
 def launch_options(backend: str, warp_size: int = 32) -> dict[str, Any]:

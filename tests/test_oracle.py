@@ -230,7 +230,7 @@ def distance(got, want):
     An infinite and a NaN entry count as equal: torch's lerp turns an infinite moment into NaN one
     step before the plain formula does.
     """
-    got = got.detach().double().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
+    got = got.detach().cpu().double().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
     want = np.asarray(want)
     finite = np.isfinite(want)
     if not np.array_equal(np.isfinite(got), finite):
