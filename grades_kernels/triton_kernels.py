@@ -763,6 +763,7 @@ class Plan:
         on_device = on_device or any(_is_on_device(x) for h in hypers for x in h[:3])
         if not (self.programs or self.capturable or scaled):  # all is frozen
             table.t, self.counts_alone = t, False
+            self.units[0, _CLOCK.value].fill_(t)
             return
         restrided = self._restride(grads)
         staging = self._next_staging(capturing)
