@@ -170,7 +170,9 @@ def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tu
 def compile_begin(kernels: ModuleType, target: GPUTarget) -> Any:
     pointers = dict.fromkeys(("inputs_ptr", "units_ptr", "tensors_ptr", "hyper_ptr"), "*i64")
     scalars, constants = {"n_tensors": "i32"}, {"TILE": 128}
-    return _compile(kernels._begin_kernel, pointers, scalars, constants, target, {"enable_fp_fusion": False})
+    return _compile(
+        kernels._begin_kernel, pointers, scalars, constants, target, {"enable_fp_fusion": False}
+    )
 
 
 def _compile(kernel, pointers, scalars, constants, target, options):
