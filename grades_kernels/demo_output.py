@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .demo import Plan, Run, Text
 
 TIE = 0.007
-"""Losses so close, in nats per byte, count as equal: over four seeds of the default job the distance
-of GradESAdamW from the fair yardstick had a standard deviation of 0.007 (-0.011 to +0.004)."""
+"""Losses so close, in nats per byte, count as equal: over four seeds of the default job the
+difference to the fair yardstick had a standard deviation of 0.007 (-0.011 to +0.004)."""
 
 
 def make_console() -> Console:
