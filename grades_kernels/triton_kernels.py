@@ -613,7 +613,16 @@ class Plan:
             group, row, p = groups[k], rows[n], groups[k].params[i]
             step = group.state_steps[i]
             if step.device != p.device or step.dtype != torch.float32:
-                raise AssertionError("steps must be fp32 on the parameter's device")
+                raise ValueError(
+                    f"state_steps[{i}] is {step.dtype} on {step.device}: the Triton kernels count "
+                    f"in float32 on the parameter's device, {p.device}."
+                )
+            for x in (group.exp_avgs[i], group.exp_avg_sqs[i], *group.max_exp_avg_sqs[i : i + 1]):
+                if not same_memory_order(x, p):
+                    raise ValueError(
+                        f"a moment of parameter {i} has strides {x.stride()}, the parameter "
+                        f"{p.stride()}: the Triton kernels walk through memory."
+                    )
             row[_PARAM.value] = p.data_ptr()
             row[_EXP_AVG.value] = group.exp_avgs[i].data_ptr()
             row[_EXP_AVG_SQ.value] = group.exp_avg_sqs[i].data_ptr()
@@ -679,9 +688,13 @@ class Plan:
         head[_LATE.value] = rule.freeze_timing == "next_step" and rule.cooldown == 0
         head[_GRACE.value] = rule.grace_steps if rule.grace_steps is not None else 1 << 62
         head[_CHECK_EVERY.value] = rule.check_every
-        for unit, n in number.items():
+        members_of: dict[Unit, list[int]] = {unit: [] for unit in number}
+        for m, unit in enumerate(unit_of):
+            if unit is not None:
+                members_of[unit].append(m)
+        for unit, members in members_of.items():
+            n = number[unit]
             row = words[1 + n]
-            members = [m for m, other in enumerate(unit_of) if other is unit]
             row[_DECIDED_AT.value] = unit.decided_at
             row[_HITS.value], row[_PREV_STEP.value] = unit.hits, unit.prev_step
             numbers[1 + n, _STATISTIC.value] = unit.statistic
