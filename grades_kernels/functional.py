@@ -197,3 +197,8 @@ def same_memory_order(a: Tensor, b: Tensor) -> bool:
     """Whether tensors of one shape lie in memory alike; dimensions of size 1 do not matter."""
     strides = zip(a.stride(), b.stride(), a.shape, strict=True)
     return all(i == j for i, j, size in strides if size > 1)
+
+
+def gradient_dtype(grad: Tensor | None, p: Tensor) -> torch.dtype:
+    """The dtype of a parameter's gradient, or that which the next one is expected to have."""
+    return grad.dtype if grad is not None else getattr(p, "grad_dtype", None) or p.dtype

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .checkpoint import FRESH, CheckpointedAdamW, no_prev_grad
 from .freezing import NEVER, STATISTICS, TIMINGS, FreezeRule, FreezeTable, Unit, exact_grace_steps
-from .functional import StepGroup, choose, same_memory_order
+from .functional import StepGroup, choose, gradient_dtype, same_memory_order
 from .reference import _single_tensor_grades_adamw
 from .report import FreezeEvent, FreezeReport, UnitReport
 from .units import canonical_name, place_of, unit_of
@@ -670,7 +670,7 @@ class GradESAdamW(CheckpointedAdamW):
                         )
 
     def _graph_capture_health_check(self) -> None:
-        # The older name is an alias that warns since torch 2.12.
+        # Where torch has both names, the older one is an alias that warns.
         if hasattr(self, "_accelerator_graph_capture_health_check"):
             self._accelerator_graph_capture_health_check()
         else:
@@ -750,7 +750,7 @@ class GradESAdamW(CheckpointedAdamW):
             if unit is None or unit.criterion != "change" or unit.decided_at != NEVER:
                 continue
             held = state.setdefault("prev_grad", no_prev_grad(p))
-            dtype = p.grad.dtype if p.grad is not None else _gradient_dtype(p)
+            dtype = gradient_dtype(p.grad, p)
             if held.shape != p.shape:
                 if uses_prev:
                     state["prev_grad"] = torch.zeros_like(p, dtype=dtype)
@@ -771,10 +771,6 @@ class GradESAdamW(CheckpointedAdamW):
             ],
             units=[unit for _, unit in members],
         )
-
-
-def _gradient_dtype(p: Tensor) -> torch.dtype:
-    return getattr(p, "grad_dtype", None) or p.dtype
 
 
 def _held(states: list[dict[str, Any]]) -> list[Tensor | None]:

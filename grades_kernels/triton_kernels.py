@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .freezing import NEVER, FreezeTable, Unit
-from .functional import StepGroup, same_memory_order
+from .functional import StepGroup, gradient_dtype, same_memory_order
 
 # Tables are int64 words, so that one table holds addresses, counts and (as bits) numbers.
 
@@ -572,7 +572,7 @@ class Plan:
         self.addresses = [p.data_ptr() for p in self.flat_params]
         self.shapes = [p.shape for p in self.flat_params]
         self.grad_dtypes = [
-            _grad_dtype(groups[k].grads[i], p)
+            gradient_dtype(groups[k].grads[i], p)
             for (k, i), p in zip(self.places, self.flat_params, strict=True)
         ]
         self.options = launch_options("cpu")
@@ -630,6 +630,12 @@ class Plan:
                 row[_MAX_EXP_AVG_SQ.value] = group.max_exp_avg_sqs[i].data_ptr()
             prev_grad = group.prev_grads[i]
             if prev_grad is not None and prev_grad.shape == p.shape:
+                if prev_grad.dtype != self.grad_dtypes[n] or not same_memory_order(prev_grad, p):
+                    raise ValueError(
+                        f"prev_grads[{i}] is {prev_grad.dtype} with strides {prev_grad.stride()}: "
+                        f"the Triton kernels read it as {self.grad_dtypes[n]} with the "
+                        f"parameter's, {p.stride()}."
+                    )
                 row[_PREV_GRAD.value] = prev_grad.data_ptr()
             elif unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
                 self.holds_prev_grads = False
@@ -794,7 +800,7 @@ class Plan:
                 numbers = [0.0 if _is_on_device(x) else float(x) for x in h[:5]]
                 row[:] = (*numbers, -1.0 if h.maximize else 1.0)
         else:
-            self._compute_coefficients(staging.coefficients, hypers, has_grad)
+            self._compute_coefficients(staging.coefficients, hypers)
 
         elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
         with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
@@ -859,9 +865,7 @@ class Plan:
             staging.read.synchronize()  # four steps back
         return staging
 
-    def _compute_coefficients(
-        self, out: np.ndarray, hypers: Sequence[Hyper], has_grad: np.ndarray
-    ) -> None:
+    def _compute_coefficients(self, out: np.ndarray, hypers: Sequence[Hyper]) -> None:
         """In fp64: a Python float reaches a kernel as fp32, and 1 - 0.999 would be 1e-5 off."""
         columns = np.array(
             [[float(h.lr), float(h.beta1), float(h.beta2), h.eps, h.weight_decay] for h in hypers]
@@ -1033,10 +1037,6 @@ def launch_options(backend: str, warp_size: int = 32) -> dict[str, Any]:
 def block_size(itemsize: int) -> int:
     """Elements per inner iteration: 16 bytes per thread of the narrowest tensor."""
     return THREADS * 16 // itemsize
-
-
-def _grad_dtype(grad: Tensor | None, p: Tensor) -> torch.dtype:
-    return grad.dtype if grad is not None else getattr(p, "grad_dtype", None) or p.dtype
 
 
 def _fused_triton_grades_adamw(

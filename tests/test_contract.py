@@ -20,6 +20,7 @@ import warnings
 
 import pytest
 import torch
+from test_public_api import OWN_OPTIONS
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -32,20 +33,6 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 from grades_kernels import GradESAdamW
 
 ADAMW = next(info for info in optim_db if info.optim_cls is AdamW)
-OWN_ARGUMENTS = {
-    "tau": None,
-    "alpha": 0.5,
-    "total_steps": None,
-    "grace_steps": None,
-    "statistic": "change",
-    "tau_per": "unit",
-    "check_every": 1,
-    "patience": 1,
-    "freeze_timing": "same_step",
-    "cooldown": 0,
-    "max_frozen": 1.0,
-    "stop_grad": "auto",
-}
 FREEZES_AT_3 = {"tau": 1e9, "grace_steps": 2}
 WATCHES = {"tau": 0.0, "grace_steps": 0}
 MONITORING = {"unmonitored": {}, "watched": WATCHES, "freezing": FREEZES_AT_3}
@@ -105,7 +92,7 @@ def test_own_arguments_are_keyword_only():
     """Own arguments follow AdamW's and are keyword-only, so that none can shadow a later one."""
     mine = list(inspect.signature(GradESAdamW).parameters.values())
     mine = mine[len(inspect.signature(AdamW).parameters) :]
-    assert {p.name: p.default for p in mine} == OWN_ARGUMENTS
+    assert {p.name: p.default for p in mine} == OWN_OPTIONS
     assert {p.kind for p in mine} == {inspect.Parameter.KEYWORD_ONLY}
 
 

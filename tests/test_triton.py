@@ -1255,6 +1255,25 @@ def test_the_functional_form_chooses_too():
         framed.run(table, unit)
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong", "message"),
+    [
+        ("prev_grad", lambda x: x.double(), r"prev_grads\[0\] is torch.float64"),
+        ("prev_grad", lambda x: x.t().contiguous().t(), r"prev_grads\[0\] is .* with strides"),
+        ("exp_avg", lambda x: x.t().contiguous().t(), r"a moment of parameter 0 has strides"),
+    ],
+    ids=["dtype", "strides", "moment's strides"],
+)
+def test_the_functional_form_refuses_buffers_it_would_misread(key, wrong, message):
+    """The kernels walk through memory by address: what lies otherwise is an error, not garbage."""
+    framed = Framed(12, 0)
+    table, unit = table_at(4, numel=12)
+    framed.inner = {name: x.view(3, 4) for name, x in framed.inner.items()}
+    framed.inner[key] = wrong(framed.inner[key])
+    with pytest.raises(ValueError, match=message):
+        framed.run(table, unit)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_that_do_not_fit_are_refused(fused):
     """Sparse ones as torch refuses them; nothing has changed then."""
