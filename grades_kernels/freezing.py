@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from .report import FreezeEvent
 
-STATISTICS = ("change", "norm", "momentum")
+STATISTICS = ("change", "norm", "momentum", "signal", "weight_change")
 TIMINGS = ("same_step", "next_step")
 NEVER = -1
 """Value of `decided_at`, `frozen_at` and `prev_step` before there is such a step."""
@@ -30,6 +30,17 @@ def exact_grace_steps(alpha: float, total_steps: int) -> int:
     return math.ceil(Fraction(repr(float(alpha))) * total_steps)
 
 
+def noise_floor(beta1: float) -> float:
+    """The "signal" of a gradient that is pure noise: about 0.18 for beta1 = 0.9.
+
+    exp_avg is then a sum of independent terms with weights (1 - beta1) * beta1^k and so normal with
+    standard deviation sqrt((1 - beta1) / (1 + beta1)) times that of the gradient, which
+    sqrt(exp_avg_sq) estimates; the mean absolute value of a normal variable is sqrt(2 / pi) of its
+    standard deviation.
+    """
+    return math.sqrt(2 / math.pi * (1 - beta1) / (1 + beta1))
+
+
 @dataclass(frozen=True)
 class FreezeRule:
     """When a check takes place and what it leads to; the same for all units of an optimizer.
@@ -43,6 +54,7 @@ class FreezeRule:
         cooldown: Steps over which a decided unit's learning rate falls to zero before it freezes.
         max_frozen: Share of decided units from which on all others are decided too.
         tau_per: "unit" compares the sum with tau, "element" the sum over the number of elements.
+            "signal" is a ratio, which neither divides.
     """
 
     grace_steps: int | None = None
@@ -58,6 +70,10 @@ class FreezeRule:
         grace = self.grace_steps
         return grace is not None and t > grace and (t - grace - 1) % self.check_every == 0
 
+    def divisor(self, unit: Unit) -> int:
+        """What the statistic of a unit is divided by before it is compared with tau."""
+        return unit.n_elements if self.tau_per == "element" and unit.criterion != "signal" else 1
+
     def ramp(self, t: int, decided_at: int) -> float:
         """Learning-rate factor at step `t` of what was decided at step `decided_at`."""
         if decided_at == NEVER or self.cooldown == 0:
@@ -71,7 +87,7 @@ class Unit:
 
     Attributes:
         name: The parameter's name, or `group{i}.param{j}` for nameless parameters.
-        criterion: Which statistic is measured: "change", "norm" or "momentum".
+        criterion: Which statistic is measured, one of `STATISTICS`.
         tau: The threshold now; it follows the parameter group.
         n_elements: Elements of all tensors of the unit.
         n_tensors: Tensors of the unit; a check with fewer gradients is void.
@@ -186,8 +202,7 @@ class FreezeTable:
 
     def judge(self, unit: Unit, statistic: float) -> None:
         """Compare a measured (not void) statistic with tau, strictly, and decide the unit."""
-        if self.rule.tau_per == "element":
-            statistic /= unit.n_elements
+        statistic /= self.rule.divisor(unit)
         unit.statistic, unit.checked_at = statistic, self.t
         unit.hits = unit.hits + 1 if statistic < unit.tau else 0
         if unit.hits >= self.rule.patience:

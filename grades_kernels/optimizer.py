@@ -17,7 +17,16 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from .checkpoint import FRESH, CheckpointedAdamW, no_prev_grad
-from .freezing import NEVER, STATISTICS, TIMINGS, FreezeRule, FreezeTable, Unit, exact_grace_steps
+from .freezing import (
+    NEVER,
+    STATISTICS,
+    TIMINGS,
+    FreezeRule,
+    FreezeTable,
+    Unit,
+    exact_grace_steps,
+    noise_floor,
+)
 from .functional import StepGroup, choose, gradient_dtype, same_memory_order
 from .reference import _single_tensor_grades_adamw
 from .report import FreezeEvent, FreezeReport, UnitReport
@@ -55,16 +64,20 @@ class GradESAdamW(CheckpointedAdamW):
         fused: None chooses a fused implementation where there is one, else the reference; False is
             the reference; True is a fused implementation or a RuntimeError that says why not.
         tau: Threshold of the statistic; may differ per parameter group and be changed between
-            steps. None (default): not monitored. 0.0 measures and never freezes.
+            steps. None (default): not monitored. 0.0 measures and never freezes. "auto", for the
+            statistic "signal" alone: 1.1 times its noise floor.
         alpha: Share of `total_steps` that is the grace period, in [0, 1). Default 0.5.
         total_steps: Planned optimizer steps, at least 1.
         grace_steps: Steps before the first check; in place of `alpha * total_steps`.
         statistic: What is compared with tau, summed over all elements of a unit. "change"
             (default, Eq. 1): :math:`|g_t - g_{t-1}|`. "norm" (Eq. 3): :math:`|g_t|`. "momentum":
-            :math:`|g_t - m_{t-1}|` with AdamW's first moment, which needs no memory. May differ
-            per parameter group.
+            :math:`|g_t - m_{t-1}|` with AdamW's first moment, which needs no memory. "signal":
+            :math:`\sum |\hat m_{t-1}| / \sum \sqrt{\hat v_{t-1}}`, which has the same scale for
+            every matrix and model: 1 for a constant gradient, 0.18 for noise (beta1 = 0.9).
+            "weight_change": :math:`|w_t - w_{t-1}|`, what the paper's own code measures; only
+            with `freeze_timing="next_step"`. May differ per parameter group.
         tau_per: "unit" (default, the paper) compares the sum, "element" the sum divided by the
-            number of elements.
+            number of elements; "signal" is a ratio and never divided.
         check_every: Steps from one check to the next. Default 1.
         patience: Consecutive checks below tau that freeze a unit. Default 1 (the paper).
         freeze_timing: "same_step" (default, Algorithm 1) decides before the update, so that a unit
@@ -99,7 +112,7 @@ class GradESAdamW(CheckpointedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        tau: float | None = None,
+        tau: float | str | None = None,
         alpha: float = 0.5,
         total_steps: int | None = None,
         grace_steps: int | None = None,
@@ -170,7 +183,7 @@ class GradESAdamW(CheckpointedAdamW):
 
     @property
     def backend(self) -> str:
-        """The implementation that the next step uses: "triton" or "reference"."""
+        """The implementation that the next step uses: "triton", "native" or "reference"."""
         self._current_table()
         return self._implementation()
 
@@ -364,14 +377,20 @@ class GradESAdamW(CheckpointedAdamW):
                 "grace period was planned for fewer steps."
             )
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        if self._implementation() == "triton":
+        backend = self._implementation()
+        if backend == "triton":
             self._step_on_device(**scaling)
+            return
+        self._leave_device()
+        self._check_gradients()
+        groups = [self._gather(i) for i in range(len(self.param_groups))]
+        if backend == "native":
+            from .native import _fused_native_grades_adamw
+
+            _fused_native_grades_adamw(groups, table, **scaling)
         else:
-            self._leave_device()
-            self._check_gradients()
-            groups = [self._gather(i) for i in range(len(self.param_groups))]
             _single_tensor_grades_adamw(groups, table, **scaling)
-            self._publish()
+        self._publish()
 
     def _publish(self) -> None:
         """Bring the state up to date with what a step decided, then tell the hooks."""
@@ -517,7 +536,7 @@ class GradESAdamW(CheckpointedAdamW):
     def _current_table(self) -> FreezeTable:
         """The freeze table, rebuilt if groups, tensors, tau or statistic have changed."""
         params = self._all_params()
-        settings = [(group["tau"], group["statistic"]) for group in self.param_groups]
+        settings = [(_tau_of(group), group["statistic"]) for group in self.param_groups]
         if self._built_for is not None:
             same = len(params) == len(self._built_for[0])
             if (
@@ -549,11 +568,12 @@ class GradESAdamW(CheckpointedAdamW):
         for i, group in enumerate(self.param_groups):
             tau, criterion = group["tau"], group["statistic"]
             self._check_own_settings(tau, criterion, differentiable=group["differentiable"])
+            tau = _tau_of(group)
             names = self._names(i)
             rows.append([])
             for j, p in enumerate(group["params"]):
                 name = None if tau is None else self._unit_name(p, names, i, j)
-                if name is None:
+                if tau is None or name is None:
                     rows[i].append(None)
                     if self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER:
                         raise ValueError(
@@ -590,7 +610,7 @@ class GradESAdamW(CheckpointedAdamW):
             unit.announced = unit.name in told
         self._built_for = (
             self._all_params(),
-            [(group["tau"], group["statistic"]) for group in self.param_groups],
+            [(_tau_of(group), group["statistic"]) for group in self.param_groups],
         )
 
     def _names(self, i: int) -> list[str] | None:
@@ -612,9 +632,19 @@ class GradESAdamW(CheckpointedAdamW):
         _check_choice("statistic", statistic, STATISTICS)
         if tau is None:
             return
-        _check_number(
-            "tau", tau, "[0, inf], or None to leave a group unmonitored", lambda x: x >= 0
-        )
+        if tau == "auto":
+            if statistic != "signal":
+                raise ValueError(
+                    f"tau='auto' needs statistic='signal', not {statistic!r}: no other statistic "
+                    "has a scale that is known beforehand. Observe it with tau=0.0, then choose."
+                )
+        else:
+            _check_number("tau", tau, "[0, inf], 'auto', or None: not monitored", lambda x: x >= 0)
+        if statistic == "weight_change" and self._rule.freeze_timing != "next_step":
+            raise ValueError(
+                "statistic='weight_change' needs freeze_timing='next_step': how far a weight moves "
+                "is known after the update, too late to leave it out."
+            )
         if self._rule.grace_steps is None:
             raise ValueError(
                 f"tau={tau} needs total_steps or grace_steps: the grace period (alpha * "
@@ -771,6 +801,13 @@ class GradESAdamW(CheckpointedAdamW):
             ],
             units=[unit for _, unit in members],
         )
+
+
+def _tau_of(group: dict[str, Any]) -> float | None:
+    """The threshold of a parameter group as a number; "auto" is a tenth above the noise floor."""
+    if group["tau"] == "auto":
+        return 1.1 * noise_floor(float(group["betas"][0]))
+    return group["tau"]
 
 
 def _held(states: list[dict[str, Any]]) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ torch's own `torch.optim.adamw.adamw`, called on the tensors that are not frozen
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,60 +34,108 @@ def _single_tensor_grades_adamw(
         raise AssertionError("Expected grad_scale and found_inf to be None")
 
     t = table.begin_step()
-    measured = _measure(groups, table, t) if table.rule.checks(t) else {}
-
-    if table.rule.freeze_timing == "same_step":
-        for unit, statistic in measured.items():
-            table.judge(unit, statistic)
+    check, late = table.rule.checks(t), table.rule.freeze_timing == "next_step"
+    sums = _measure(groups, table, t) if check else {}
+    if check and not late:
+        judge(table, sums)
     frozen_before_update = {unit for unit in table.units if unit.frozen_at != NEVER}
+    weights = _weights(groups, table) if check and late else []
 
     for group in groups:
         _update(group, table, frozen_before_update)
 
-    if table.rule.freeze_timing == "next_step":
-        for unit, statistic in measured.items():
-            table.judge(unit, statistic)
-
+    if check and late:
+        _add_weight_changes(sums, weights)
+        judge(table, sums)
     if table.rule.checks(t + 1):
         _keep(groups, t)
-    if measured:
-        nan = float("nan")
-        table.record(tuple(u.statistic if u in measured else nan for u in table.units))
 
 
-def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> dict[Unit, float]:
-    """The statistic of every undecided unit, in order; void checks are left out."""
-    sums: dict[Unit, list[Tensor]] = {u: [] for u in table.units if u.decided_at == NEVER}
-    magnitudes: dict[Unit, list[Tensor]] = {unit: [] for unit in sums}
+Sums = dict[Unit, list[tuple[Tensor, Tensor, Tensor]]]
+"""Per undecided unit, for each of its tensors that has evidence, three fp64 scalars: the numerator
+of the statistic, its denominator (0 unless it is a ratio), and the sum of |g|."""
+
+
+def judge(table: FreezeTable, sums: Sums) -> None:
+    """Turn the sums of every tensor into the statistic of every unit, and judge those not void.
+
+    A synchronisation: the sums are read back from the device, all in one transfer.
+    """
+    complete = [unit for unit, rows in sums.items() if len(rows) == unit.n_tensors]
+    rows = iter(_read_back([x for unit in complete for row in sums[unit] for x in row]))
+    judged = set()
+    for unit in complete:
+        numerators, denominators, magnitudes = zip(
+            *((next(rows), next(rows), next(rows)) for _ in range(unit.n_tensors)), strict=True
+        )
+        statistic = sum(numerators)
+        if unit.criterion == "signal":
+            statistic = statistic / sum(denominators) if sum(denominators) else math.nan
+        evidence = all(0 < magnitude < math.inf for magnitude in magnitudes)
+        evidence &= statistic < math.inf  # False for NaN, as the line above
+        evidence &= unit.criterion != "weight_change" or statistic > 0
+        if evidence:
+            table.judge(unit, statistic)
+            judged.add(unit)
+    if judged:
+        table.record(tuple(u.statistic if u in judged else math.nan for u in table.units))
+
+
+def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> Sums:
+    """The sums of all statistics that are known before the update."""
+    sums: Sums = {u: [] for u in table.units if u.decided_at == NEVER}
     for group in groups:
         for i, unit in enumerate(group.units):
-            if unit not in sums:
+            if unit not in sums or unit.criterion == "weight_change":
                 continue
             # Half precision is widened before the difference, and every sum runs in float64:
             # over 1e8 elements a float32 sum would depend on how it is split.
             grad = _widened(group.grads[i])
-            if unit.criterion == "change":
+            magnitude = _abs_sum(grad)
+            zero = torch.zeros_like(magnitude)
+            if unit.criterion == "norm":
+                row = magnitude, zero, magnitude
+            elif unit.criterion == "change":
                 prev_grad = group.prev_grads[i]
                 if prev_grad is None or unit.prev_step != t - 1:
                     continue
-                difference = grad - _widened(prev_grad)
-            elif unit.criterion == "momentum":
-                if group.state_steps[i].item() == 0:
-                    continue
-                difference = (-grad if group.maximize else grad) - _widened(group.exp_avgs[i])
+                row = _abs_sum(grad - _widened(prev_grad)), zero, magnitude
             else:
-                difference = grad
-            sums[unit].append(_abs_sum(difference))
-            magnitudes[unit].append(_abs_sum(grad))
+                step = group.state_steps[i].item()
+                if step == 0:
+                    continue
+                m = _widened(group.exp_avgs[i])
+                if unit.criterion == "momentum":
+                    row = _abs_sum((-grad if group.maximize else grad) - m), zero, magnitude
+                else:  # "signal"
+                    root = _abs_sum(_widened(group.exp_avg_sqs[i]).sqrt())
+                    bias_correction1 = 1 - float(group.beta1) ** step
+                    bias_correction2 = 1 - float(group.beta2) ** step
+                    row = (
+                        _abs_sum(m) / bias_correction1,
+                        root / math.sqrt(bias_correction2),
+                        magnitude,
+                    )
+            sums[unit].append(row)
+    return sums
 
-    complete = [unit for unit in sums if len(sums[unit]) == unit.n_tensors]
-    statistics = _read_back([_together(sums[unit]).sum() for unit in complete])
-    evidence = _read_back([_together(magnitudes[unit]).min() for unit in complete])
-    return {
-        unit: statistic
-        for unit, statistic, magnitude in zip(complete, statistics, evidence, strict=True)
-        if magnitude > 0 and statistic < torch.inf  # neither holds for NaN
-    }
+
+def _weights(
+    groups: list[StepGroup], table: FreezeTable
+) -> list[tuple[Unit, Tensor, Tensor, Tensor]]:
+    """Of every tensor measured by "weight_change": unit, weight, a copy of it, gradient."""
+    return [
+        (unit, p, p.detach().clone(), grad)
+        for group in groups
+        for unit, p, grad in zip(group.units, group.params, group.grads, strict=True)
+        if unit is not None and unit.criterion == "weight_change" and unit.decided_at == NEVER
+    ]
+
+
+def _add_weight_changes(sums: Sums, weights: list[tuple[Unit, Tensor, Tensor, Tensor]]) -> None:
+    for unit, p, before, grad in weights:
+        change = _abs_sum(_widened(p.detach()) - _widened(before))
+        sums[unit].append((change, torch.zeros_like(change), _abs_sum(_widened(grad))))
 
 
 def _update(group: StepGroup, table: FreezeTable, frozen: set[Unit]) -> None:

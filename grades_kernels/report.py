@@ -79,7 +79,7 @@ class UnitReport:
         layer: Number of the repeated block it belongs to, None outside of any.
         kind: What sort of matrix it is, "q_proj" for example; colours and tables group by it.
         n_elements: Elements of all its tensors.
-        criterion: Statistic it is judged by: "change", "norm" or "momentum".
+        criterion: Statistic it is judged by, e.g. "change"; see `GradESAdamW`.
         tau: Threshold; 0 observes without ever freezing.
         statistic: Last measured value, NaN before the first.
         hits: Consecutive checks below ``tau`` so far.

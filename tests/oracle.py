@@ -162,7 +162,7 @@ class Oracle:
     def measure(self, u, grads):
         """The statistic of a unit, or None where the check is void."""
         members = self.units[u]
-        parts = []
+        parts, roots = [], []
         for i in members:
             g, kind = grads[i], self.group_of[i]["statistic"]
             if g is None:
@@ -175,15 +175,37 @@ class Oracle:
                 parts.append(np.abs(g - self.previous[i]).sum())
             elif kind == "norm":
                 parts.append(np.abs(g).sum())
-            else:
-                if self.count[i] == 0:
-                    return self.void("no moment")
+            elif kind == "weight_change":
+                parts.append(np.abs(self.trial_update(i, g) - self.params[i]).sum())
+            elif self.count[i] == 0:
+                return self.void("no moment")
+            elif kind == "momentum":
                 sign = -1.0 if self.group_of[i]["maximize"] else 1.0
                 parts.append(np.abs(sign * g - self.exp_avg[i]).sum())
-        if not np.isfinite(parts).all():
+            else:  # "signal"
+                beta1, beta2 = self.group_of[i]["betas"]
+                parts.append(np.abs(self.exp_avg[i]).sum() / (1 - beta1 ** self.count[i]))
+                variance = self.exp_avg_sq[i] / (1 - beta2 ** self.count[i])
+                roots.append(np.sqrt(variance).sum())
+        # A moment carries no trace of this gradient yet; an infinite one is no evidence either.
+        if not np.isfinite(parts).all() or not all(np.isfinite(grads[i]).all() for i in members):
             return self.void("not finite")
+        if kind == "signal":
+            return float(sum(parts) / sum(roots))
+        if kind == "weight_change" and sum(parts) == 0:
+            return self.void("no movement")
         size = sum(self.params[i].size for i in members)
         return float(sum(parts)) / (size if self.tau_per == "element" else 1)
+
+    def trial_update(self, i, g):
+        """What tensor i would be after this step's update; changes nothing."""
+        lists = (self.params, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.count)
+        kept = [x[i].copy() if isinstance(x[i], np.ndarray) else x[i] for x in lists]
+        self.adamw(i, g, 1.0)
+        after = self.params[i]
+        for x, old in zip(lists, kept, strict=True):
+            x[i] = old
+        return after
 
     def void(self, why):
         self.seen[f"void: {why}"] += 1

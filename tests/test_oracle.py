@@ -112,9 +112,12 @@ def draw_tensors(rng):
     return tensors, names, blocks
 
 
-def draw_groups(rng, blocks):
+def draw_groups(rng, blocks, freeze_timing):
     groups = []
-    statistic = rng.choice(["change", "norm", "momentum"])
+    statistics = ["change", "norm", "momentum", "signal"]
+    if freeze_timing == "next_step":
+        statistics.append("weight_change")
+    statistic = rng.choice(statistics)
     for k, part in enumerate(np.array_split(rng.permutation(len(blocks)), rng.integers(1, 4))):
         groups.append(
             {
@@ -126,7 +129,7 @@ def draw_groups(rng, blocks):
                 "amsgrad": bool(rng.random() < 0.3),
                 "maximize": bool(rng.random() < 0.3),
                 "tau": None if k and rng.random() < 0.3 else 0.0,
-                "statistic": str(rng.choice([statistic, "change", "norm", "momentum"])),
+                "statistic": str(rng.choice([statistic, *statistics])),
             }
         )
     return [group for group in groups if group["params"]]
@@ -175,7 +178,8 @@ def draw_options(rng, steps):
 def draw_once(rng):
     tensors, names, blocks = draw_tensors(rng)
     steps = int(rng.integers(12, 40))
-    groups = draw_groups(rng, blocks)
+    options = draw_options(rng, steps)
+    groups = draw_groups(rng, blocks, options["freeze_timing"])
     thaws = {}
     if rng.random() < 0.25:
         for t in rng.integers(steps // 2, steps, size=2):
@@ -184,7 +188,7 @@ def draw_once(rng):
         tensors=tensors,
         names=names,
         groups=groups,
-        options=draw_options(rng, steps),
+        options=options,
         stop_grad=("auto", True, False)[rng.integers(3)],
         lr_factors=rng.uniform(0.2, 1.0, size=(steps, len(groups))),
         tau_factors={int(rng.integers(2, steps)): 1.5} if rng.random() < 0.2 else {},
@@ -358,7 +362,7 @@ def test_problems_cover_every_rule():
     }
     rare = {key: seen[key] for key, count in at_least.items() if seen[key] < count}
     assert not rare, f"too rare: {rare}; all: {dict(seen)}"
-    assert len([key for key in seen if key.startswith("problem: ")]) == 19
+    assert len([key for key in seen if key.startswith("problem: ")]) == 21
 
 
 class MeasuresTooMuch(Oracle):
