@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from .freezing import NEVER, FreezeRule, FreezeTable, Unit
+from .savings import MOMENTS, nothing_held
 from .units import canonical_name
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ SAVED = {
     "grades_hits": "hits",
     "grades_decided_at": "decided_at",
     "grades_frozen_at": "frozen_at",
+    "grades_stopped_at": "stopped_at",
     "grades_prev_step": "prev_step",
     "grades_statistic": "statistic",
     "grades_tau": "decided_tau",
@@ -62,7 +64,7 @@ class CheckpointedAdamW(AdamW):
         def _fused(self) -> bool | None: ...
         def _reset_freezing(self) -> None: ...
         def _build(self) -> None: ...
-        def _stop_gradients(self, frozen_until: int) -> None: ...
+        def _stop(self, units: list[Unit]) -> None: ...
         def _warn_once(self, message: str) -> None: ...
 
     def _init_state(self, p: Tensor) -> None:
@@ -75,13 +77,18 @@ class CheckpointedAdamW(AdamW):
         on_device = group["capturable"] or group["fused"]
         state = self.state[p]
         state["step"] = torch.tensor(0.0, device=p.device if on_device else "cpu")
-        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+        for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _forget_moments(self, p: Tensor) -> None:
-        for key, value in self.state.get(p, {}).items():
-            if key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                value.zero_()
+        """Moments of zero and a step count of zero, also where they had been released."""
+        state = self.state.get(p, {})
+        for key in MOMENTS:
+            if key in state:
+                state[key] = _full(state[key], p)
+        for key in ("step", *MOMENTS):
+            if key in state:
+                state[key].zero_()
 
     def _write_unit(self, unit: Unit) -> None:
         """Copy a row of the table into the state of the unit's tensors."""
@@ -95,10 +102,20 @@ class CheckpointedAdamW(AdamW):
             for key, name in SAVED.items():
                 state[key] = getattr(unit, name)
             if unit.criterion == "change" and unit.decided_at != NEVER:
-                state["prev_grad"] = no_prev_grad(p)  # measured no more
+                state["prev_grad"] = nothing_held(p)  # measured no more
+
+    def _adopt_state(self) -> None:
+        """Read the table from a state that was put in place without `load_state_dict`.
+
+        ZeroRedundancyOptimizer loads a checkpoint that way.
+        """
+        if self._table.t == 0 and any(state.get("grades_t") for state in self.state.values()):
+            held = {n: self.state.get(p, {}) for n, p in enumerate(self._all_params())}
+            self._restore({n: s["prev_grad"] for n, s in held.items() if "prev_grad" in s})
 
     def _write_state(self) -> None:
         """Copy the whole table into the per-parameter state."""
+        self._adopt_state()
         if self._plan is not None:
             self._plan.sync()
         for state in self.state.values():
@@ -116,12 +133,17 @@ class CheckpointedAdamW(AdamW):
             setattr(unit, name, min(values) if whole else values[0])
 
     @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
         """As `torch.optim.AdamW.state_dict`, with the freeze table as numbers in the state.
 
         A tensor monitored by "change" always has a `prev_grad` of its own shape here, zeros while
         none is held, and of a dtype that does not depend on the gradients seen: loading in place
-        (`torch.distributed.checkpoint`) takes keys, shapes and dtypes from the receiving side.
+        (`torch.distributed.checkpoint`) takes keys, shapes and dtypes from the receiving side. So
+        do the released moments of a frozen tensor, which are zeros here, as `thaw` would make them.
+
+        Args:
+            compact: Leave out what is not held instead of writing zeros. Such a checkpoint loads
+                into GradESAdamW by `load_state_dict`, but neither into plain AdamW nor in place.
         """
         self._write_state()
         state_dict = super().state_dict()
@@ -135,11 +157,14 @@ class CheckpointedAdamW(AdamW):
             if p in steps_on_host:
                 changed["step"] = steps_on_host[p]
             if "prev_grad" in entry:
-                held, dtype = entry["prev_grad"], _saved_prev_grad_dtype(p)
-                full = held.shape == p.shape
-                changed["prev_grad"] = held.to(dtype) if full else torch.zeros_like(p, dtype=dtype)
-            if changed:
-                states[k] = {**entry, **changed}
+                changed["prev_grad"] = entry["prev_grad"].to(_saved_prev_grad_dtype(p))
+            entry = {**entry, **changed}
+            for key in ("prev_grad", *MOMENTS):
+                if key in entry and compact and entry[key].shape != p.shape:
+                    del entry[key]
+                elif key in entry:
+                    entry[key] = _full(entry[key], p)
+            states[k] = entry
         return state_dict
 
     def _steps_on_host(self) -> dict[Tensor, Tensor]:
@@ -168,10 +193,12 @@ class CheckpointedAdamW(AdamW):
                 f"{n_frozen} frozen units will move again under torch.optim.AdamW, which knows no "
                 "frozen parameters."
             )
-        state = {
-            k: {key: x for key, x in entry.items() if key not in ("prev_grad", "grades_t", *SAVED)}
-            for k, entry in state_dict["state"].items()
-        }
+        state = {}
+        for k, entry in state_dict["state"].items():
+            ours = ("prev_grad", "grades_t", *SAVED)
+            state[k] = {key: x for key, x in entry.items() if key not in ours}
+            if entry.get("grades_stopped_at", NEVER) != NEVER:  # zero moments start anew
+                state[k]["step"] = torch.zeros_like(entry["step"])
         groups = [
             {key: value for key, value in group.items() if key not in self._own_defaults}
             for group in state_dict["param_groups"]
@@ -305,14 +332,28 @@ class CheckpointedAdamW(AdamW):
                 held = state["grades_prev_step"] != NEVER and state["grades_decided_at"] == NEVER
                 # A copy, since the caller's tensor is not ours to write into.
                 state["prev_grad"] = (
-                    prev_grads[n].to(p.device, copy=True) if held else no_prev_grad(p)
+                    prev_grads[n].to(p.device, copy=True) if held else nothing_held(p)
                 )
         self._table = FreezeTable(self._rule, t=max(steps))
         self._build()
         for unit in self._table.units:
             unit.announced = unit.frozen_at != NEVER  # before the checkpoint was written
+        self._add_missing_moments()
+        stopped = [unit for unit in self._table.units if unit.stopped_at != NEVER]
+        self._stop(stopped)
+        for unit in stopped:
+            if not self._stopped.issuperset(self._members[unit]):  # not allowed here
+                unit.stopped_at = NEVER
         self._write_state()
-        self._stop_gradients(frozen_until=self._table.t - 1)
+
+    def _add_missing_moments(self) -> None:
+        """What a compact checkpoint left out, as zeros."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p)
+                for key in MOMENTS[: 3 if group["amsgrad"] else 2] if state else ():
+                    if key not in state:
+                        state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_state()
@@ -334,13 +375,9 @@ class CheckpointedAdamW(AdamW):
             self._step_supports_amp_scaling = bool(self._fused())
 
 
-def no_prev_grad(p: Tensor) -> Tensor:
-    """What `prev_grad` is while no previous gradient is held: the key without the memory.
-
-    The key is there from the first step on, since a flat distributed checkpoint loads just the
-    keys that the receiving optimizer has.
-    """
-    return torch.empty(0, dtype=p.dtype, device=p.device)
+def _full(x: Tensor, p: Tensor) -> Tensor:
+    """A moment or previous gradient of `p` in full shape: itself, or zeros where none is held."""
+    return x if x.shape == p.shape else torch.zeros_like(p, dtype=x.dtype)
 
 
 def _saved_prev_grad_dtype(p: Tensor) -> torch.dtype:

@@ -11,8 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 from .report import FreezeEvent
+
+if TYPE_CHECKING:
+    from .distributed import Ranks
 
 STATISTICS = ("change", "norm", "momentum", "signal", "weight_change")
 TIMINGS = ("same_step", "next_step")
@@ -20,6 +24,9 @@ NEVER = -1
 """Value of `decided_at`, `frozen_at` and `prev_step` before there is such a step."""
 
 MAX_HISTORY_ROWS = 512
+MAX_WAVES = 6
+"""Into how many waves the frozen units of a run are gathered: torch.compile recompiles a model at
+most 8 times before it gives up."""
 
 
 def exact_grace_steps(alpha: float, total_steps: int) -> int:
@@ -94,6 +101,7 @@ class Unit:
         hits: Consecutive checks below tau so far.
         decided_at: Step of the decisive check, or -1.
         frozen_at: First step since which the unit is frozen, or -1.
+        stopped_at: Steps that had happened when its tensors stopped to need gradients, or -1.
         prev_step: Step whose gradients the unit's `prev_grad` tensors hold, or -1.
         statistic: Last measured statistic as it is compared with tau, NaN before the first.
         decided_tau: The threshold at the decision, NaN before it.
@@ -111,6 +119,7 @@ class Unit:
     hits: int = 0
     decided_at: int = NEVER
     frozen_at: int = NEVER
+    stopped_at: int = NEVER
     prev_step: int = NEVER
     statistic: float = math.nan
     decided_tau: float = math.nan
@@ -126,7 +135,7 @@ class Unit:
     def thaw(self) -> None:
         """Back to an undecided unit that has measured nothing yet."""
         self.hits = 0
-        self.decided_at = self.frozen_at = self.prev_step = NEVER
+        self.decided_at = self.frozen_at = self.stopped_at = self.prev_step = NEVER
         self.decided_tau = self.decided_statistic = math.nan
         self.announced = False
 
@@ -157,6 +166,8 @@ class FreezeTable:
     history: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     news: bool = True
     """Whether units were decided or frozen that the optimizer has not acted on yet."""
+    ranks: Ranks | None = None
+    """The processes that decide together with this one; None: it decides alone."""
 
     _history_stride: int = 1
     _rows_seen: int = 0
@@ -169,6 +180,9 @@ class FreezeTable:
             (t, tuple(math.nan if k is None else row[k] for k in chosen)) for t, row in self.history
         ]
         return replace(self, units=units, history=history)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ranks": None}  # process groups belong to their process
 
     @property
     def all_decided_at(self) -> int:
@@ -208,6 +222,17 @@ class FreezeTable:
         if unit.hits >= self.rule.patience:
             unit.decide(self.t, unit.statistic)
             self.settle()
+
+    def wave(self) -> list[Unit]:
+        """The frozen units whose gradients may stop now, or none while they are too few.
+
+        A sixth of all units makes a wave; the last one comes when every unit is frozen. It depends
+        on the table alone, never on when a host learned of a decision: what hangs on the set of
+        gradients, such as clipping by their global norm, is the same in every run.
+        """
+        waiting = [u for u in self.units if u.frozen_at != NEVER and u.stopped_at == NEVER]
+        enough = math.ceil(len(self.units) / MAX_WAVES)
+        return waiting if len(waiting) >= enough or self.all_frozen else []
 
     def lr_factor(self, unit: Unit | None) -> float:
         """Learning-rate factor of a tensor at this step: 1, the cooldown ramp, 0 where frozen.

@@ -6,17 +6,19 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, takewhile
 from numbers import Real
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoint import FRESH, CheckpointedAdamW, no_prev_grad
+from .checkpoint import FRESH, CheckpointedAdamW
+from .distributed import Ranks, all_sharded, in_a_job, is_initialized, refuse_flat
 from .freezing import (
     NEVER,
     STATISTICS,
@@ -29,10 +31,20 @@ from .freezing import (
 )
 from .functional import StepGroup, choose, gradient_dtype, same_memory_order
 from .reference import _single_tensor_grades_adamw
-from .report import FreezeEvent, FreezeReport, UnitReport
-from .units import canonical_name, place_of, unit_of
+from .report import FreezeEvent, FreezeReport, Memory, UnitReport
+from .savings import (
+    MOMENTS,
+    ReentrantWatch,
+    n_bytes,
+    nothing_held,
+    recompilations_left,
+    wrapped_anew,
+)
+from .units import canonical_name, is_embedding, place_of, unit_of
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .triton_kernels import Plan
 
 _FLAGS = (
@@ -98,6 +110,8 @@ class GradESAdamW(CheckpointedAdamW):
         >>> optimizer = GradESAdamW(model.named_parameters(), lr=2e-5, tau=1.8, total_steps=1000)
     """
 
+    _process_group: ProcessGroup | None = None  # of this process, so it does not go into a pickle
+
     def __init__(
         self,
         params: Any,
@@ -124,6 +138,7 @@ class GradESAdamW(CheckpointedAdamW):
         cooldown: int = 0,
         max_frozen: float = 1.0,
         stop_grad: bool | str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         _check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
         _check_integer("total_steps", total_steps, 1, optional=True)
@@ -143,6 +158,7 @@ class GradESAdamW(CheckpointedAdamW):
         )
         self._total_steps = total_steps
         self._stop_grad = stop_grad
+        self._process_group = process_group
         self._own_defaults = {"tau": tau, "statistic": statistic}
         self._check_own_settings(differentiable=differentiable, **self._own_defaults)
         self._reset_freezing()
@@ -167,9 +183,14 @@ class GradESAdamW(CheckpointedAdamW):
         self._table = FreezeTable(self._rule)
         self._rows: list[list[Unit | None]] = []
         self._members: dict[Unit, list[Tensor]] = {}
-        self._built_for: tuple[list[Tensor], list[tuple[Any, Any]]] | None = None
+        self._built_for: tuple[list[Tensor], list[tuple[bool, str]]] | None = None
+        self._taus: list[float | None] = []
+        self._met_for: tuple[Any, bool] = (self, False)
         self._attached: list[list[str]] | None = None
         self._stopped: set[Tensor] = set()
+        self._watch: ReentrantWatch | None = None
+        self._waves = 0
+        self._ddp_is_outdated = False
         self._chosen: tuple[Any, ...] = (self, None, None, "")
         self._plan: Plan | None = None
         self._idle: list[Tensor] = []
@@ -243,8 +264,14 @@ class GradESAdamW(CheckpointedAdamW):
             units=tuple(units),
             events=tuple(table.events),
             history=tuple(table.history),
-            n_trainable=sum(p.numel() for p in self._all_params()),
+            n_trainable=(
+                sum(p.numel() for p in self._all_params())
+                if table.ranks is None
+                else table.ranks.n_trainable
+            ),
             backend=self.backend,
+            memory=self._memory(),
+            **self._prefix(),
         )
 
     def register_freeze_hook(
@@ -311,10 +338,52 @@ class GradESAdamW(CheckpointedAdamW):
                 for p in self._members[unit]:
                     self._forget_moments(p)
                     p.requires_grad_(True)
-                    self._stopped.discard(p)
+                    if p in self._stopped:
+                        self._stopped.discard(p)
+                        self._ddp_is_outdated = True
             if unit.decided_at != NEVER:
                 unit.thaw()
                 self._write_unit(unit)
+        if self._ddp_is_outdated and self._why_not_stop():
+            self._warn_once(
+                "DistributedDataParallel does not know of the tensors that thaw() let train again "
+                "and would not average their gradients: go on with "
+                "ddp_model = optimizer.apply_freezes(ddp_model)."
+            )
+
+    def apply_freezes(self, model: torch.nn.Module | None = None) -> torch.nn.Module | None:
+        """Turn everything frozen into savings now: no gradients, no moments, no launch.
+
+        `stop_grad` does this by itself, in waves, where that is safe. Under
+        `DistributedDataParallel` it is not, since that waits for the gradient of every tensor which
+        needed one when it was built; there, call this on every rank between two steps, now and
+        then, and go on with what it returns: `ddp_model = optimizer.apply_freezes(ddp_model)`.
+
+        Args:
+            model: A `DistributedDataParallel` model. Not needed otherwise.
+
+        Returns:
+            `model`, or a new wrapper around the same module where DDP has to be built anew: where
+            `find_unused_parameters` is off, and after a thaw. The bare module if nothing is left to
+            train.
+
+        Raises:
+            RuntimeError: In a job of several processes without their DDP model, and where reentrant
+                activation checkpointing is in use. Nothing has changed then.
+        """
+        table = self._exact_table()
+        ddp = model if isinstance(model, DistributedDataParallel) else None
+        reason = self._why_not_stop(within_ddp=ddp is not None)
+        if reason:
+            raise RuntimeError(f"apply_freezes(model): {reason}")
+        waiting = [u for u in table.units if u.frozen_at != NEVER and u.stopped_at == NEVER]
+        self._release(waiting)
+        if ddp is None or not (
+            self._ddp_is_outdated or (waiting and not ddp.find_unused_parameters)
+        ):
+            return model
+        self._ddp_is_outdated = False
+        return wrapped_anew(ddp)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may bring its own `tau` and `statistic`."""
@@ -359,18 +428,38 @@ class GradESAdamW(CheckpointedAdamW):
     @torch._disable_dynamo
     def _begin_step(self) -> None:
         """Act on what the step before decided."""
-        table = self._current_table()
+        self._current_table()
         if self._plan is not None and not self._capturing():
             self._plan.absorb()
+        self._follow_taus()
+        self._meet_ranks()
+        table = self._table
         if table.news:
             self._publish()
-            self._stop_gradients(frozen_until=table.t)
+            self._stop(table.wave())
             table.news = False
+
+    def _meet_ranks(self) -> None:
+        """Learn what the other ranks of the job hold, again after every change of the units."""
+        known, initialized = self._met_for
+        if known is self._built_for and initialized == is_initialized():
+            return
+        monitors = any(group["tau"] is not None for group in self.param_groups)
+        if monitors and in_a_job(self._process_group, self._all_params()):
+            ranks, units = Ranks.meet(
+                self._table, self._members, self._all_params(), self._process_group
+            )
+            self._members = {unit: self._members.get(unit, []) for unit in units}
+            self._table = self._table.successor(units)
+            self._table.ranks = ranks
+        self._met_for = (self._built_for, is_initialized())
 
     @torch._disable_dynamo
     def _step(self) -> None:
         table = self._table
         self._check_monitored(table)
+        if self._watch is None:
+            self._before_first_step()
         if self._total_steps is not None and table.t >= self._total_steps:
             self._warn_once(
                 f"total_steps={self._total_steps} is exceeded: the optimizer goes on, but the "
@@ -391,6 +480,15 @@ class GradESAdamW(CheckpointedAdamW):
         else:
             _single_tensor_grades_adamw(groups, table, **scaling)
         self._publish()
+
+    def _before_first_step(self) -> None:
+        reason = self._why_not_stop() if self._table.units else None
+        if reason and self._stop_grad is True:
+            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
+        may_stop = self._stop_grad is not False and reason is None
+        self._watch = ReentrantWatch(
+            chain.from_iterable(self._members.values()) if may_stop else ()
+        )
 
     def _publish(self) -> None:
         """Bring the state up to date with what a step decided, then tell the hooks."""
@@ -432,7 +530,7 @@ class GradESAdamW(CheckpointedAdamW):
         ]
         if self._capturing():
             # What a replay writes to must outlive whatever becomes of the state.
-            plan.captured.append([dict(state) for state in self.state.values()])
+            plan.kept.append([dict(state) for state in self.state.values()])
         plan.step(grads, hypers, grad_scale, found_inf)
 
     def _serves(self, plan: Plan, grads: list[Tensor | None]) -> bool:
@@ -446,7 +544,7 @@ class GradESAdamW(CheckpointedAdamW):
         return (
             flags == plan.flags
             and (plan.holds_prev_grads or not (rule.checks(t) or rule.checks(t + 1)))
-            and all(p.grad is None for p in self._idle)
+            and all(p.grad is None or p in self._stopped for p in self._idle)
             and plan.fits(grads)
             and len(self.state) == len(self._planned_states)
             and all(map(is_, self.state.values(), self._planned_states))
@@ -469,41 +567,113 @@ class GradESAdamW(CheckpointedAdamW):
     def _capturing(self) -> bool:
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
-    def _stop_gradients(self, frozen_until: int) -> None:
-        """Spare backward the gradients of units frozen at step `frozen_until` or before.
+    def _stop(self, units: list[Unit]) -> None:
+        """Spare backward the gradients of a wave of frozen units, where that is safe.
 
-        Called at the start of the next step: a fixed lag, the same on every device and after a
-        resume. What depends on the set of gradients, such as clipping by their global norm, must
-        not depend on when the host learned of a decision.
+        Called at the start of the step after: a fixed lag, the same on every device and after a
+        resume.
         """
-        news = [
-            p
-            for unit in self._table.units
-            if NEVER < unit.frozen_at <= frozen_until
-            for p in self._members[unit]
-            if p not in self._stopped
-        ]
-        if not news or self._stop_grad is False or not self._may_stop_gradients():
+        if not units or self._stop_grad is False:
             return
-        for p in news:
-            p.requires_grad_(False)
-            p.grad = None
-        self._stopped.update(news)
+        reason = self._why_not_stop()
+        if reason is None:
+            self._release(units)
+        elif self._stop_grad is True:
+            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
+        else:
+            self._warn_once(f"frozen matrices go on receiving gradients: {reason}")
 
-    def _may_stop_gradients(self) -> bool:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_world_size() == 1:
-            return True
-        # DistributedDataParallel waits for the gradient of every parameter that it saw requiring
-        # one; after a change it trains one unsynchronised step, then raises.
-        message = (
-            "frozen matrices keep requires_grad=True in a job of several processes, so that only "
-            "their update is saved: DistributedDataParallel would wait for their gradients."
+    def _release(self, units: list[Unit]) -> None:
+        """Let go of gradients and moments of frozen units, one unit after the other."""
+        if not units:
+            return
+        # Else the user has put other tensors in their place, and the plan must be laid out anew.
+        as_planned = all(map(is_, _held(self._planned_states), self._planned_tensors))
+        for unit in units:
+            members = self._members[unit]
+            released = [
+                {
+                    key: nothing_held(p, x.dtype)
+                    for key, x in self.state[p].items()
+                    if key in MOMENTS
+                }
+                for p in members
+            ]
+            for p, placeholders in zip(members, released, strict=True):
+                p.requires_grad_(False)
+                p.grad = None
+                self.state[p].update(placeholders)
+            self._stopped.update(members)
+            if unit.stopped_at == NEVER:  # else a checkpoint says when it was
+                unit.stopped_at = self._table.t
+            self._write_unit(unit)
+        if as_planned:  # the programs of a plan return before they touch a frozen tensor
+            self._planned_tensors = _held(self._planned_states)
+        self._count_wave()
+
+    def _count_wave(self) -> None:
+        self._waves += 1
+        left = recompilations_left(self._waves)
+        if left is not None and left <= 1 and not self._table.all_frozen:
+            self._warn_once(
+                f"torch.compile is near its limit: {self._waves} times the tensors that need "
+                f"gradients have changed, and after {max(left, 0)} more recompilations the model "
+                "runs eagerly. Raise torch._dynamo.config.recompile_limit, or use stop_grad=False."
+            )
+
+    def _why_not_stop(self, *, within_ddp: bool = False) -> str | None:
+        """What keeps gradients from being stopped safely; None: nothing does."""
+        if self._watch is not None and self._watch.seen:
+            return (
+                "with reentrant activation checkpointing, a block none of whose inputs needs a "
+                "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
+            )
+        members = list(chain.from_iterable(self._members.values()))
+        if within_ddp or not in_a_job(self._process_group, members):
+            return None
+        if all_sharded(members, self._process_group):  # reduced tensor by tensor
+            return None
+        # After a change it trains one unsynchronised step, then raises.
+        return (
+            "DistributedDataParallel would wait for them. For the saving, call "
+            "ddp_model = optimizer.apply_freezes(ddp_model) now and then."
         )
-        if self._stop_grad is True:
-            raise RuntimeError(f"stop_grad=True: {message} Use stop_grad='auto' or False.")
-        self._warn_once(message)
-        return False
+
+    def _prefix(self) -> dict[str, Any]:
+        """How many of the lowest blocks are frozen, and what in or below them still trains."""
+        frozen: dict[int, bool] = {}
+        for unit in self._table.units:
+            layer, _ = place_of(unit.name)
+            if layer is not None:
+                frozen[layer] = frozen.get(layer, True) and unit.frozen_at != NEVER
+        prefix = list(takewhile(frozen.__getitem__, sorted(frozen)))
+        below = []
+        for i, group in enumerate(self.param_groups if prefix else ()):
+            rows = zip(self._names(i) or (), group["params"], self._rows[i], strict=False)
+            for name, p, row in rows:
+                layer, _ = place_of(canonical_name(name))
+                is_below = is_embedding(name, p) if layer is None else layer <= prefix[-1]
+                if is_below and p.requires_grad and (row is None or row.frozen_at == NEVER):
+                    below.append(name)
+        return {"frozen_blocks": len(prefix), "trained_below": tuple(below)}
+
+    def _memory(self) -> Memory:
+        states = [self.state[p] for p in self._all_params() if self.state.get(p)]
+        released = 0
+        for unit in self._table.units:
+            for p in self._members[unit]:
+                grad_bytes = n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
+                if unit.decided_at != NEVER and unit.criterion == "change":
+                    released += grad_bytes
+                if p in self._stopped:
+                    amsgrad = "max_exp_avg_sq" in self.state[p]
+                    released += grad_bytes + (3 if amsgrad else 2) * n_bytes(p)
+        return Memory(
+            moments=sum(n_bytes(state.get(key)) for state in states for key in MOMENTS),
+            prev_grads=sum(n_bytes(state.get("prev_grad")) for state in states),
+            grads=sum(n_bytes(p.grad) for p in self._all_params()),
+            released=released,
+        )
 
     # Units
 
@@ -534,9 +704,9 @@ class GradESAdamW(CheckpointedAdamW):
         return self._chosen[3]
 
     def _current_table(self) -> FreezeTable:
-        """The freeze table, rebuilt if groups, tensors, tau or statistic have changed."""
-        params = self._all_params()
-        settings = [(_tau_of(group), group["statistic"]) for group in self.param_groups]
+        """The freeze table, rebuilt if tensors, statistics or what is monitored have changed."""
+        self._adopt_state()
+        params, settings = self._all_params(), _settings(self.param_groups)
         if self._built_for is not None:
             same = len(params) == len(self._built_for[0])
             if (
@@ -556,7 +726,35 @@ class GradESAdamW(CheckpointedAdamW):
             self._plan.sync()
             if table.news:
                 self._publish()
+        self._follow_taus()
         return table
+
+    def _follow_taus(self) -> None:
+        """Give every unit the threshold that its group has now.
+
+        Called once all decisions made with the former one are known: an event tells its own tau.
+        """
+        taus = [_tau_of(group) for group in self.param_groups]
+        if taus == self._taus:
+            return
+        new: dict[Unit, float] = {}
+        for group, row, tau in zip(self.param_groups, self._rows, taus, strict=True):
+            self._check_own_settings(
+                group["tau"], group["statistic"], differentiable=group["differentiable"]
+            )
+            for unit in row:
+                if unit is not None:
+                    alike = new.setdefault(unit, tau), unit.criterion
+                    _check_alike(unit.name, alike, (tau, unit.criterion))
+        for unit, tau in new.items():
+            unit.tau = tau
+        self._taus = taus
+        if self._table.ranks is not None and not self._table.ranks.everywhere:
+            # Other ranks hold units whose thresholds they have to tell.
+            self._leave_device()
+            self._met_for = (self, False)
+        elif self._plan is not None:
+            self._plan.retune()
 
     def _build(self) -> None:
         """Make the units from the groups as they are now, and their rows from the state."""
@@ -565,6 +763,8 @@ class GradESAdamW(CheckpointedAdamW):
         members: dict[Unit, list[Tensor]] = {}
         rows: list[list[Unit | None]] = []
         seen: set[str] = set()
+        prefix = self._table.ranks.prefix if self._table.ranks is not None else ""
+        refuse_flat([p for g in self.param_groups if g["tau"] is not None for p in g["params"]])
         for i, group in enumerate(self.param_groups):
             tau, criterion = group["tau"], group["statistic"]
             self._check_own_settings(tau, criterion, differentiable=group["differentiable"])
@@ -572,7 +772,7 @@ class GradESAdamW(CheckpointedAdamW):
             names = self._names(i)
             rows.append([])
             for j, p in enumerate(group["params"]):
-                name = None if tau is None else self._unit_name(p, names, i, j)
+                name = None if tau is None else self._unit_name(p, names, f"{prefix}group{i}", j)
                 if tau is None or name is None:
                     rows[i].append(None)
                     if self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER:
@@ -589,29 +789,26 @@ class GradESAdamW(CheckpointedAdamW):
                     )
                 seen.add(full_name)
                 unit = units.setdefault(name, Unit(name, criterion, tau, 0, 0))
-                if (unit.tau, unit.criterion) != (tau, criterion):
-                    raise ValueError(
-                        f"the tensors of unit {name!r} lie in groups with different tau or "
-                        f"statistic: {(unit.tau, unit.criterion)} and {(tau, criterion)}."
-                    )
+                _check_alike(name, (unit.tau, unit.criterion), (tau, criterion))
                 unit.n_elements += p.numel()
                 unit.n_tensors += 1
                 members.setdefault(unit, []).append(p)
                 rows[i].append(unit)
 
         told = {unit.name for unit in self._table.units if unit.announced}
-        self._table = self._table.successor(list(units.values()))
+        # What other ranks hold stays in the table until they tell it anew.
+        elsewhere = [unit for unit in self._table.units if self._members.get(unit) == []]
+        self._table = self._table.successor([*units.values(), *elsewhere])
+        members.update((unit, []) for unit in elsewhere)
         self._rows, self._members = rows, members
         for p, row in zip(self._all_params(), chain.from_iterable(rows), strict=True):
             if row is None or row.criterion != "change":
                 self.state.get(p, {}).pop("prev_grad", None)
-        for unit in self._table.units:
+        for unit in units.values():
             self._read_unit(unit)
             unit.announced = unit.name in told
-        self._built_for = (
-            self._all_params(),
-            [(_tau_of(group), group["statistic"]) for group in self.param_groups],
-        )
+        self._built_for = self._all_params(), _settings(self.param_groups)
+        self._taus = [_tau_of(group) for group in self.param_groups]
 
     def _names(self, i: int) -> list[str] | None:
         names: list[str] | None = self.param_groups[i].get("param_names")
@@ -620,11 +817,11 @@ class GradESAdamW(CheckpointedAdamW):
         return names if names and len(names) == len(self.param_groups[i]["params"]) else None
 
     @staticmethod
-    def _unit_name(p: Tensor, names: list[str] | None, i: int, j: int) -> str | None:
+    def _unit_name(p: Tensor, names: list[str] | None, group: str, j: int) -> str | None:
         if names is not None:
             return unit_of(names[j], p.shape, p.dtype)
         can_be_monitored = p.is_floating_point() and p.dim() >= 2 and p.numel() > 0
-        return f"group{i}.param{j}" if can_be_monitored else None
+        return f"{group}.param{j}" if can_be_monitored else None
 
     # Checks: each raises before anything has changed
 
@@ -735,7 +932,7 @@ class GradESAdamW(CheckpointedAdamW):
                 state.update(FRESH, grades_t=t)
             prev_grad = None
             if unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
-                prev_grad = state.setdefault("prev_grad", no_prev_grad(p))
+                prev_grad = state.setdefault("prev_grad", nothing_held(p))
                 if uses_prev and prev_grad.shape != p.shape:
                     prev_grad = state["prev_grad"] = torch.zeros_like(p.grad)
                     unit.prev_step = NEVER  # who cleared the state has taken the evidence with it
@@ -767,19 +964,19 @@ class GradESAdamW(CheckpointedAdamW):
         members = [
             (p, unit)
             for p, unit in zip(group["params"], self._rows[i], strict=True)
-            if self.state.get(p)
+            if self.state.get(p) and p not in self._stopped
         ]
         t = self._table.t + 1
         uses_prev = group["capturable"] or self._rule.checks(t) or self._rule.checks(t + 1)
         for p, unit in members:
             state = self.state[p]
             state["step"] = state["step"].to(p.device, torch.float32)
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            for key in MOMENTS:
                 if key in state and not same_memory_order(state[key], p):
                     state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
             if unit is None or unit.criterion != "change" or unit.decided_at != NEVER:
                 continue
-            held = state.setdefault("prev_grad", no_prev_grad(p))
+            held = state.setdefault("prev_grad", nothing_held(p))
             dtype = gradient_dtype(p.grad, p)
             if held.shape != p.shape:
                 if uses_prev:
@@ -810,9 +1007,16 @@ def _tau_of(group: dict[str, Any]) -> float | None:
     return group["tau"]
 
 
+def _settings(groups: list[dict[str, Any]]) -> list[tuple[bool, str]]:
+    """Of every group, what decides about its units: whether there are any, and what they measure.
+
+    The threshold is no part of it: it may change in every step.
+    """
+    return [(group["tau"] is not None, group["statistic"]) for group in groups]
+
+
 def _held(states: list[dict[str, Any]]) -> list[Tensor | None]:
-    keys = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    return [state.get(key) for state in states for key in keys]
+    return [state.get(key) for state in states for key in ("step", *MOMENTS)]
 
 
 def _describe(p: Tensor, name: str) -> str:
@@ -823,6 +1027,14 @@ def _capturable_devices() -> list[str]:
     from torch.optim.optimizer import _get_capturable_supported_devices
 
     return _get_capturable_supported_devices()
+
+
+def _check_alike(name: str, one: tuple[Any, str], other: tuple[Any, str]) -> None:
+    if one != other:
+        raise ValueError(
+            f"the tensors of unit {name!r} lie in groups with different tau or statistic: "
+            f"{one} and {other}."
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

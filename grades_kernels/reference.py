@@ -7,7 +7,7 @@ torch's own `torch.optim.adamw.adamw`, called on the tensors that are not frozen
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,11 +59,26 @@ of the statistic, its denominator (0 unless it is a ratio), and the sum of |g|."
 def judge(table: FreezeTable, sums: Sums) -> None:
     """Turn the sums of every tensor into the statistic of every unit, and judge those not void.
 
+    In a job of several processes all of them must call this together; see `distributed.Ranks`.
+    """
+    if table.ranks is None:
+        statistics = _statistics(sums)
+    else:
+        statistics = table.ranks.agree(table, _statistics(table.ranks.sum_shards(sums)))
+    for unit, statistic in statistics.items():
+        table.judge(unit, statistic)
+    if statistics:
+        table.record(tuple(u.statistic if u in statistics else math.nan for u in table.units))
+
+
+def _statistics(sums: Sums) -> dict[Unit, float]:
+    """The statistic of every unit that has evidence.
+
     A synchronisation: the sums are read back from the device, all in one transfer.
     """
     complete = [unit for unit, rows in sums.items() if len(rows) == unit.n_tensors]
     rows = iter(_read_back([x for unit in complete for row in sums[unit] for x in row]))
-    judged = set()
+    statistics = {}
     for unit in complete:
         numerators, denominators, magnitudes = zip(
             *((next(rows), next(rows), next(rows)) for _ in range(unit.n_tensors)), strict=True
@@ -75,10 +90,8 @@ def judge(table: FreezeTable, sums: Sums) -> None:
         evidence &= statistic < math.inf  # False for NaN, as the line above
         evidence &= unit.criterion != "weight_change" or statistic > 0
         if evidence:
-            table.judge(unit, statistic)
-            judged.add(unit)
-    if judged:
-        table.record(tuple(u.statistic if u in judged else math.nan for u in table.units))
+            statistics[unit] = statistic
+    return statistics
 
 
 def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> Sums:
@@ -90,7 +103,8 @@ def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> Sums:
                 continue
             # Half precision is widened before the difference, and every sum runs in float64:
             # over 1e8 elements a float32 sum would depend on how it is split.
-            grad = _widened(group.grads[i])
+            p = group.params[i]
+            grad = _widened(_local(group.grads[i], p))
             magnitude = _abs_sum(grad)
             zero = torch.zeros_like(magnitude)
             if unit.criterion == "norm":
@@ -99,16 +113,16 @@ def _measure(groups: list[StepGroup], table: FreezeTable, t: int) -> Sums:
                 prev_grad = group.prev_grads[i]
                 if prev_grad is None or unit.prev_step != t - 1:
                     continue
-                row = _abs_sum(grad - _widened(prev_grad)), zero, magnitude
+                row = _abs_sum(grad - _widened(_local(prev_grad, p))), zero, magnitude
             else:
                 step = group.state_steps[i].item()
                 if step == 0:
                     continue
-                m = _widened(group.exp_avgs[i])
+                m = _widened(_local(group.exp_avgs[i], p))
                 if unit.criterion == "momentum":
                     row = _abs_sum((-grad if group.maximize else grad) - m), zero, magnitude
                 else:  # "signal"
-                    root = _abs_sum(_widened(group.exp_avg_sqs[i]).sqrt())
+                    root = _abs_sum(_widened(_local(group.exp_avg_sqs[i], p)).sqrt())
                     bias_correction1 = 1 - float(group.beta1) ** step
                     bias_correction2 = 1 - float(group.beta2) ** step
                     row = (
@@ -134,8 +148,9 @@ def _weights(
 
 def _add_weight_changes(sums: Sums, weights: list[tuple[Unit, Tensor, Tensor, Tensor]]) -> None:
     for unit, p, before, grad in weights:
-        change = _abs_sum(_widened(p.detach()) - _widened(before))
-        sums[unit].append((change, torch.zeros_like(change), _abs_sum(_widened(grad))))
+        change = _abs_sum(_widened(_local(p.detach(), p)) - _widened(_local(before, p)))
+        magnitude = _abs_sum(_widened(_local(grad, p)))
+        sums[unit].append((change, torch.zeros_like(change), magnitude))
 
 
 def _update(group: StepGroup, table: FreezeTable, frozen: set[Unit]) -> None:
@@ -229,10 +244,17 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _local(x: Any, p: Any) -> Tensor:
+    """Of a DTensor the part that lies on this rank, cut as the parameter is; others as they are."""
+    if not hasattr(x, "to_local"):
+        return x
+    if x.placements != p.placements:
+        x = x.redistribute(placements=p.placements)
+    return x.to_local()
+
+
 def _abs_sum(x: Tensor) -> Tensor:
-    """Sum of the absolute values in float64; of a DTensor, over all its shards."""
-    total = x.abs().sum(dtype=torch.float64)
-    return total.full_tensor() if hasattr(total, "full_tensor") else total
+    return x.abs().sum(dtype=torch.float64)
 
 
 def _together(scalars: list[Tensor]) -> Tensor:

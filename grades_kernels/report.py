@@ -70,6 +70,25 @@ class FreezeEvent(NamedTuple):
     decided_at: int
 
 
+class Memory(NamedTuple):
+    """Bytes that an optimizer causes on one process.
+
+    Attributes:
+        moments: ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq`` held now.
+        prev_grads: Previous gradients held now.
+        grads: Gradients held now.
+        released: What frozen tensors held of all three, and hold no more.
+    """
+
+    moments: int = 0
+    prev_grads: int = 0
+    grads: int = 0
+    released: int = 0
+
+
+NOTHING_HELD = Memory()
+
+
 @dataclass(frozen=True)
 class UnitReport:
     """Where one unit stands.
@@ -148,6 +167,10 @@ class FreezeReport:
             the order of ``units``, NaN where nothing was measured.
         n_trainable: Elements of all tensors in the optimizer, monitored or not.
         backend: Implementation in use: "reference", "native" or "triton".
+        memory: Bytes held and released on this process.
+        frozen_blocks: How many of the lowest blocks have no matrix left to train.
+        trained_below: Names of tensors in or below these blocks that still train, so that backward
+            has to pass through the blocks; with none, it stops above them.
 
     Raises:
         ValueError: A row of ``history`` has not one statistic per unit.
@@ -161,6 +184,9 @@ class FreezeReport:
     history: tuple[tuple[int, tuple[float, ...]], ...]
     n_trainable: int
     backend: str
+    memory: Memory = NOTHING_HELD
+    frozen_blocks: int = 0
+    trained_below: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for step, row in self.history:
@@ -257,6 +283,8 @@ class FreezeReport:
             data["history"] = tuple(
                 (step, tuple(map(_float, row))) for step, row in data["history"]
             )
+            data["memory"] = Memory(**data["memory"])
+            data["trained_below"] = tuple(data["trained_below"])
             return cls(**data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -367,9 +395,24 @@ class FreezeReport:
             f"Frozen elements: {frozen:,} = {_percent(frozen, monitored)} of the monitored, "
             f"{_percent(frozen, self.n_trainable)} of all {self.n_trainable:,}",
         ]
+        held = ("moments", "prev_grads", "grads")
+        parts = [f"{name} {_megabytes(getattr(self.memory, name))}" for name in held]
+        lines.append(
+            f"Memory: {', '.join(parts)}; released so far {_megabytes(self.memory.released)}"
+        )
+        if self.frozen_blocks:
+            lines.append(self._prefix_line())
         if all(unit.tau == 0 for unit in self.units):
             lines.append("Observing only: tau is 0, so statistics are measured, nothing freezes.")
         return lines
+
+    def _prefix_line(self) -> str:
+        line = f"Lowest blocks with no matrix left to train: {self.frozen_blocks:,}; "
+        if not self.trained_below:
+            return line + "backward stops above them"
+        names = _shorten(self.trained_below[0], 46)
+        more = f" and {len(self.trained_below) - 1:,} more" if len(self.trained_below) > 1 else ""
+        return line + f"backward still passes through for {names}{more}"
 
     def _tables(self) -> list[_Table]:
         tables = [self._kind_table(), self._event_table(), self._layer_table()]
@@ -437,7 +480,7 @@ class FreezeReport:
 def _to_json(value: Any) -> Any:
     if isinstance(value, UnitReport):
         return {name: _to_json(item) for name, item in vars(value).items()}
-    if isinstance(value, FreezeEvent):
+    if isinstance(value, (FreezeEvent, Memory)):
         return {name: _to_json(item) for name, item in value._asdict().items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
@@ -457,6 +500,10 @@ def _floats(record: dict[str, Any]) -> dict[str, Any]:
 
 def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -109,6 +109,11 @@ def unit_of(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     return ".".join([*parts[:factor], "lora", *adapter])
 
 
+def is_embedding(name: str, p: Tensor) -> bool:
+    """Whether a named tensor is an embedding or a positional table, below all blocks."""
+    return _role(name, p.shape, p.dtype) == "embedding"
+
+
 def place_of(unit: str) -> tuple[int | None, str]:
     """Where a unit sits, for reports: its layer, and its kind, which is the same in every layer.
 

@@ -13,9 +13,12 @@ save point finds another situation (`test_the_save_points_meet_every_situation`)
 import copy
 import dataclasses
 import functools
+import io
 import json
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import warnings
@@ -564,6 +567,50 @@ def test_resumes_in_a_new_process(tmp_path):
         assert differences(uninterrupted(name), result) == [], name
 
 
+class DyingFile(io.FileIO):
+    """A file whose process is killed once `DyingFile.room` bytes have been written to it."""
+
+    room = math.inf
+
+    def write(self, data):
+        written = super().write(memoryview(data)[: min(len(data), DyingFile.room)])
+        DyingFile.room -= written
+        if DyingFile.room <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+
+def save_as_documented(run, path):
+    """Write beside the older checkpoint, then replace it in one step."""
+    beside = path.with_suffix(".tmp")
+    with DyingFile(beside, "w") as file:
+        torch.save(checkpoint(run), file)
+    os.replace(beside, path)
+
+
+def save_twice(path, room):
+    run = fresh(CASES["change"]).advance(7)
+    save_as_documented(run, path)
+    DyingFile.room = room
+    save_as_documented(run.advance(9), path)
+
+
+@pytest.mark.parametrize("room", [1, 5_000, math.inf], ids=["at-once", "midway", "not-killed"])
+def test_a_process_killed_while_it_saves_leaves_the_older_checkpoint(room, tmp_path):
+    path, root = tmp_path / "run.pt", Path(__file__).resolve().parent
+    program = (
+        f"import sys; sys.path[:0] = [{str(root.parent)!r}, {str(root)!r}]\n"
+        f"from math import inf; from pathlib import Path; from test_checkpoint import save_twice\n"
+        f"save_twice(Path({str(path)!r}), {room})"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], timeout=300)
+    killed = room < math.inf
+    assert ended.returncode == (-signal.SIGKILL if killed else 0)
+    new = restore(torch.load(path, weights_only=True), CASES["change"])
+    new.t = 7 if killed else 9
+    assert differences(uninterrupted("change"), outcome(new.advance(STEPS))) == []
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 def test_async_save_keeps_the_step_it_was_called_at(flat, tmp_path):
     """The run goes on while the checkpoint is being written; what is read back is the call's."""
@@ -905,7 +952,11 @@ def test_adamw_goes_on_from_a_grades_run(name, at, raw):
     by_hand.opt.param_groups[0]["lr"] = copy.copy(run.opt.param_groups[0]["lr"])
     for ours, theirs in zip(run.model.parameters(), by_hand.model.parameters(), strict=True):
         state = run.opt.state[ours]
-        by_hand.opt.state[theirs] = {k: v.clone() for k, v in state.items() if k in ADAMW_STATE}
+        mine = {k: v.clone() for k, v in state.items() if k in ADAMW_STATE}
+        if state["grades_stopped_at"] != -1:  # released: zeros, whose count starts anew
+            mine.update({k: torch.zeros_like(ours) for k in mine if k != "step"})
+            mine["step"] *= raw
+        by_hand.opt.state[theirs] = mine
     taken.t = by_hand.t = at
     for a, b in zip(
         taken.advance(at + 3).model.parameters(),
@@ -1143,12 +1194,16 @@ def test_reading_the_state_twice_changes_nothing(name, at):
 
 
 def test_moments_alias_the_live_ones():
-    """As in torch: state_dict() copies no moment."""
+    """As in torch: state_dict() copies no moment; released ones are zeros."""
     run = fresh(CASES["change"]).advance(7)
     params = [p for g in run.opt.param_groups for p in g["params"]]
     for index, state in run.opt.state_dict()["state"].items():
+        released = state["grades_stopped_at"] != -1
         for key in ("step", *MOMENTS):
-            assert state[key] is run.opt.state[params[index]][key]
+            if released and key != "step":
+                assert torch.equal(state[key], torch.zeros_like(params[index]))
+            else:
+                assert state[key] is run.opt.state[params[index]][key]
 
 
 def monitored(run: Run) -> set[int]:

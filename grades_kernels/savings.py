@@ -1,0 +1,108 @@
+"""What freezing gives back: when backward may skip a gradient, and what memory that returns.
+
+The freeze table masks updates and nothing else. Here stands what turns a masked tensor into saved
+work: whether its gradient may be stopped, how a released moment is held, how a DDP model is wrapped
+anew, and how many bytes all of it comes to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def n_bytes(x: Tensor | None) -> int:
+    """Bytes of a tensor on this process; of a DTensor, those of its local shard."""
+    if x is None:
+        return 0
+    x = x.to_local() if hasattr(x, "to_local") else x
+    return x.numel() * x.element_size()
+
+
+def nothing_held(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What stands for a released moment or previous gradient: its key without its memory.
+
+    The key stays, since a flat distributed checkpoint loads just the keys that the receiving
+    optimizer has.
+    """
+    return torch.empty(0, dtype=dtype or p.dtype, device=p.device)
+
+
+class ReentrantWatch:
+    """Learns from one backward pass which tensors lie in a reentrant activation checkpoint.
+
+    Reentrant checkpointing (`use_reentrant=True`) runs a block without gradients if no input of the
+    block needs one. Stopping a gradient below can bring that about, and then every tensor of the
+    block silently stops learning. Nothing in a model tells which kind of checkpointing it uses, but
+    a reentrant backward pass runs inside another: its frame is on the stack when a gradient
+    arrives.
+
+    Args:
+        tensors: Tensors to watch, each until its first gradient.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.seen = False
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        for p in tensors:
+            if p.requires_grad:
+                self._handles[p] = p.register_hook(lambda grad, p=p: self._look(p))
+
+    def _look(self, p: Tensor) -> None:
+        self._handles.pop(p).remove()
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and not self.seen:
+            self.seen = frame.f_code is CheckpointFunction.backward.__code__
+            frame = frame.f_back
+
+
+def wrapped_anew(ddp: DistributedDataParallel) -> nn.Module:
+    """A DDP model with the settings of `ddp` that knows which tensors still need gradients.
+
+    Afterwards `ddp` itself must not be used: it has let go of the tensors. Where nothing is left to
+    train, which DDP refuses to wrap, the bare module.
+    """
+    hooks, module = list(getattr(ddp, "_comm_hooks", ())), ddp.module
+    settings: dict[str, Any] = {
+        "device_ids": ddp.device_ids,
+        "output_device": ddp.output_device,
+        "dim": ddp.dim,
+        "broadcast_buffers": ddp.broadcast_buffers,
+        "init_sync": False,  # the ranks have been in step all along
+        "process_group": ddp.process_group,
+        "bucket_cap_mb": ddp.bucket_bytes_cap / 2**20,
+        "find_unused_parameters": ddp.find_unused_parameters,
+        "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
+        "static_graph": ddp.static_graph,
+        "mixed_precision": ddp.mixed_precision,
+    }
+    del ddp.reducer, ddp.logger  # their hooks on the tensors would reduce a second time
+    if not any(p.requires_grad for p in module.parameters()):
+        return module
+    new = DistributedDataParallel(module, **settings)
+    for hook, state in hooks:
+        new.register_comm_hook(state, hook)
+    return new
+
+
+def recompilations_left(waves: int) -> int | None:
+    """How often a compiled model can still be recompiled for a new wave; None: none is compiled.
+
+    Every wave changes which tensors need gradients, which torch.compile guards on. Past
+    `torch._dynamo.config.recompile_limit` it runs the model eagerly for the rest of the run.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not dynamo.utils.counters["stats"].get("unique_graphs"):
+        return None
+    limit = getattr(dynamo.config, "recompile_limit", None) or dynamo.config.cache_size_limit
+    return limit - 1 - waves
