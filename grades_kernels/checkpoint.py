@@ -109,7 +109,9 @@ class CheckpointedAdamW(AdamW):
 
         ZeroRedundancyOptimizer loads a checkpoint that way.
         """
-        if self._table.t == 0 and any(state.get("grades_t") for state in self.state.values()):
+        # With a plan the device counts, and the host's t may be a step behind.
+        counts = self._plan is not None or self._table.t > 0
+        if not counts and any(state.get("grades_t") for state in self.state.values()):
             held = {n: self.state.get(p, {}) for n, p in enumerate(self._all_params())}
             self._restore({n: s["prev_grad"] for n, s in held.items() if "prev_grad" in s})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, demo, functional
+from . import __version__, demo, functional, testing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of this process.
 
     Returns:
-        The exit status: 0 on success, 2 on a failure that is told on stderr, else what the
-        benchmark that ran returned.
+        The exit status: 0 on success, 1 on a mismatch that `validate` found, 2 on a failure that is
+        told on stderr, else what the benchmark that ran returned.
 
     Raises:
         SystemExit: Status 2 for arguments that cannot be read, 0 for `--help` and `--version`.
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_demo, add_bench, add_info):
+    for add in (add_demo, add_validate, add_bench, add_info):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -111,6 +111,49 @@ def usable_device(text: str) -> str:
             f'{text!r} cannot be used here ({reason}); "cpu" always can'
         ) from error
     return text
+
+
+# validate
+
+
+def add_validate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "validate",
+        help="compare an implementation with the reference on random problems",
+        description="Run random problems on an implementation and on the reference, and compare "
+        "every step: decisions exactly, tensors up to rounding. Prints the largest deviations per "
+        "dtype; the exit status is 1 on a mismatch.",
+    )
+    parser.add_argument(
+        "--device", type=usable_device, help='such as "cpu" or "cuda" (default: cuda, else cpu)'
+    )
+    parser.add_argument(
+        "--backend",
+        choices=testing.BACKENDS,
+        help="default: what fused=True uses on the device, else the reference",
+    )
+    parser.add_argument(
+        "--trials", type=whole_number(1), default=50, help="problems per dtype (default: 50)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of the first problem (default: 0)"
+    )
+    parser.set_defaults(run=run_validate)
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    try:
+        validation = testing.assert_matches_reference(
+            args.device, args.backend, args.trials, args.seed
+        )
+    except AssertionError as error:
+        print(error)
+        return 1
+    except RuntimeError as error:
+        print(f"grades-kernels validate: {error}", file=sys.stderr)
+        return 2
+    print(f"{validation}\n\nNo mismatch.")
+    return 0
 
 
 # bench

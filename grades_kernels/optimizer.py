@@ -743,7 +743,7 @@ class GradESAdamW(CheckpointedAdamW):
                 group["tau"], group["statistic"], differentiable=group["differentiable"]
             )
             for unit in row:
-                if unit is not None:
+                if unit is not None and tau is not None:
                     alike = new.setdefault(unit, tau), unit.criterion
                     _check_alike(unit.name, alike, (tau, unit.criterion))
         for unit, tau in new.items():

@@ -18,7 +18,15 @@ from grades_kernels import FreezeEvent, FreezeReport, GradESAdamW
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NAMES = {"FreezeEvent", "FreezeReport", "GradESAdamW", "grades_adamw", "grades_param_groups"}
+NAMES = {
+    "Calibration",
+    "FreezeEvent",
+    "FreezeReport",
+    "GradESAdamW",
+    "calibrate",
+    "grades_adamw",
+    "grades_param_groups",
+}
 
 OWN_OPTIONS = {
     "tau": None,
@@ -33,10 +41,19 @@ OWN_OPTIONS = {
     "cooldown": 0,
     "max_frozen": 1.0,
     "stop_grad": "auto",
+    "process_group": None,
 }
 
 READINGS = ["all_frozen", "backend", "freeze_events", "frozen_units", "monitored_units"]
-METHODS = ["adamw_state_dict", "attach", "register_freeze_hook", "report", "statistics", "thaw"]
+METHODS = [
+    "adamw_state_dict",
+    "apply_freezes",
+    "attach",
+    "register_freeze_hook",
+    "report",
+    "statistics",
+    "thaw",
+]
 
 # All that may be missing on a user's machine, and what is installed there but must load lazily.
 OPTIONAL = ["triton", "numpy", "rich", "matplotlib", "transformers", "peft", "safetensors"]
@@ -52,7 +69,7 @@ def find_all_but_optional(name, path=None, target=None):
         return None
     return find_spec(name, path, target)
 
-PathFinder.find_spec = find_all_but_optional
+PathFinder.find_spec = staticmethod(find_all_but_optional)  # called on instances too
 """
 
 FREEZE_ONE_MATRIX = """

@@ -454,7 +454,7 @@ def test_ddp_stops_gradients_by_apply_freezes(find_unused):
     import ranks
 
     plain = ranks.run(2, ddp_run, find_unused, None)
-    for weights, still, frozen, same in plain:
+    for _, still, frozen, same in plain:
         assert (still, len(frozen), same) == ([], 2, True)
     applied = ranks.run(2, ddp_run, find_unused, 5)
     for weights, still, frozen, same in applied:
