@@ -1,12 +1,12 @@
 # Every target that needs an environment makes .venv on its first use and leaves it alone afterwards,
-# until pyproject.toml or constraints.txt changes. `make help` lists the targets.
+# until pyproject.toml, constraints.txt or the native code changes. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench gpu sanitize clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -39,16 +39,29 @@ gpu: ## run the GPU tests and the benchmarks with PYTHON=python3, which must bri
 	@$(PYTHON) -m benchmarks.bench_step
 	@$(PYTHON) -m benchmarks.codegen
 
+# The op is built into build/sanitize, and only its tests load that build. ASan has to come first in
+# the process; Python itself never frees all.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(VENV)/installed-dev ## run the native op's tests under AddressSanitizer and UBSan (g++)
+	@echo "sanitize: building csrc/ with $(SANITIZE)"
+	@CC=gcc CXX=g++ CXXFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
+		GRADES_KERNELS_NATIVE=require $(BIN)/python setup.py --quiet \
+		build --build-base build/sanitize/objects --build-lib build/sanitize/lib
+	@PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/pytest --quiet --capture=no tests/test_native.py
+
 clean: ## remove .venv, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .coverage* .*_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info grades_kernels/*.so .coverage* .*_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# setuptools comes first because the package is built without isolation, in the environment it runs
-# in: an isolated build that asked for torch would download a second one.
+# setuptools and torch come first because the package is built without isolation, in the environment
+# it runs in: the native op is compiled against that torch, and an isolated build that asked for
+# torch would download a second one.
 # The set `dev` contains `demo` and `bench`, so installing it settles all three.
-$(VENV)/installed-%: pyproject.toml constraints.txt
+$(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "install: grades-kernels[$*] into $(VENV) (minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) setuptools torch
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),$(VENV)/installed-demo $(VENV)/installed-bench)

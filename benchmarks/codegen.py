@@ -38,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import harness
+from grades_kernels.freezing import STATISTICS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,8 +62,9 @@ QUICK_DTYPES = ("fp32", "bf16", "bf16, fp32 m")
 FLAGS = [
     ("norm", False, True, False),  # AdamW alone
     ("change", False, True, True),  # the step before a check
-    *((statistic, True, False, False) for statistic in ("change", "norm", "momentum")),
-    *((statistic, True, True, False) for statistic in ("change", "norm", "momentum")),
+    # "weight_change" is known after the update alone.
+    *((statistic, True, False, False) for statistic in STATISTICS if statistic != "weight_change"),
+    *((statistic, True, True, False) for statistic in STATISTICS),
     ("change", True, True, True),  # next_step, a check in every step
 ]
 WIDE = 16  # bytes
@@ -76,9 +78,10 @@ class Variant(NamedTuple):
     keep: bool
     amsgrad: bool = False
     scaled: bool = False
+    agree: bool = False
 
     def __str__(self) -> str:
-        flags = ("measure", "update", "keep", "amsgrad", "scaled")
+        flags = ("measure", "update", "keep", "amsgrad", "scaled", "agree")
         return " ".join([self.statistic, *(flag for flag in flags if getattr(self, flag))])
 
     def accesses(self) -> tuple[list[torch.dtype], list[torch.dtype]]:
@@ -91,8 +94,8 @@ class Variant(NamedTuple):
         if self.update:
             loads += [p, *moments]
             stores += [p, *moments] + ([g] if self.scaled else [])
-        elif self.statistic == "momentum":
-            loads.append(m)
+        else:
+            loads += [m] * {"momentum": 1, "signal": 2}.get(self.statistic, 0)
         return loads, stores
 
 
@@ -115,6 +118,7 @@ def variants(chosen: Iterable[str], quick: bool) -> Iterator[Variant]:
             for amsgrad in (False, True) if flags[2] else (False,):
                 for scaled in (False, True):
                     yield Variant(dtypes, *flags, amsgrad, scaled)
+        yield Variant(dtypes, *FLAGS[-1], agree=True)
         if quick:  # the one with the most tensors
             yield Variant(dtypes, *FLAGS[-1], amsgrad=True, scaled=True)
 
@@ -151,6 +155,7 @@ def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tu
         "KEEP": variant.keep,
         "AMSGRAD": variant.amsgrad,
         "SCALED": variant.scaled,
+        "AGREE": variant.agree,
         "BLOCK": block,
     }
     pointers = {
@@ -160,11 +165,17 @@ def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tu
         "units_ptr": "*i64",
         "partials_ptr": "*fp32",
         "tickets_ptr": "*i32",
+        "agreed_ptr": "*fp64",
     }
     scalars = {"first_program": "i32"}
     options = kernels.launch_options(target.backend, target.warp_size)
     compiled = _compile(kernels._step_kernel, pointers, scalars, constants, target, options)
     return compiled, block // kernels.THREADS
+
+
+def compile_judge(kernels: ModuleType, target: GPUTarget) -> Any:
+    pointers = {"agreed_ptr": "*fp64", "inputs_ptr": "*i64", "units_ptr": "*i64"}
+    return _compile(kernels._judge_kernel, pointers, {}, {}, target, {"enable_fp_fusion": False})
 
 
 def compile_begin(kernels: ModuleType, target: GPUTarget) -> Any:
@@ -273,8 +284,9 @@ def main() -> int:
             compiled, per_thread = compile_step(kernels, variant, TARGETS[name])
             code = inspect(compiled, lines)
             rows.append(_row(name, variant, code, faults(variant, code, per_thread)))
-        code = inspect(compile_begin(kernels, TARGETS[name]), set())
-        rows.append(_row(name, None, code, ["spills registers"] if code.spilled else []))
+        for other, compile_other in (("judge", compile_judge), ("begin", compile_begin)):
+            code = inspect(compile_other(kernels, TARGETS[name]), set())
+            rows.append(_row(name, other, code, ["spills registers"] if code.spilled else []))
     harness.print_table("Machine code of the kernels (widths: aligned path, per thread)", rows)
     bad = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels in {time.perf_counter() - start:.0f} s, {len(bad)} with faults")
@@ -285,11 +297,11 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _row(target: str, variant: Variant | None, code: Code, found: list[str]) -> dict[str, Any]:
+def _row(target: str, variant: Variant | str, code: Code, found: list[str]) -> dict[str, Any]:
     return {
         "target": target,
-        "dtypes": variant.dtypes if variant else "",
-        "variant": str(variant) if variant else "begin",
+        "dtypes": getattr(variant, "dtypes", ""),
+        "variant": str(variant),
         "loads": _widths(code.loads),
         "stores": _widths(code.stores),
         "registers": code.registers,

@@ -352,7 +352,7 @@ class CheckpointedAdamW(AdamW):
         """What a compact checkpoint left out, as zeros."""
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state.get(p)
+                state: dict[str, Any] = self.state.get(p) or {}
                 for key in MOMENTS[: 3 if group["amsgrad"] else 2] if state else ():
                     if key not in state:
                         state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, demo, functional, testing
+from . import __version__, demo, functional, native, testing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,6 +203,7 @@ def info() -> list[str]:
         f"Python          {platform.python_version()} ({platform.platform()})",
         f"torch           {torch.__version__}, {torch.get_num_threads()} threads",
         f"triton          {triton_version()}",
+        f"native op       {native.why_not_loaded() or f'built, runs its {native.clone()} code'}",
     ]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():

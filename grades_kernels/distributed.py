@@ -14,7 +14,6 @@ other collective.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import sys
@@ -123,6 +122,7 @@ class Ranks:
         prefix: What tells nameless units of this rank from those of others, e.g. "rank1.".
         everywhere: Whether all ranks hold the same units.
         n_trainable: Elements of the optimizer's tensors on all ranks together.
+        on_device: Whether an implementation that decides on a device serves all ranks.
     """
 
     group: ProcessGroup | None
@@ -130,6 +130,7 @@ class Ranks:
     prefix: str = ""
     everywhere: bool = True
     n_trainable: int = 0
+    on_device: bool = False
     _places: dict[Any, list[tuple[Unit, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,6 +147,8 @@ class Ranks:
         members: dict[Unit, list[Tensor]],
         tensors: Sequence[Tensor],
         group: ProcessGroup | None,
+        *,
+        on_device: bool = False,
     ) -> tuple[Ranks, list[Unit]]:
         """Learn which rank holds which unit; every rank of `group` must call this together.
 
@@ -154,6 +157,7 @@ class Ranks:
             members: The tensors of every unit of this rank.
             tensors: All tensors of the optimizer.
             group: See `Ranks`.
+            on_device: Whether this rank's implementation decides on a device.
 
         Returns:
             The ranks, and the units of all of them: the same list everywhere, by rank, with this
@@ -167,7 +171,7 @@ class Ranks:
         before = table.ranks
         if before is not None and before.everywhere and before._holds_same(members):
             # Only thresholds have changed; should they differ, the checksum will tell.
-            ranks = cls(group, members, n_trainable=before.n_trainable)
+            ranks = cls(group, members, n_trainable=before.n_trainable, on_device=before.on_device)
             return ranks, list(table.units)
 
         ranks = cls(group, members)
@@ -177,15 +181,17 @@ class Ranks:
             _Held(unit, [tuple(p.shape) for p in held], checksums[unit])
             for unit, held in members.items()
         ]
-        told = ranks._tell((table.rule, table.t, mine, sum(p.numel() for p in tensors)))
+        n_trainable = sum(p.numel() for p in tensors)
+        told = ranks._tell((table.rule, table.t, mine, n_trainable, on_device))
         _check_same("the arguments of the optimizer", [rule for rule, *_ in told])
         _check_same("the number of steps taken", [t for _, t, *_ in told])
-        held_by = [held for _, _, held, _ in told]
+        held_by = [held for _, _, held, *_ in told]
         held_by[dist.get_rank(group)] = mine
         identities = [[held.identity for held in on_rank] for on_rank in held_by]
         first = [identities.index(identity) for identity in identities]
         ranks.everywhere = len(set(first)) == 1
         ranks.n_trainable = sum(told[rank][3] for rank in set(first))
+        ranks.on_device = ranks.everywhere and all(on_device for *_, on_device in told)
         if not ranks.everywhere:
             nameless = any(_NAMELESS.fullmatch(unit.name) for unit in members)
             if nameless and all(
@@ -205,17 +211,13 @@ class Ranks:
                 for held in on_rank:
                     if _NAMELESS.fullmatch(held.unit.name):
                         held.unit.name = prefix + held.unit.name
-        units: dict[str, Unit] = {}
+        holders: dict[str, list[tuple[int, _Held]]] = {}
         for rank, on_rank in enumerate(held_by):
             for held in on_rank:
-                name = held.unit.name
-                if name not in units:
-                    holders = [
-                        (r, next((x for x in xs if x.unit.name == name), None))
-                        for r, xs in enumerate(held_by[rank:], start=rank)
-                    ]
-                    _check_holders(name, [(r, x) for r, x in holders if x is not None])
-                    units[name] = held.unit
+                holders.setdefault(held.unit.name, []).append((rank, held))
+        for name, of_unit in holders.items():
+            _check_holders(name, of_unit)
+        units = {name: of_unit[0][1].unit for name, of_unit in holders.items()}
         units.update((unit.name, unit) for unit in members)
         return ranks, list(units.values())
 
@@ -233,13 +235,14 @@ class Ranks:
                 complete = len(sums.get(unit, ())) == unit.n_tensors
                 rows.append(sums[unit][k] if complete else ())
             group = mesh.get_group(dims[0])
-            near = next((row[0].device for row in rows if row), torch.device(mesh.device_type))
+            unit, k = places[0]
+            near = self.members[unit][k].device
             total = torch.full((len(places), 3), math.inf, dtype=torch.float64, device=near)
             known = [n for n, row in enumerate(rows) if row]
             if known:
                 values = torch.stack([x.to(near) for n in known for x in rows[n]])
                 total[torch.tensor(known, device=near)] = values.view(-1, 3)
-            total = total.to(_device(group, near.type))
+            total = total.to(_device(group, near))
             for dim in dims:
                 dist.all_reduce(total, group=mesh.get_group(dim))
             for (unit, k), row in zip(places, total, strict=True):
@@ -268,17 +271,25 @@ class Ranks:
             for unit in table.units
         ]
         checksum = _fingerprint(table)
-        largest = torch.tensor([*column, checksum, -checksum], dtype=torch.float64)
-        largest = largest.to(_device(self.group))
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
-        *column, high, low = largest.tolist()
+        mine = torch.tensor([*column, checksum, -checksum], dtype=torch.float64)
+        *column, high, low = self.largest(mine).tolist()
         if high != -low:
-            self._raise_difference(table)
+            self.raise_difference(table)
         return {
             unit: statistic
             for unit, statistic in zip(table.units, column, strict=True)
             if unit.decided_at == NEVER and -math.inf < statistic < math.inf
         }
+
+    def found_anywhere(self, found_inf: Tensor | float) -> Tensor:
+        """GradScaler's `found_inf`, not zero where any rank has found one: all skip the step."""
+        return self.largest(torch.as_tensor(found_inf, dtype=torch.float32))
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Of every element the largest over all ranks; waits for no device that `group` serves."""
+        largest = x.to(_device(self.group, x.device), copy=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return largest.to(x.device)
 
     def _holds_same(self, members: dict[Unit, list[Tensor]]) -> bool:
         return len(members) == len(self.members) and all(
@@ -307,7 +318,7 @@ class Ranks:
         for (mesh, dims), places in self._places.items():
             group = mesh.get_group(dims[0])
             total = torch.stack([parts[place] for place in places])
-            total = total.to(_device(group, total.device.type))
+            total = total.to(_device(group, total.device))
             for dim in dims:
                 dist.all_reduce(total, group=mesh.get_group(dim))
             parts.update(zip(places, total, strict=True))
@@ -322,7 +333,12 @@ class Ranks:
         dist.all_gather_object(told, message, group=self.group)
         return told
 
-    def _raise_difference(self, table: FreezeTable) -> None:
+    def raise_difference(self, table: FreezeTable) -> None:
+        """Tell what differs; every rank must call this together.
+
+        Raises:
+            RuntimeError: Always.
+        """
         rows = {u.name: (u.tau, *(getattr(u, key) for key in _STATE)) for u in table.units}
         told = self._tell((table.t, rows))
         _check_same("the number of steps taken", [t for t, _ in told], RuntimeError)
@@ -357,20 +373,23 @@ def _bit_sum(p: Tensor) -> Tensor:
     return p.view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64)
 
 
-def _device(group: ProcessGroup | None, wanted: str = "cpu") -> torch.device:
-    """Where a tensor must lie to go through `group`: on the wanted kind of device if it can."""
+def _device(group: ProcessGroup | None, wanted: torch.device) -> torch.device:
+    """Where a tensor must lie to go through `group`: on the wanted device if it can."""
     kinds = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
-    kind = wanted if wanted in kinds else kinds[0]
-    if kind == "cpu":
+    if wanted.type in kinds:
+        return wanted
+    if kinds[0] == "cpu":
         return torch.device("cpu")
-    return torch.device(kind, torch.get_device_module(kind).current_device())
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
 
 
 def _fingerprint(table: FreezeTable) -> int:
-    """48 bits that depend on all that decides what a step does to a unit; exact as a float64."""
-    rows = [(u.name, u.tau, *(getattr(u, key) for key in _STATE)) for u in table.units]
-    digest = hashlib.blake2b(repr((table.t, rows)).encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "big")
+    """48 bits of all that decides what a step does to the units; exact as a float64.
+
+    Numbers, unlike strings, have the same hash in every process.
+    """
+    rows = tuple((u.tau, u.hits, u.decided_at, u.frozen_at) for u in table.units)
+    return hash((table.t, rows)) & (1 << 48) - 1
 
 
 def _check_holders(name: str, holders: list[tuple[int, _Held]]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .freezing import FreezeRule, FreezeTable, Unit
+from .native import _fused_native_grades_adamw, why_not_native
 from .reference import _single_tensor_grades_adamw
 
 
@@ -110,10 +112,19 @@ def grades_adamw(
         differentiable,
     )
     table = table if table is not None else FreezeTable(FreezeRule())
-    if choose(params, fused, differentiable=differentiable, foreach=foreach) == "triton":
+    members: dict[Unit, list[Tensor]] = {}
+    for unit, p in zip(units, params, strict=True):
+        if unit is not None:
+            members.setdefault(unit, []).append(p)
+    backend = choose(
+        params, fused, differentiable=differentiable, foreach=foreach, units=members.values()
+    )
+    if backend == "triton":
         from .triton_kernels import _fused_triton_grades_adamw
 
         _fused_triton_grades_adamw([group], table, grad_scale=grad_scale, found_inf=found_inf)
+    elif backend == "native" and not capturable:
+        _fused_native_grades_adamw([group], table, grad_scale=grad_scale, found_inf=found_inf)
     else:
         _single_tensor_grades_adamw([group], table, grad_scale=grad_scale, found_inf=found_inf)
 
@@ -124,21 +135,28 @@ def choose(
     *,
     differentiable: bool = False,
     foreach: bool | None = None,
+    units: Iterable[Sequence[Tensor]] = (),
 ) -> str:
-    """The implementation that serves these parameters: "triton" or "reference".
+    """The implementation that serves these parameters: "triton", "native" or "reference".
 
     Args:
         fused: As in `GradESAdamW`.
+        units: The tensors of each unit.
 
     Raises:
         RuntimeError: If `fused` is True and no fused implementation can serve them.
     """
     if fused is False or differentiable or foreach:
         return "reference"
-    reason = why_not_triton(params, interpret=bool(fused))
-    if reason is None:
+    not_triton = why_not_triton(params, interpret=bool(fused), units=units)
+    if not_triton is None:
         return "triton"
+    not_native = why_not_native(params)
+    if not_native is None:
+        return "native"
     if fused:
+        on_cpu = bool(params) and all(p.device.type == "cpu" for p in params)
+        reason = not_native if on_cpu else not_triton
         raise RuntimeError(
             f"fused=True is not possible: {reason}. Use fused=None to fall back to the reference "
             "implementation where there is no fused one, or fused=False to ask for it."
@@ -146,23 +164,28 @@ def choose(
     return "reference"
 
 
-def why_not_triton(params: list[Tensor], *, interpret: bool = False) -> str | None:
+def why_not_triton(
+    params: list[Tensor], *, interpret: bool = False, units: Iterable[Sequence[Tensor]] = ()
+) -> str | None:
     """What keeps the Triton kernels from serving these parameters; None: nothing does.
 
     Args:
         interpret: Whether CPU tensors may go through Triton's interpreter (TRITON_INTERPRET=1).
+        units: The tensors of each unit.
     """
     if not params:
         return "there are no parameters"
     devices = {p.device for p in params}
-    if len(devices) > 1:
-        return f"the parameters lie on several devices, {sorted(map(str, devices))}"
+    if len({device.type for device in devices}) > 1:
+        return f"the parameters lie on devices of several kinds, {sorted(map(str, devices))}"
+    if any(len({p.device for p in unit}) > 1 for unit in units):
+        return "the tensors of one unit lie on several devices"
     dtypes = {p.dtype for p in params} - {torch.float32, torch.bfloat16, torch.float16}
     if dtypes:
         return f"the Triton kernels have no {', '.join(sorted(map(str, dtypes)))}"
     if not all(map(is_dense, params)):
         return "a parameter is a DTensor or a view with gaps"
-    device = devices.pop()
+    device = next(iter(devices))
     if device.type == "cpu":
         if not interpret or os.environ.get("TRITON_INTERPRET") != "1":
             return (
@@ -171,8 +194,10 @@ def why_not_triton(params: list[Tensor], *, interpret: bool = False) -> str | No
             )
     elif device.type != "cuda":
         return f"the Triton kernels do not run on {device.type!r}"
-    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (7, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than what Triton supports"
+    elif torch.version.cuda:
+        for device in devices:
+            if torch.cuda.get_device_capability(device) < (7, 0):
+                return f"{torch.cuda.get_device_name(device)} is older than what Triton supports"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -99,8 +99,13 @@ class GradESAdamW(CheckpointedAdamW):
         max_frozen: Share of the monitored units, in (0, 1]. Once as many are decided, all others
             are decided with them. Default 1.0: each decides for itself.
         stop_grad: Whether frozen tensors get `requires_grad=False`, so that backward skips their
-            gradient, one step after they froze. "auto" (default): where that is safe. True: always,
-            or a RuntimeError. False: never; the update alone is masked.
+            gradient, and give up their moments: at the start of the step after, in at most six
+            waves a run. "auto" (default): where that is safe, which is on one process and with
+            DTensors. True: always, or a RuntimeError. False: never; the update alone is masked
+            (`apply_freezes` does the rest when it is called).
+        process_group: The processes that step this optimizer and decide together, if these are not
+            all of the job: models of their own on some ranks each. Every one of them must call
+            `step()` equally often. Default None: all of the job.
 
     Raises:
         ValueError: For a value out of range, naming the argument, the value and the range.
@@ -188,6 +193,7 @@ class GradESAdamW(CheckpointedAdamW):
         self._met_for: tuple[Any, bool] = (self, False)
         self._attached: list[list[str]] | None = None
         self._stopped: set[Tensor] = set()
+        self._learning: list[bool] = []
         self._watch: ReentrantWatch | None = None
         self._waves = 0
         self._ddp_is_outdated = False
@@ -429,6 +435,10 @@ class GradESAdamW(CheckpointedAdamW):
     def _begin_step(self) -> None:
         """Act on what the step before decided."""
         self._current_table()
+        monitors = any(group["tau"] is not None for group in self.param_groups)
+        if monitors and self._learning != [self._learns(p) for p in self._all_params()]:
+            self._write_state()
+            self._build()
         if self._plan is not None and not self._capturing():
             self._plan.absorb()
         self._follow_taus()
@@ -446,8 +456,11 @@ class GradESAdamW(CheckpointedAdamW):
             return
         monitors = any(group["tau"] is not None for group in self.param_groups)
         if monitors and in_a_job(self._process_group, self._all_params()):
+            self._leave_device()
+            tensors = self._all_params()
+            on_device = self._choice() == "triton" and len({p.device for p in tensors}) == 1
             ranks, units = Ranks.meet(
-                self._table, self._members, self._all_params(), self._process_group
+                self._table, self._members, tensors, self._process_group, on_device=on_device
             )
             self._members = {unit: self._members.get(unit, []) for unit in units}
             self._table = self._table.successor(units)
@@ -466,6 +479,8 @@ class GradESAdamW(CheckpointedAdamW):
                 "grace period was planned for fewer steps."
             )
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        if table.ranks is not None and scaling["found_inf"] is not None:
+            scaling["found_inf"] = table.ranks.found_anywhere(scaling["found_inf"])
         backend = self._implementation()
         if backend == "triton":
             self._step_on_device(**scaling)
@@ -502,7 +517,7 @@ class GradESAdamW(CheckpointedAdamW):
                 hook(self, events)
 
     def _step_on_device(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        from .triton_kernels import Hyper, Plan
+        from .triton_kernels import Hyper, Plan, take_part
 
         plan = self._plan
         grads = [p.grad for p in plan.flat_params] if plan is not None else []
@@ -516,6 +531,7 @@ class GradESAdamW(CheckpointedAdamW):
             self._leave_device()
             groups = [self._gather_all(i) for i in range(len(self.param_groups))]
             if not any(group.params for group in groups):
+                take_part(self._table, self._all_params()[0].device)
                 self._table.begin_step()
                 return
             plan = self._plan = Plan(groups, self._table)
@@ -629,8 +645,16 @@ class GradESAdamW(CheckpointedAdamW):
                 "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
             )
         members = list(chain.from_iterable(self._members.values()))
-        if within_ddp or not in_a_job(self._process_group, members):
+        if not in_a_job(self._process_group, members):
             return None
+        if within_ddp:
+            ranks = self._table.ranks
+            if ranks is None or ranks.everywhere:
+                return None
+            return (
+                "each rank holds other tensors (ZeroRedundancyOptimizer), while the wrapper needs "
+                "the same ones to stop on all. For the saving, use fully_shard (FSDP2)."
+            )
         if all_sharded(members, self._process_group):  # reduced tensor by tensor
             return None
         # After a change it trains one unsynchronised step, then raises.
@@ -690,7 +714,19 @@ class GradESAdamW(CheckpointedAdamW):
         return next(iter(asked), None)
 
     def _implementation(self) -> str:
-        """As `backend`; asked for in every step, so kept until tensors or flags change."""
+        """As `backend`: what serves this rank, and in a job the other ranks too."""
+        name, ranks = self._choice(), self._table.ranks
+        if name != "triton" or ranks is None or ranks.on_device:
+            return name
+        if self._fused():
+            raise RuntimeError(
+                "fused=True is not possible: in a job of several processes the Triton kernels need "
+                "the same tensors on every rank, and each rank's on one device. Use fused=None."
+            )
+        return "reference"
+
+    def _choice(self) -> str:
+        """What can serve this rank; asked for in every step, so kept until something changes."""
         asked = self._fused()
         flags = {(group["differentiable"], group["foreach"]) for group in self.param_groups}
         if self._chosen[0] is not self._built_for or self._chosen[1:3] != (asked, flags):
@@ -699,6 +735,7 @@ class GradESAdamW(CheckpointedAdamW):
                 asked,
                 differentiable=any(differentiable for differentiable, _ in flags),
                 foreach=any(foreach for _, foreach in flags),
+                units=self._members.values(),
             )
             self._chosen = (self._built_for, asked, flags, name)
         return self._chosen[3]
@@ -772,7 +809,8 @@ class GradESAdamW(CheckpointedAdamW):
             names = self._names(i)
             rows.append([])
             for j, p in enumerate(group["params"]):
-                name = None if tau is None else self._unit_name(p, names, f"{prefix}group{i}", j)
+                watched = tau is not None and self._learns(p)
+                name = self._unit_name(p, names, f"{prefix}group{i}", j) if watched else None
                 if tau is None or name is None:
                     rows[i].append(None)
                     if self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER:
@@ -808,7 +846,16 @@ class GradESAdamW(CheckpointedAdamW):
             self._read_unit(unit)
             unit.announced = unit.name in told
         self._built_for = self._all_params(), _settings(self.param_groups)
+        self._learning = [self._learns(p) for p in self._all_params()]
         self._taus = [_tau_of(group) for group in self.param_groups]
+
+    def _learns(self, p: Tensor) -> bool:
+        """Whether a tensor is to be watched: it needs a gradient, or it is frozen by us.
+
+        The base of a LoRA model and the adapters that are not active never give evidence; as units
+        they would keep `all_frozen` from ever coming true.
+        """
+        return p.requires_grad or self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER
 
     def _names(self, i: int) -> list[str] | None:
         names: list[str] | None = self.param_groups[i].get("param_names")

@@ -51,9 +51,9 @@ def _single_tensor_grades_adamw(
         _keep(groups, t)
 
 
-Sums = dict[Unit, list[tuple[Tensor, Tensor, Tensor]]]
-"""Per undecided unit, for each of its tensors that has evidence, three fp64 scalars: the numerator
-of the statistic, its denominator (0 unless it is a ratio), and the sum of |g|."""
+Sums = dict[Unit, list[tuple[Any, Any, Any]]]
+"""Per undecided unit, for each of its tensors that has evidence, three numbers (fp64 tensors or
+floats): the numerator of the statistic, its denominator (0 unless a ratio), the sum of |g|."""
 
 
 def judge(table: FreezeTable, sums: Sums) -> None:
@@ -212,14 +212,20 @@ def _adamw(group: StepGroup, lr: float | Tensor, *columns: list[Tensor]) -> None
 
 def _keep(groups: list[StepGroup], t: int) -> None:
     """Store the gradients that the check of step t + 1 compares with."""
+    for group in groups:
+        for unit, prev_grad, grad in zip(group.units, group.prev_grads, group.grads, strict=True):
+            if unit is not None and prev_grad is not None and unit.decided_at == NEVER:
+                prev_grad.copy_(grad)
+    note_kept(groups, t)
+
+
+def note_kept(groups: list[StepGroup], t: int) -> None:
+    """Write down of which undecided units all gradients of step t have been stored."""
     kept: dict[Unit, int] = {}
     for group in groups:
-        for i, unit in enumerate(group.units):
-            prev_grad = group.prev_grads[i]
-            if unit is None or prev_grad is None or unit.decided_at != NEVER:
-                continue
-            prev_grad.copy_(group.grads[i])
-            kept[unit] = kept.get(unit, 0) + 1
+        for unit, prev_grad in zip(group.units, group.prev_grads, strict=True):
+            if unit is not None and prev_grad is not None and unit.decided_at == NEVER:
+                kept[unit] = kept.get(unit, 0) + 1
     for unit, n in kept.items():
         if n == unit.n_tensors:
             unit.prev_step = t
@@ -261,5 +267,7 @@ def _together(scalars: list[Tensor]) -> Tensor:
     return torch.stack([x.to(scalars[0].device) for x in scalars])
 
 
-def _read_back(scalars: list[Tensor]) -> list[float]:
-    return _together(scalars).tolist() if scalars else []
+def _read_back(scalars: list[Any]) -> list[float]:
+    if scalars and isinstance(scalars[0], Tensor):
+        return _together(scalars).tolist()
+    return scalars

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .freezing import STATISTICS
-from .functional import choose
+from .functional import choose, why_not_triton
+from .native import why_not_native
 from .optimizer import GradESAdamW
 from .report import _layout, _Table
 
@@ -169,7 +170,7 @@ def _served(
         chosen[dtype] = {}
         for fused in (False, None, True):
             try:
-                chosen[dtype][choose(probe, fused)] = fused
+                chosen[dtype].setdefault(choose(probe, fused), fused)
             except RuntimeError as error:
                 reason = reason or str(error).split(". Use")[0]
     if backend is None:
@@ -178,10 +179,11 @@ def _served(
     if backend == "reference":
         flags = {dtype: flags[dtype] for dtype in (torch.float32, torch.float64)}
     if not flags:
-        raise RuntimeError(
-            f"{backend!r} cannot run on {device}"
-            + (f": {reason}" if reason else f"; there {[*chosen[torch.float32]]} can")
-        )
+        if not reason:  # fused=True is possible there, but means another implementation
+            probe = [torch.zeros(1, device=device)]
+            why_not = why_not_native if backend == "native" else why_not_triton
+            reason = why_not(probe) or f"there {[*chosen[torch.float32]]} can"
+        raise RuntimeError(f"{backend!r} cannot run on {device}: {reason}")
     return backend, flags
 
 

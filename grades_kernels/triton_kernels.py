@@ -9,18 +9,21 @@ statistic to a buffer and takes a ticket of its unit; the block with the last ti
 in a fixed order, compares with tau and writes the unit's row. Nothing that a block reads of a row
 in the same launch can tell whether that has happened yet: a row written at step t acts from t + 1
 on ("next_step"), or in a second launch ("same_step"). So a step's result never depends on the order
-in which blocks run.
+in which blocks run. In a job of several processes that block leaves the sum to an all-reduce, which
+the devices of all ranks carry out, and a launch of its own compares the largest with tau.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,8 +54,8 @@ _HITS = tl.constexpr(1)
 _PREV_STEP = tl.constexpr(2)
 _MEASURED_AT = tl.constexpr(3)
 _STATISTIC = tl.constexpr(4)  # fp64
-_TAU = tl.constexpr(5)  # fp64
-_DIVISOR = tl.constexpr(6)  # fp64: the number of elements with tau_per="element", else 1
+_TAU_AT = tl.constexpr(5)  # which word of the inputs holds tau
+_DIVISOR = tl.constexpr(6)  # fp64: the number of elements with tau_per="element", or 1
 _FIRST_TENSOR = tl.constexpr(7)
 _N_TENSORS = tl.constexpr(8)
 _N_UNIT_BLOCKS = tl.constexpr(9)
@@ -69,17 +72,19 @@ _COOLDOWN = tl.constexpr(7)
 _LATE = tl.constexpr(8)  # 1 where the update of the decisive step is still applied
 _GRACE = tl.constexpr(9)
 _CHECK_EVERY = tl.constexpr(10)
+_DIFFER = tl.constexpr(11)  # 1 once the ranks of a job were found to disagree
 
-# The inputs of one step: a head, then a row per tensor.
+# The inputs of one step: a head, a row per tensor, then tau (fp64) of every unit.
 _T = tl.constexpr(0)
 _IS_CHECK = tl.constexpr(1)
 _IS_KEEP = tl.constexpr(2)
 _FOUND_INF = tl.constexpr(3)  # addresses of GradScaler's fp32 scalars, or 0
 _GRAD_SCALE = tl.constexpr(4)
-_HEAD_WORDS = tl.constexpr(6)
+_CHECKSUM = tl.constexpr(6)  # fp64 and its negative: what all ranks of a job must have in common
+_HEAD_WORDS = tl.constexpr(8)
 _GRAD = tl.constexpr(0)  # address, 0: no gradient in this step
-_COEFFICIENTS = tl.constexpr(1)  # eight fp32
-_INPUT_WORDS = tl.constexpr(5)
+_COEFFICIENTS = tl.constexpr(1)  # ten fp32
+_INPUT_WORDS = tl.constexpr(6)
 
 _STEP_SIZE = tl.constexpr(0)  # lr / (1 - beta1^step)
 _SQRT_BIAS_CORRECTION2 = tl.constexpr(1)
@@ -89,6 +94,8 @@ _BETA2 = tl.constexpr(4)
 _ONE_MINUS_BETA2 = tl.constexpr(5)
 _EPS = tl.constexpr(6)
 _SIGN = tl.constexpr(7)  # -1 with maximize
+_PAST_CORRECTION1 = tl.constexpr(8)  # 1 - beta1^k, k steps before this one: 0 without a moment
+_PAST_ROOT_CORRECTION2 = tl.constexpr(9)  # sqrt(1 - beta2^k)
 
 # Hyper-parameters of a parameter group in fp64, where the device computes the coefficients.
 _LR = tl.constexpr(0)
@@ -98,6 +105,10 @@ _EPS_64 = tl.constexpr(3)
 _WEIGHT_DECAY_64 = tl.constexpr(4)
 _SIGN_64 = tl.constexpr(5)
 _HYPER_WORDS = tl.constexpr(6)
+
+# What a program leaves for the judge of its unit, fp32: its share of the statistic, of |g|, and of
+# the denominator where the statistic is a ratio.
+_PARTIAL_WORDS = tl.constexpr(3)
 
 _JUDGE_TILE = tl.constexpr(512)
 
@@ -173,7 +184,7 @@ def _do_block(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """One block of one tensor: returns |difference| and |g| per element, in fp32.
+    """One block of one tensor: returns numerator, denominator ("signal") and |g| per element, fp32.
 
     All arithmetic is fp32 and rounded operation by operation; only the storage dtypes are narrow.
     FULL blocks lie wholly inside an aligned tensor and need no mask: a mask alone, even one that is
@@ -194,9 +205,13 @@ def _do_block(
         m = _load(exp_avg_address, first, n_left, MOMENT, FULL, BLOCK)
         v = _load(exp_avg_sq_address, first, n_left, MOMENT, FULL, BLOCK)
         p = _load(param_address, first, n_left, PARAM, FULL, BLOCK)
-    elif STATISTIC == "momentum":
-        m = _load(tl.load(tensor_row + _EXP_AVG), first, n_left, MOMENT, FULL, BLOCK)
+    else:
+        if STATISTIC == "momentum" or STATISTIC == "signal":
+            m = _load(tl.load(tensor_row + _EXP_AVG), first, n_left, MOMENT, FULL, BLOCK)
+        if STATISTIC == "signal":
+            v = _load(tl.load(tensor_row + _EXP_AVG_SQ), first, n_left, MOMENT, FULL, BLOCK)
 
+    root_before = tl.zeros_like(g)
     if MEASURE:
         if STATISTIC == "change":
             if measuring:
@@ -204,7 +219,10 @@ def _do_block(
                 difference = g - _load(prev_address, first, n_left, GRAD, FULL, BLOCK)
         elif STATISTIC == "momentum":
             difference = signed - m
-        else:
+        elif STATISTIC == "signal":
+            difference = m
+            root_before = tl.sqrt_rn(v)
+        elif STATISTIC == "norm":
             difference = g
 
     if KEEP and STATISTIC == "change":
@@ -229,13 +247,16 @@ def _do_block(
         correction = tl.load(coefficients + _SQRT_BIAS_CORRECTION2)
         root = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction)
         step_size = tl.load(coefficients + _STEP_SIZE) * factor
+        before = p
         p = p - p * (tl.load(coefficients + _DECAY) * factor)
         p = p - tl.div_rn(step_size * m, root + tl.load(coefficients + _EPS))
         _store(param_address, first, n_left, p, PARAM, FULL, BLOCK)
+        if MEASURE and STATISTIC == "weight_change":
+            difference = p.to(PARAM).to(tl.float32) - before
 
     difference = tl.abs(difference)
     magnitude = tl.abs(g)
-    return difference, magnitude
+    return difference, root_before, magnitude
 
 
 @triton.jit
@@ -250,56 +271,76 @@ def _complete(unit_row, inputs_ptr):
 
 
 @triton.jit
-def _judge(
-    units_ptr,
+def _sum_shares(shares, n_blocks, TILE: tl.constexpr):
+    """The fp64 sum of one word of every program of a tensor, in a fixed order."""
+    total = tl.zeros((TILE,), tl.float64)
+    for start in range(0, n_blocks, TILE):
+        block = start + tl.arange(0, TILE)
+        # Past the first-level cache: other multiprocessors wrote them in this launch.
+        total += tl.load(
+            shares + block * _PARTIAL_WORDS,
+            mask=block < n_blocks,
+            other=0.0,
+            cache_modifier=".cg",
+        ).to(tl.float64)
+    return tl.sum(total)
+
+
+@triton.jit
+def _statistic_of(
     unit_row,
     tensors_ptr,
     inputs_ptr,
     partials_ptr,
     t,
-    keeping,
     STATISTIC: tl.constexpr,
-    UPDATE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Sum a unit's shares in a fixed order, compare with tau, write its row."""
-    # Every thread loads these and one stores them below: all must have read by then.
-    prev_step = tl.load(unit_row + _PREV_STEP)
-    hits = tl.load(unit_row + _HITS)
-    tl.debug_barrier()
+    """Sum a unit's shares in a fixed order; infinity where there is no evidence."""
     first = tl.load(unit_row + _FIRST_TENSOR)
     statistic = tl.full((), 0.0, tl.float64)
+    denominator = tl.full((), 0.0, tl.float64)
     evidence = True
     for tensor in range(first, first + tl.load(unit_row + _N_TENSORS)):
         row = tensors_ptr + tensor * _TENSOR_WORDS
         first_block = tl.load(row + _FIRST_BLOCK)
         n_blocks = tl.load(row + _N_BLOCKS)
-        differences = tl.zeros((TILE,), tl.float64)
-        magnitudes = tl.zeros((TILE,), tl.float64)
-        for start in range(0, n_blocks, TILE):
-            block = start + tl.arange(0, TILE)
-            shares = partials_ptr + (first_block + block) * 2
-            # Past the first-level cache: other multiprocessors wrote them in this launch.
-            mask = block < n_blocks
-            differences += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg").to(
-                tl.float64
-            )
-            magnitudes += tl.load(shares + 1, mask=mask, other=0.0, cache_modifier=".cg").to(
-                tl.float64
-            )
-        statistic += tl.sum(differences)
-        evidence = evidence & (tl.sum(magnitudes) > 0)
-        if STATISTIC == "momentum":
-            # The tensor's first block has counted this step already where it updates.
-            steps = tl.load(_f32(tl.load(row + _STEP)), cache_modifier=".cg")
-            evidence = evidence & (steps >= (2 if UPDATE else 1))
+        shares = partials_ptr + first_block * _PARTIAL_WORDS
+        difference = _sum_shares(shares, n_blocks, TILE)
+        magnitude = _sum_shares(shares + 1, n_blocks, TILE)
+        evidence = evidence & (magnitude > 0) & (magnitude < float("inf"))
+        if STATISTIC == "momentum" or STATISTIC == "signal":
+            past = _f32(inputs_ptr + _HEAD_WORDS + tensor * _INPUT_WORDS + _COEFFICIENTS)
+            correction1 = tl.load(past + _PAST_CORRECTION1).to(tl.float64)
+            evidence = evidence & (correction1 > 0)
+            if STATISTIC == "signal":
+                difference = difference / tl.where(correction1 > 0, correction1, 1.0)
+                root_correction2 = tl.load(past + _PAST_ROOT_CORRECTION2).to(tl.float64)
+                root = _sum_shares(shares + 2, n_blocks, TILE)
+                denominator += root / tl.where(correction1 > 0, root_correction2, 1.0)
+        statistic += difference
+    if STATISTIC == "signal":
+        evidence = evidence & (denominator > 0)
+        statistic = statistic / tl.where(denominator > 0, denominator, 1.0)
     evidence = evidence & (statistic < float("inf"))  # False for NaN too
     if STATISTIC == "change":
-        evidence = evidence & (prev_step == t - 1)
+        evidence = evidence & (tl.load(unit_row + _PREV_STEP) == t - 1)
+    if STATISTIC == "weight_change":
+        evidence = evidence & (statistic > 0)
+    return tl.where(evidence, statistic, float("inf"))
 
+
+@triton.jit
+def _judge(units_ptr, unit_row, inputs_ptr, statistic, t, keeping):
+    """Compare a unit's statistic with tau, write its row."""
+    tau = tl.load(_f64(inputs_ptr) + tl.load(unit_row + _TAU_AT))
+    hits = tl.load(unit_row + _HITS)
+    # Every thread has loaded words of the row that one of them stores below.
+    tl.debug_barrier()
+    evidence = statistic < float("inf")
     statistic = statistic / tl.load(_f64(unit_row) + _DIVISOR)
     if evidence:
-        hits = tl.where(statistic < tl.load(_f64(unit_row) + _TAU), hits + 1, 0)
+        hits = tl.where(statistic < tau, hits + 1, 0)
         tl.store(unit_row + _HITS, hits)
         tl.store(unit_row + _MEASURED_AT, t)
         tl.store(_f64(unit_row) + _STATISTIC, statistic)
@@ -322,18 +363,20 @@ def _step_kernel(
     tensors_ptr,
     inputs_ptr,
     units_ptr,
-    partials_ptr,  # fp32 pairs: a program's share of the statistic and of |g|
+    partials_ptr,  # fp32 triples per program
     tickets_ptr,  # int32 per unit
+    agreed_ptr,  # fp64 per unit: where the ranks of a job compare statistics
     first_program,  # of this launch in blocks_ptr
     PARAM: tl.constexpr,  # dtypes
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
-    STATISTIC: tl.constexpr,  # "change", "norm" or "momentum"
+    STATISTIC: tl.constexpr,  # one of `STATISTICS`
     MEASURE: tl.constexpr,  # accumulate the statistic
     UPDATE: tl.constexpr,  # AdamW
     KEEP: tl.constexpr,  # store the gradient for the next step's check
     AMSGRAD: tl.constexpr,
     SCALED: tl.constexpr,  # GradScaler's in-kernel protocol
+    AGREE: tl.constexpr,  # leave statistics to be agreed on with other ranks, and judged then
     BLOCK: tl.constexpr,
 ):
     """Statistic, decision and AdamW of all tensors of one dtype combination.
@@ -397,31 +440,36 @@ def _step_kernel(
         addresses |= tl.load(tensor_row + _EXP_AVG) | tl.load(tensor_row + _EXP_AVG_SQ)
         if AMSGRAD:
             addresses |= tl.load(tensor_row + _MAX_EXP_AVG_SQ)
-    elif STATISTIC == "momentum":
-        addresses |= tl.load(tensor_row + _EXP_AVG)
+    else:
+        if STATISTIC == "momentum" or STATISTIC == "signal":
+            addresses |= tl.load(tensor_row + _EXP_AVG)
+        if STATISTIC == "signal":
+            addresses |= tl.load(tensor_row + _EXP_AVG_SQ)
     if STATISTIC == "change":
         if MEASURE or KEEP:
             addresses |= tl.load(tensor_row + _PREV_GRAD)
     aligned = (addresses & 15) == 0
 
     differences = tl.zeros((BLOCK,), tl.float32)
+    roots = tl.zeros((BLOCK,), tl.float32)
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, stop, BLOCK):
         n_left = tl.minimum(n_elements - first, BLOCK).to(tl.int32)
         if aligned & (first + BLOCK <= n_elements):
-            difference, magnitude = _do_block(
+            difference, root, magnitude = _do_block(
                 tensor_row, grad_address, coefficients, grad_scale, factor, measuring, keeping,
                 first, n_left, PARAM, GRAD, MOMENT, STATISTIC, MEASURE, UPDATE, KEEP,
                 AMSGRAD, SCALED, BLOCK, FULL=True,
             )  # fmt: skip
         else:
-            difference, magnitude = _do_block(
+            difference, root, magnitude = _do_block(
                 tensor_row, grad_address, coefficients, grad_scale, factor, measuring, keeping,
                 first, n_left, PARAM, GRAD, MOMENT, STATISTIC, MEASURE, UPDATE, KEEP,
                 AMSGRAD, SCALED, BLOCK, FULL=False,
             )  # fmt: skip
         if MEASURE:
             differences += difference
+            roots += root
             magnitudes += magnitude
 
     if UPDATE:
@@ -437,17 +485,43 @@ def _step_kernel(
 
     if MEASURE:
         if measuring:
-            share = partials_ptr + (tl.load(tensor_row + _FIRST_BLOCK) + index) * 2
+            block = tl.load(tensor_row + _FIRST_BLOCK) + index
+            share = partials_ptr + block * _PARTIAL_WORDS
             tl.store(share, tl.sum(differences))
             tl.store(share + 1, tl.sum(magnitudes))
+            if STATISTIC == "signal":
+                tl.store(share + 2, tl.sum(roots))
             tl.debug_barrier()
             ticket = tl.atomic_add(tickets_ptr + unit, 1, sem="acq_rel")
             if ticket == tl.load(unit_row + _N_UNIT_BLOCKS) - 1:
                 tl.store(tickets_ptr + unit, 0)
-                _judge(
-                    units_ptr, unit_row, tensors_ptr, inputs_ptr, partials_ptr, t, keeping,
-                    STATISTIC, UPDATE, TILE=_JUDGE_TILE,
-                )  # fmt: skip
+                statistic = _statistic_of(
+                    unit_row, tensors_ptr, inputs_ptr, partials_ptr, t, STATISTIC, TILE=_JUDGE_TILE
+                )
+                if AGREE:
+                    tl.store(agreed_ptr + unit, statistic)
+                    tl.debug_barrier()  # every thread has read prev_step
+                    if keeping:
+                        if _complete(unit_row, inputs_ptr):
+                            tl.store(unit_row + _PREV_STEP, t)
+                else:
+                    _judge(units_ptr, unit_row, inputs_ptr, statistic, t, keeping)
+
+
+@triton.jit
+def _judge_kernel(agreed_ptr, inputs_ptr, units_ptr):
+    """Judge by the statistics that all ranks have agreed on; a program per unit.
+
+    Behind them stand the largest checksum of all ranks and the negative of the smallest.
+    """
+    checksum_ptr = agreed_ptr + tl.num_programs(0)
+    if tl.load(checksum_ptr) + tl.load(checksum_ptr + 1) != 0:
+        tl.store(units_ptr + _DIFFER, 1)
+        return
+    unit = tl.program_id(0).to(tl.int64)
+    statistic = tl.load(agreed_ptr + unit)
+    unit_row = units_ptr + (unit + 1) * _UNIT_WORDS
+    _judge(units_ptr, unit_row, inputs_ptr, statistic, tl.load(inputs_ptr + _T), False)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -477,9 +551,13 @@ def _begin_kernel(inputs_ptr, units_ptr, tensors_ptr, hyper_ptr, n_tensors, TILE
         beta1 = tl.load(hyper + _BETA1_64, mask=mask, other=0.0)
         beta2 = tl.load(hyper + _BETA2_64, mask=mask, other=0.0)
         step_address = tl.load(row + _STEP, mask=mask, other=0)
-        steps = tl.load(_f32(step_address), mask=mask, other=0.0).to(tl.float64) + 1.0
+        past = tl.load(_f32(step_address), mask=mask, other=0.0).to(tl.float64)
+        steps = past + 1.0
         bias_correction1 = 1.0 - tl.exp(steps * tl.log(beta1))
         bias_correction2 = 1.0 - tl.exp(steps * tl.log(beta2))
+        # 0 * log(0) is not a number.
+        past1 = tl.where(past > 0, 1.0 - tl.exp(past * tl.log(beta1)), 0.0)
+        past2 = tl.where(past > 0, 1.0 - tl.exp(past * tl.log(beta2)), 0.0)
         decay = lr * tl.load(hyper + _WEIGHT_DECAY_64, mask=mask, other=0.0)
         eps = tl.load(hyper + _EPS_64, mask=mask, other=0.0)
         sign = tl.load(hyper + _SIGN_64, mask=mask, other=1.0)
@@ -493,6 +571,8 @@ def _begin_kernel(inputs_ptr, units_ptr, tensors_ptr, hyper_ptr, n_tensors, TILE
         tl.store(out + _ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
         tl.store(out + _EPS, eps.to(tl.float32), mask=mask)
         tl.store(out + _SIGN, sign.to(tl.float32), mask=mask)
+        tl.store(out + _PAST_CORRECTION1, past1.to(tl.float32), mask=mask)
+        tl.store(out + _PAST_ROOT_CORRECTION2, tl.sqrt(past2).to(tl.float32), mask=mask)
 
 
 THREADS = 128  # per program
@@ -528,47 +608,251 @@ class _Launch(NamedTuple):
 class _Staging:
     """A pinned buffer for one step's inputs, and when the device has read it."""
 
-    def __init__(self, n_tensors: int, n_groups: int, cuda: bool) -> None:
+    def __init__(self, n_tensors: int, n_units: int, n_groups: int, cuda: bool) -> None:
         end_of_rows = _HEAD_WORDS.value + n_tensors * _INPUT_WORDS.value
-        n_words = end_of_rows + n_groups * _HYPER_WORDS.value
+        end_of_taus = end_of_rows + n_units
+        n_words = end_of_taus + n_groups * _HYPER_WORDS.value
         self.words = torch.zeros(n_words, dtype=torch.int64, pin_memory=cuda)
         array = self.words.numpy()
         self.head = array[: _HEAD_WORDS.value]
+        self.checksum = self.head[_CHECKSUM.value :].view(np.float64)
         rows = array[_HEAD_WORDS.value : end_of_rows].reshape(n_tensors, _INPUT_WORDS.value)
         self.grads = rows[:, _GRAD.value]
         self.coefficients = rows[:, _COEFFICIENTS.value :].view(np.float32)
-        self.hyper = array[end_of_rows:].view(np.float64).reshape(n_groups, _HYPER_WORDS.value)
+        numbers = array.view(np.float64)
+        self.taus = numbers[end_of_rows:end_of_taus]
+        self.hyper = numbers[end_of_taus:].reshape(n_groups, _HYPER_WORDS.value)
         self.read = torch.cuda.Event() if cuda else None
 
 
 class Plan:
-    """The tensors of an optimizer on one device, laid out for the kernels.
+    """The tensors of an optimizer, laid out for the kernels: a part per device.
 
-    Built when tensors, state or units change; `step` then costs one pass over the gradients, one
-    asynchronous copy and one launch (two for a check before the update) per dtype combination.
+    Built when tensors, state or units change; `step` then costs one pass over the gradients and, on
+    each device, one asynchronous copy and one launch (two for a check before the update) per dtype
+    combination.
+
+    A device decides about its own units alone. What concerns the units of all devices, `max_frozen`
+    and the ramp of tensors that are not monitored, depends on decisions of earlier steps: a device
+    counts those of its own, and where there are several, the host, which knows all decisions when
+    the next step begins, tells each of the others'.
 
     Args:
         groups: Per parameter group, its tensors that have state; gradients may be None.
-        table: The freeze table; the device's rows start from it.
+        table: The freeze table; the devices' rows start from it.
     """
 
     def __init__(self, groups: Sequence[StepGroup], table: FreezeTable) -> None:
         self.table = table
         self.flags = [(group.amsgrad, group.capturable) for group in groups]
-        self.capturable = any(group.capturable for group in groups)
-        tensors = [
-            (group.units[i], k, i)
-            for k, group in enumerate(groups)
-            for i in range(len(group.params))
+        places: dict[Any, list[tuple[int, int]]] = {}
+        for k, group in enumerate(groups):
+            for i, p in enumerate(group.params):
+                places.setdefault(_device_of(p), []).append((k, i))
+        n, share = len(table.units), table.rule.max_frozen
+        self.enough = next((k for k in range(1, n + 1) if k / n >= share), 0)
+        self.n_decided = sum(unit.decided_at != NEVER for unit in table.units)
+        self.all_decided_at = table.all_decided_at
+        # The step at which max_frozen decides all others, once known.
+        self.forced_at = table.t + 1 if n and self.enough <= self.n_decided < n else NEVER
+        self.alone = len(places) == 1
+        self.parts = [_Part(self, groups, chosen) for chosen in places.values()]
+        self.places = [place for part in self.parts for place in part.places]
+        self.flat_params = [p for part in self.parts for p in part.flat_params]
+        self.holds_prev_grads = all(part.holds_prev_grads for part in self.parts)
+        self.kept: list[Any] = []  # what replays of a captured graph touch
+        self.unsettled = True
+        self.undecided = self.n_decided < n
+        self.stepped = False  # since the last sync
+        self.counts_alone = False  # whether the device knows better than the host what t is
+        self.recorded_at = table.t
+        self.told = self.forced_at, self.all_decided_at  # what each of several devices knows
+        self.checksum = _checksum(table)
+
+    @property
+    def captured(self) -> list[tuple[_Staging, Tensor]]:
+        """What replays of a graph read; a graph lies on one device."""
+        return self.parts[0].captured
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether parameters, steps and gradients are still as the plan was laid out for."""
+        return all(part.fits(chosen) for part, chosen in self._by_part(grads))
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        hypers: Sequence[Hyper],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Launch one step; returns before the device has done it.
+
+        Args:
+            grads: In the order of `flat_params`; None where there is none.
+            hypers: Per parameter group.
+            grad_scale: What gradients were multiplied with, as GradScaler hands it over.
+            found_inf: Not zero: nothing may be written.
+
+        Raises:
+            RuntimeError: If a step over several devices is captured in a CUDA graph.
+        """
+        if not self.alone and _capturing():
+            raise RuntimeError(
+                "a step over several devices cannot be captured in one CUDA graph: the host takes "
+                "part in it. Give each device an optimizer of its own."
+            )
+        counting = [
+            part.step(chosen, hypers, grad_scale, found_inf)
+            for part, chosen in self._by_part(grads)
         ]
-        number = {unit: n for n, unit in enumerate(table.units)}
+        self.counts_alone = any(counting)
+        if not self.counts_alone:
+            self.table.t += 1
+        self.stepped = True
+
+    def _by_part(
+        self, grads: Sequence[Tensor | None]
+    ) -> Iterator[tuple[_Part, list[Tensor | None]]]:
+        first = 0
+        for part in self.parts:
+            yield part, list(grads[first : first + len(part.places)])
+            first += len(part.places)
+
+    def retune(self) -> None:
+        """Take over the thresholds of the units; also for replays of a captured graph to come."""
+        for part in self.parts:
+            part.retune()
+        self.checksum = _checksum(self.table)
+
+    # What the host learns
+
+    def absorb(self) -> None:
+        """Take over what the step before decided: the fixed lag of one step.
+
+        Waits for that step's copy of the table, which was queued before the forward and backward
+        pass that the device works on now.
+        """
+        if any(part.pending is not None for part in self.parts):
+            self._read([part.wait() for part in self.parts])
+        self._settle()
+
+    def sync(self) -> None:
+        """Bring the whole table up to date; waits for the device."""
+        if not (self.stepped or self.captured):
+            return
+        self.stepped = False
+        all_words = [part.units.cpu().numpy() for part in self.parts]
+        self._read(all_words)
+        for part, words in zip(self.parts, all_words, strict=True):
+            numbers = words.view(np.float64)
+            for n, unit in enumerate(part.own_units, start=1):
+                unit.hits = int(words[n, _HITS.value])
+                unit.prev_step = int(words[n, _PREV_STEP.value])
+                unit.statistic = float(numbers[n, _STATISTIC.value])
+        self._settle()
+
+    def peek(self) -> None:
+        """Take over what replays of a captured graph have copied out so far; never waits."""
+        mirror = self.parts[0].mirror.numpy()
+        words = mirror.copy()
+        if np.array_equal(words, mirror):  # else a copy is landing just now
+            self._read([words])
+            self._settle()
+
+    def _read(self, all_words: list[np.ndarray]) -> None:
+        """Take over tables of all parts, copied out after the same step."""
+        table = self.table
+        if any(words[0, _DIFFER.value] == 1 for words in all_words):
+            raise RuntimeError(
+                "the ranks of the job differ in a threshold, a decision or the number of steps "
+                "taken. Every rank must do the same to its optimizer, and load the same "
+                "checkpoint; if the ranks train different models, pass process_group."
+            )
+        if self.counts_alone:
+            # The copy of a part without programs may be an older one.
+            happened = max(int(words[0, _CLOCK.value]) for words in all_words) - table.t
+            table.t += happened
+            for part in self.parts:
+                if part.pending is not None:
+                    part.steps += part.pending * happened
+        if self.alone:
+            self.forced_at = int(all_words[0][0, _FORCED_AT.value])
+        measured: dict[Unit, float] = {}
+        for part, words in zip(self.parts, all_words, strict=True):
+            part.pending = None
+            numbers = words.view(np.float64)
+            for n in 1 + np.flatnonzero(words[1:, _MEASURED_AT.value] == table.t):
+                measured[part.own_units[n - 1]] = float(numbers[n, _STATISTIC.value])
+            known = np.array([unit.decided_at for unit in part.own_units], dtype=np.int64)
+            for n in 1 + np.flatnonzero(known != words[1:, _DECIDED_AT.value]):
+                unit = part.own_units[n - 1]
+                if unit.decided_at == NEVER:  # else by max_frozen, which the row does not say
+                    unit.statistic = float(numbers[n, _STATISTIC.value])
+                    unit.hits = int(words[n, _HITS.value])
+                    unit.decide(int(words[n, _DECIDED_AT.value]), unit.statistic)
+                    self.unsettled = True
+        if measured and table.t > self.recorded_at:
+            self.recorded_at = table.t
+            table.record(tuple(measured.get(unit, math.nan) for unit in table.units))
+
+    def _settle(self) -> None:
+        """What follows from known decisions as steps go by: max_frozen, the end of cooldowns."""
+        table = self.table
+        if NEVER < self.forced_at <= table.t:
+            for unit in table.units:
+                if unit.decided_at == NEVER:
+                    unit.decide(self.forced_at, math.nan)
+            self.forced_at, self.unsettled = NEVER, True
+        if self.unsettled:
+            table.settle()
+            decided = [unit for unit in table.units if unit.decided_at != NEVER]
+            self.n_decided, self.all_decided_at = len(decided), table.all_decided_at
+            self.undecided = len(decided) < len(table.units)
+            self.unsettled = any(unit.frozen_at == NEVER for unit in decided)
+            self.checksum = _checksum(table)
+            if not self.alone:
+                self._tell_the_devices()
+            for part in self.parts:
+                part.drop_frozen()
+
+    def _tell_the_devices(self) -> None:
+        if self.forced_at == NEVER and self.undecided and self.n_decided >= self.enough:
+            self.forced_at = self.table.t + 1
+        # Once decided, others stay so: the devices need not hear that there are none left to force.
+        news = max(self.forced_at, self.told[0]), self.all_decided_at
+        if news != self.told:
+            self.told = news
+            for part in self.parts:
+                part.units[0, _FORCED_AT.value].fill_(news[0])
+                part.units[0, _DECIDED_AT.value].fill_(news[1])
+
+
+class _Part:
+    """The tensors of a plan that lie on one device, and the tables that its kernels read.
+
+    Args:
+        plan: What the part belongs to.
+        groups: As `Plan` takes them.
+        places: Group and position of each of the part's tensors.
+    """
+
+    def __init__(
+        self, plan: Plan, groups: Sequence[StepGroup], places: list[tuple[int, int]]
+    ) -> None:
+        self.plan, self.table = plan, plan.table
+        self.capturable = any(group.capturable for group in groups)
+        self.n_groups = len(groups)
+        here = {groups[k].units[i] for k, i in places}
+        self.own_units = [unit for unit in self.table.units if plan.alone or unit in here]
+        number = {unit: n for n, unit in enumerate(self.own_units)}
+        tensors = [(groups[k].units[i], k, i) for k, i in places]
         # A unit's tensors stand next to each other, behind them those that are not monitored.
         tensors.sort(key=lambda x: number[x[0]] if x[0] is not None else len(number))
         self.places = [(k, i) for _, k, i in tensors]
-        self.device = groups[self.places[0][0]].params[self.places[0][1]].device
+        self.flat_params = [groups[k].params[i] for k, i in self.places]
+        self.device = self.flat_params[0].device
         self.cuda = self.device.type == "cuda"
         self.group_of = np.array([k for k, _ in self.places])
-        self.flat_params = [groups[k].params[i] for k, i in self.places]
         self.addresses = [p.data_ptr() for p in self.flat_params]
         self.shapes = [p.shape for p in self.flat_params]
         self.grad_dtypes = [
@@ -590,17 +874,14 @@ class Plan:
         self.for_capture = [self._staging()] if self.capturable else []
         self.inputs = torch.zeros_like(self.ring[0].words, device=self.device)
         self.hyper = self.inputs[-len(groups) * _HYPER_WORDS.value :]
+        self.agreed = torch.zeros(len(self.own_units) + 2, dtype=torch.float64, device=self.device)
         self.turn = 0
-        self.captured: list[Any] = []
+        self.captured: list[tuple[_Staging, Tensor]] = []
+        self.retune()
         self.pending: np.ndarray | None = None  # the tensors that the step under way updates
-        self.unsettled = True
-        self.undecided = any(unit.decided_at == NEVER for unit in table.units)
-        self.stepped = False  # since the last sync
-        self.counts_alone = False  # whether the device knows better than the host what t is
-        self.recorded_at = table.t
 
     def _staging(self) -> _Staging:
-        return _Staging(len(self.places), len(self.flags), self.cuda)
+        return _Staging(len(self.places), len(self.own_units), self.n_groups, self.cuda)
 
     def _lay_out(
         self, groups: Sequence[StepGroup], unit_of: list[Unit | None], number: dict[Unit, int]
@@ -658,7 +939,7 @@ class Plan:
             launches.setdefault(launch, []).append(n)
         self.rows = rows
         self.tensors = self._upload(rows)
-        self.partials = torch.zeros(first_program * 2, device=self.device)
+        self.partials = torch.zeros(first_program * _PARTIAL_WORDS.value, device=self.device)
         self.tickets = torch.zeros(max(1, len(number)), dtype=torch.int32, device=self.device)
         self._lay_out_units(rows, unit_of, number)
 
@@ -674,22 +955,15 @@ class Plan:
     def _lay_out_units(
         self, rows: np.ndarray, unit_of: list[Unit | None], number: dict[Unit, int]
     ) -> None:
-        table, rule = self.table, self.table.rule
+        plan, table, rule = self.plan, self.table, self.table.rule
         words = np.full((1 + len(number), _UNIT_WORDS.value), NEVER, dtype=np.int64)
         numbers = words.view(np.float64)
         head = words[0]
-        n_decided = sum(unit.decided_at != NEVER for unit in table.units)
-        enough = next(
-            (k for k in range(1, len(number) + 1) if k / len(number) >= rule.max_frozen), 0
-        )
-        head[_DECIDED_AT.value] = table.all_decided_at
+        head[_DECIDED_AT.value] = plan.all_decided_at
         head[_CLOCK.value] = table.t
-        forced = bool(number) and enough <= n_decided < len(number)
-        # The step at which max_frozen decides all others, once known.
-        self.forced_at = table.t + 1 if forced else NEVER
-        head[_FORCED_AT.value] = self.forced_at
-        head[_N_DECIDED.value], head[_N_UNITS.value] = n_decided, len(number)
-        head[_ENOUGH.value] = enough
+        head[_FORCED_AT.value] = plan.forced_at
+        head[_N_DECIDED.value] = plan.n_decided
+        head[_N_UNITS.value], head[_ENOUGH.value] = len(table.units), plan.enough
         head[_PATIENCE.value], head[_COOLDOWN.value] = rule.patience, rule.cooldown
         head[_LATE.value] = rule.freeze_timing == "next_step" and rule.cooldown == 0
         head[_GRACE.value] = rule.grace_steps if rule.grace_steps is not None else 1 << 62
@@ -704,8 +978,8 @@ class Plan:
             row[_DECIDED_AT.value] = unit.decided_at
             row[_HITS.value], row[_PREV_STEP.value] = unit.hits, unit.prev_step
             numbers[1 + n, _STATISTIC.value] = unit.statistic
-            numbers[1 + n, _TAU.value] = unit.tau
-            numbers[1 + n, _DIVISOR.value] = unit.n_elements if rule.tau_per == "element" else 1
+            row[_TAU_AT.value] = _HEAD_WORDS.value + len(rows) * _INPUT_WORDS.value + n
+            numbers[1 + n, _DIVISOR.value] = rule.divisor(unit)
             row[_FIRST_TENSOR.value] = members[0] if members else 0
             # A unit with a tensor that never had a gradient has no evidence: no ticket is the last.
             complete = len(members) == unit.n_tensors
@@ -761,33 +1035,27 @@ class Plan:
         self,
         grads: list[Tensor | None],
         hypers: Sequence[Hyper],
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Launch one step; returns before the device has done it.
-
-        Args:
-            grads: In the order of `flat_params`; None where there is none.
-            hypers: Per parameter group.
-            grad_scale: What gradients were multiplied with, as GradScaler hands it over.
-            found_inf: Not zero: nothing may be written.
-        """
-        table, rule = self.table, self.table.rule
-        t = table.t + 1
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """As `Plan.step`; returns whether the device alone knows if the step has happened."""
+        rule, t = self.table.rule, self.table.t + 1
         grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
-        capturing = self.cuda and torch.cuda.is_current_stream_capturing()
+        capturing = self.cuda and _capturing()
         scaled = grad_scale is not None or found_inf is not None
+        counts = self.capturable or any(_is_on_device(x) for h in hypers for x in h[:3])
         # Without programs there is none that could tell whether a scaled step has happened.
-        on_device = self.capturable or not self.programs
-        on_device = on_device or any(_is_on_device(x) for h in hypers for x in h[:3])
-        if not (self.programs or self.capturable or scaled):  # all is frozen
-            table.t, self.counts_alone = t, False
+        on_device = counts or (scaled and not self.programs)
+        agreeing = self.table.ranks is not None and self.plan.undecided
+        if not (self.programs or on_device):  # all is frozen
             self.units[0, _CLOCK.value].fill_(t)
-            return
+            if not agreeing:
+                return False
         restrided = self._restride(grads)
         staging = self._next_staging(capturing)
         staging.grads[:] = [0 if g is None else g.data_ptr() or 16 for g in grads]
         has_grad = staging.grads != 0
+        staging.taus[:] = self.taus
         staging.head[:5] = (
             t,
             rule.checks(t),
@@ -795,6 +1063,8 @@ class Plan:
             0 if found_inf is None else found_inf.data_ptr(),
             0 if grad_scale is None else grad_scale.data_ptr(),
         )
+        checksum = self.plan.checksum + self.table.t
+        staging.checksum[:] = checksum, -checksum
         if on_device:
             for row, h in zip(staging.hyper, hypers, strict=True):
                 numbers = [0.0 if _is_on_device(x) else float(x) for x in h[:5]]
@@ -809,16 +1079,21 @@ class Plan:
                 staging.read.record()
             if on_device:
                 self._begin(hypers)
-            check = on_device or (self.undecided and rule.checks(t))
-            keep = on_device or (self.undecided and rule.checks(t + 1))
-            if check and rule.freeze_timing == "same_step":
+            check = counts or (self.plan.undecided and rule.checks(t))
+            keep = counts or (self.plan.undecided and rule.checks(t + 1))
+            late = rule.freeze_timing == "next_step"
+            agree = check and self.table.ranks is not None
+            if agree:
+                self.agreed.fill_(math.inf)
+                checksums = self.inputs[_CHECKSUM.value : _HEAD_WORDS.value]
+                self.agreed[-2:].copy_(checksums.view(torch.float64))
+            if check and not late:
                 self._launch(measure=True, update=False, keep=False, scaled=scaled)
-            self._launch(
-                measure=check and rule.freeze_timing == "next_step",
-                update=True,
-                keep=keep,
-                scaled=scaled,
-            )
+            if agree and not late:
+                self._agree()
+            self._launch(measure=check and late, update=True, keep=keep, scaled=scaled)
+            if agree and late:
+                self._agree()
             if check or scaled:
                 self.mirror.copy_(self.units, non_blocking=True)
                 if not capturing:
@@ -828,9 +1103,13 @@ class Plan:
         for g, copy in restrided if scaled else ():
             g.copy_(copy)
         if not (on_device or scaled):
-            table.t = t
             self.steps += has_grad
-        self.counts_alone, self.stepped = on_device or scaled, True
+        return on_device or scaled
+
+    def retune(self) -> None:
+        self.taus = np.array([unit.tau for unit in self.own_units])
+        for staging, _ in self.captured:
+            staging.taus[:] = self.taus
 
     def _scalar(self, value: Tensor | float | None) -> Tensor | None:
         """GradScaler's scalars as this device's; it hands over the number 0 for "nothing found"."""
@@ -880,6 +1159,8 @@ class Plan:
         out[:, _ONE_MINUS_BETA2.value] = 1 - beta2
         out[:, _EPS.value] = eps
         out[:, _SIGN.value] = np.array([-1.0 if h.maximize else 1.0 for h in hypers])[self.group_of]
+        out[:, _PAST_CORRECTION1.value] = 1 - beta1**self.steps
+        out[:, _PAST_ROOT_CORRECTION2.value] = np.sqrt(1 - beta2**self.steps)
 
     def _begin(self, hypers: Sequence[Hyper]) -> None:
         """Let the device count the step and compute its coefficients."""
@@ -898,6 +1179,14 @@ class Plan:
             enable_fp_fusion=False,
         )
 
+    def _agree(self) -> None:
+        """Compare the largest statistic over all ranks; the device waits for them, not the host."""
+        ranks = self.table.ranks
+        assert ranks is not None
+        dist.all_reduce(self.agreed, op=dist.ReduceOp.MAX, group=ranks.group)
+        n_units = len(self.own_units)
+        _judge_kernel[(n_units,)](self.agreed, self.inputs, self.units, enable_fp_fusion=False)
+
     def _launch(self, *, measure: bool, update: bool, keep: bool, scaled: bool) -> None:
         for launch, (first, n_monitored, n_programs) in self.programs.items():
             n = n_programs if update else n_monitored
@@ -913,6 +1202,7 @@ class Plan:
                 self.units,
                 self.partials,
                 self.tickets,
+                self.agreed,
                 first,
                 PARAM=_DTYPES[launch.param],
                 GRAD=_DTYPES[launch.grad],
@@ -923,101 +1213,61 @@ class Plan:
                 KEEP=keeps,
                 AMSGRAD=launch.amsgrad,
                 SCALED=scaled,
+                AGREE=measures and self.table.ranks is not None,
                 BLOCK=block_size(narrow),
                 **self.options,
             )
 
-    # What the host learns
+    def wait(self) -> np.ndarray:
+        """The table as the last copy holds it, once that has arrived."""
+        if self.pending is not None and self.mirrored is not None:
+            self.mirrored.synchronize()
+        return self.mirror.numpy()
 
-    def absorb(self) -> None:
-        """Take over what the step before decided: the fixed lag of one step.
-
-        Waits for that step's copy of the table, which was queued before the forward and backward
-        pass that the device works on now.
-        """
-        if self.pending is not None:
-            if self.mirrored is not None:
-                self.mirrored.synchronize()
-            self._read(self.mirror.numpy())
-        self._settle()
-
-    def sync(self) -> None:
-        """Bring the whole table up to date; waits for the device."""
-        if not (self.stepped or self.captured):
-            return
-        self.stepped = False
-        words = self.units.cpu().numpy()
-        self._read(words)
-        numbers = words.view(np.float64)
-        for n, unit in enumerate(self.table.units, start=1):
-            unit.hits = int(words[n, _HITS.value])
-            unit.prev_step = int(words[n, _PREV_STEP.value])
-            unit.statistic = float(numbers[n, _STATISTIC.value])
-        self._settle()
-
-    def peek(self) -> None:
-        """Take over what replays of a captured graph have copied out so far; never waits."""
-        words = self.mirror.numpy().copy()
-        if np.array_equal(words, self.mirror.numpy()):  # else a copy is landing just now
-            self._read(words)
-            self._settle()
-
-    def _read(self, words: np.ndarray) -> None:
-        table, numbers = self.table, words.view(np.float64)
-        if self.counts_alone:
-            happened = int(words[0, _CLOCK.value]) - table.t
-            table.t += happened
-            if self.pending is not None:
-                self.steps += self.pending * happened
-        self.pending = None
-        self.forced_at = int(words[0, _FORCED_AT.value])
-        measured = words[1:, _MEASURED_AT.value] == table.t
-        if measured.any() and table.t > self.recorded_at:
-            self.recorded_at = table.t
-            row = np.where(measured, numbers[1:, _STATISTIC.value], math.nan)
-            table.record(tuple(row.tolist()))
-        known = np.array([unit.decided_at for unit in table.units], dtype=np.int64)
-        for n in np.flatnonzero(known != words[1:, _DECIDED_AT.value]):
-            unit, row = table.units[n], words[1 + n]
-            if unit.decided_at == NEVER:  # else decided by max_frozen, which the row does not say
-                unit.statistic = float(numbers[1 + n, _STATISTIC.value])
-                unit.hits = int(row[_HITS.value])
-                unit.decide(int(row[_DECIDED_AT.value]), unit.statistic)
-                self.unsettled = True
-
-    def _settle(self) -> None:
-        """What follows from known decisions as steps go by: max_frozen, the end of cooldowns."""
-        table = self.table
-        if NEVER < self.forced_at <= table.t:
-            for unit in table.units:
-                if unit.decided_at == NEVER:
-                    unit.decide(self.forced_at, math.nan)
-            self.forced_at, self.unsettled = NEVER, True
-        if self.unsettled:
-            table.settle()
-            decided = [unit for unit in table.units if unit.decided_at != NEVER]
-            self.undecided = len(decided) < len(table.units)
-            self.unsettled = any(unit.frozen_at == NEVER for unit in decided)
-            self._drop_frozen()
-
-    def _drop_frozen(self) -> None:
+    def drop_frozen(self) -> None:
         """Take frozen units out of the launches, where their programs only return.
 
         In waves of an eighth of what is left: laying the programs out takes the host tens of
         milliseconds for billions of parameters, a program that only returns takes the device less
         than a microsecond.
         """
-        frozen = [n for n, unit in enumerate(self.table.units) if unit.frozen_at != NEVER]
+        frozen = [n for n, unit in enumerate(self.own_units) if unit.frozen_at != NEVER]
         dropped = np.isin(self.rows[:, _UNIT.value], frozen)
         waiting = self.rows[dropped & ~self.dropped, _N_BLOCKS.value].sum()
         left = self.rows[~self.dropped, _N_BLOCKS.value].sum()
-        if waiting and (waiting * 8 >= left or len(frozen) == len(self.table.units)):
+        if waiting and (waiting * 8 >= left or len(frozen) == len(self.own_units)):
             self.dropped = dropped
             self._lay_out_blocks()
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _device_of(p: Tensor) -> Any:
+    return p.device
+
+
 def _is_on_device(x: float | Tensor) -> bool:
     return isinstance(x, Tensor) and x.device.type != "cpu"
+
+
+def _checksum(table: FreezeTable) -> int:
+    """48 bits that depend on what the host knows of a freeze table, alike on all ranks."""
+    if table.ranks is None:
+        return 0
+    known = [(unit.name, unit.tau, unit.decided_at) for unit in table.units]
+    return int.from_bytes(hashlib.blake2b(repr(known).encode(), digest_size=6).digest(), "big")
+
+
+def take_part(table: FreezeTable, device: torch.device) -> None:
+    """Answer the other ranks at a check for which this one has no tensors yet."""
+    undecided = any(unit.decided_at == NEVER for unit in table.units)
+    if table.ranks is not None and undecided and table.rule.checks(table.t + 1):
+        checksum = _checksum(table) + table.t
+        numbers = [*[math.inf] * len(table.units), checksum, -checksum]
+        answer = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=table.ranks.group)
 
 
 def launch_options(backend: str, warp_size: int = 32) -> dict[str, Any]:

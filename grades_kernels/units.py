@@ -147,7 +147,7 @@ def place_of(unit: str) -> tuple[int | None, str]:
 def grades_param_groups(
     model: nn.Module,
     *,
-    tau: float,
+    tau: float | str,
     weight_decay: float = 1e-2,
     taus: Mapping[str, float | None] | None = None,
     verbose: bool = False,
@@ -165,7 +165,8 @@ def grades_param_groups(
 
     Args:
         model: The model, bare or wrapped (DDP, FSDP, torch.compile, PEFT).
-        tau: Threshold of the monitored units, at least 0; 0.0 only observes.
+        tau: Threshold of the monitored units, at least 0; 0.0 only observes, "auto" is for the
+            statistic "signal" alone.
         weight_decay: For all tensors but vectors, norms and biases, which get 0. Default 1e-2.
         taus: Thresholds for some units, `{regex: tau}`: `re.search` on the canonical name of a
             unit or of one of its tensors, the first match wins. None as a threshold leaves the
@@ -183,7 +184,7 @@ def grades_param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
-    tau = _checked_number("tau", tau)
+    tau = tau if tau == "auto" else _checked_number("tau", tau)
     weight_decay = _checked_number("weight_decay", weight_decay)
     patterns = _checked_patterns(taus)
 
@@ -198,7 +199,7 @@ def grades_param_groups(
             "nothing is left to monitor. Narrow its patterns, or use torch.optim.AdamW"
         )
 
-    groups: dict[tuple[float | None, float], dict[str, Any]] = {}
+    groups: dict[tuple[float | str | None, float], dict[str, Any]] = {}
     for entry in tensors:
         unit_tau = tau_of_unit[entry.unit] if entry.unit is not None else None
         decay = 0.0 if entry.reason in _WITHOUT_DECAY else weight_decay
@@ -474,11 +475,11 @@ def _checked_patterns(
 
 def _taus_of_units(
     units: Mapping[str, Sequence[_Entry]],
-    tau: float,
+    tau: float | str,
     patterns: Sequence[tuple[re.Pattern[str], float | None]],
-) -> dict[str, float | None]:
+) -> dict[str, float | str | None]:
     """The tau of every unit: that of the first pattern that matches one of its names."""
-    chosen: dict[str, float | None] = {}
+    chosen: dict[str, float | str | None] = {}
     unused = dict.fromkeys(pattern.pattern for pattern, _ in patterns)
     for unit, entries in units.items():
         names = [unit, *(canonical_name(entry.name) for entry in entries)]
@@ -529,14 +530,14 @@ def _print_tables(
     title: str,
     tensors: Sequence[_Entry],
     units: Mapping[str, Sequence[_Entry]],
-    tau_of_unit: Mapping[str, float | None],
+    tau_of_unit: Mapping[str, float | str | None],
 ) -> None:
     counts: Counter[tuple[str, str, str]] = Counter()
     elements: Counter[tuple[str, str, str]] = Counter()
     for unit, entries in units.items():
         shape = " + ".join("x".join(map(str, entry.tensor.shape)) for entry in entries)
         tau = tau_of_unit[unit]
-        row = (place_of(unit)[1], shape, "None" if tau is None else f"{tau:g}")
+        row = (place_of(unit)[1], shape, f"{tau:g}" if isinstance(tau, float) else str(tau))
         counts[row] += 1
         elements[row] += sum(entry.tensor.numel() for entry in entries)
     _print_table(

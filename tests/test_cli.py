@@ -130,6 +130,16 @@ def test_info_tells_why_there_is_no_fused_implementation(capsys, monkeypatch):
     assert "  fused=True is not possible: no luck\n" in capsys.readouterr().out
 
 
+def test_info_tells_which_instructions_the_native_op_uses(monkeypatch, capsys):
+    monkeypatch.setattr(cli.native, "why_not_loaded", lambda: None)
+    monkeypatch.setattr(cli.native, "clone", lambda: "avx2")
+    assert main(["info"]) == 0
+    assert re.search(r"^native op +built, runs its avx2 code$", capsys.readouterr().out, re.M)
+    monkeypatch.setattr(cli.native, "why_not_loaded", lambda: "the native op is not built")
+    assert main(["info"]) == 0
+    assert re.search(r"^native op +the native op is not built$", capsys.readouterr().out, re.M)
+
+
 def test_info_without_triton(monkeypatch, capsys):
     monkeypatch.setattr(cli.metadata, "packages_distributions", dict)
     assert main(["info"]) == 0

@@ -70,7 +70,8 @@ def test_matrices_freeze_one_by_one(job):
 def test_runs_are_comparable(job):
     assert job.early["losses"] == job.full["losses"][: job.early["steps"]]
     first = min(event.decided_at for event in job.report.events)
-    assert job.grades["losses"][:first] == job.full["losses"][:first]
+    # Equal up to rounding: the native op is not bit for bit what torch's AdamW computes.
+    assert job.grades["losses"][:first] == pytest.approx(job.full["losses"][:first], rel=1e-4)
     assert job.grades["losses"] != job.full["losses"][: job.grades["steps"]]
     assert job.fair["planned"] == job.fair["steps"] == job.grades["steps"]
     assert len({run["validations"][0][2] for run in job.result["runs"][1:]}) == 1

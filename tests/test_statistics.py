@@ -127,7 +127,7 @@ def test_a_wrong_bias_correction_would_be_noticed(monkeypatch):
     """Negative control: without the corrections a constant gradient is not 1."""
     import grades_kernels.reference as reference
 
-    uncorrected = type("", (), {"sqrt": staticmethod(lambda x: 1.0), "inf": math.inf})
-    monkeypatch.setattr(reference, "math", uncorrected)
-    with pytest.raises(AssertionError):
-        test_signal_of_a_constant_gradient_is_one((0.9, 0.999))
+    wrong = {"sqrt": staticmethod(lambda x: 1.0), "inf": math.inf, "nan": math.nan}
+    monkeypatch.setattr(reference, "math", type("", (), wrong))
+    seen = observe("signal", [torch.ones(3, 4)] * 3, fused=False)
+    assert seen[1:] != pytest.approx([1.0] * 2, rel=1e-5)

@@ -7,13 +7,21 @@ themselves on a GPU too. `make gpu` runs both.
 
 import copy
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_triton import (
     HYPER,
+    NEXT_STEP,
+    PAIRS,
     SHAPES,
+    TAUS,
     TIMINGS,
+    WEIGHT_CHANGE,
     Run,
     assert_bits,
     assert_same,
@@ -75,6 +83,8 @@ CAPTURES = {
     "norm, per element": {"statistic": "norm", "tau_per": "element", "tau": 0.2},
     "amsgrad, maximize": {"amsgrad": True, "maximize": True},
     "observe only": {"tau": 0.0},
+    "signal": {"statistic": "signal", "tau": 0.7},
+    "signal, auto": {"statistic": "signal", "tau": "auto", "betas": (0.6, 0.97)},
 }
 
 
@@ -82,7 +92,15 @@ CAPTURES = {
 @pytest.mark.parametrize("name", CAPTURES)
 def test_freezes_happen_inside_replays(name, timing):
     """A captured step, with lr as a tensor, equals the eager run: same events at the same steps."""
-    options = {**CAPTURES[name], "freeze_timing": timing}
+    compare_replays({**CAPTURES[name], "freeze_timing": timing})
+
+
+def test_replays_measure_how_far_weights_move():
+    """ "weight_change", in the one timing that it has."""
+    compare_replays(WEIGHT_CHANGE)
+
+
+def compare_replays(options):
     captured, eager = Captured(**options), Run(True, stop_grad=False, **options)
     for t in range(1, 15):
         captured.step(warmed_lr(t))
@@ -99,6 +117,20 @@ def test_freezes_happen_inside_replays(name, timing):
     for i in want:
         for key in ("step", "grades_frozen_at", "grades_decided_at", "grades_hits"):
             assert got[i][key] == want[i][key], f"{key} of {i}"
+
+
+def test_replays_compare_with_a_tau_that_is_lowered():
+    """A new tau reaches the graph with the next reading of the optimizer; nothing is laid out."""
+    captured = Captured(tau=0.0, grace_steps=4)
+    for t in range(1, 8):
+        captured.step(warmed_lr(t))
+    run = captured.run
+    plan = run.opt._plan
+    run.opt.param_groups[0]["tau"] = math.inf
+    assert run.opt.report().units[0].tau == math.inf
+    captured.step(warmed_lr(8))
+    assert [(event.step, event.tau) for event in run.opt.freeze_events] == [(8, math.inf)] * 2
+    assert run.opt._plan is plan
 
 
 def test_frozen_tensors_keep_every_bit_in_replays():
@@ -140,15 +172,16 @@ def test_capture_without_warm_up_is_refused():
 
 
 @pytest.mark.parametrize("lr", ["number", "tensor"])
-@pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
+@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
 def test_step_never_waits_for_the_device(statistic, timing, lr):
-    """torch's sync debug mode is silent over checks, freezes, drops and moved gradients.
+    """torch's sync debug mode is silent over checks, freezes, drops, moved gradients and a tau that
+    changes in every step.
 
     That mode sees calls of torch, not event waits; the lagged read of the mirror is meant.
     """
     options = {"lr": torch.tensor(0.03, device="cuda")} if lr == "tensor" else {}
-    run = Run(True, statistic=statistic, freeze_timing=timing, **options).steps(3)
+    tau = TAUS.get(statistic, 50.0)
+    run = Run(True, statistic=statistic, freeze_timing=timing, tau=tau, **options).steps(3)
     grads = [
         [gradient(t, i, p) for i, p in enumerate(run.params)] for t in range(4, 10)
     ]  # each step has gradients at new addresses
@@ -156,6 +189,7 @@ def test_step_never_waits_for_the_device(statistic, timing, lr):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for row in grads:
+            run.opt.param_groups[0]["tau"] = tau = tau * 1.001
             run.step(row)
             assert run.opt.all_frozen in (True, False)
     finally:
@@ -266,6 +300,84 @@ def test_a_device_that_is_not_current():
             run.step([gradient(t, i, p).to("cuda:1") for i, p in enumerate(run.params)])
         runs.append(run)
     assert_same(*runs)
+
+
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@TWO
+@pytest.mark.parametrize("options", [{}, NEXT_STEP, {"max_frozen": 0.5}, {"cooldown": 2}], ids=str)
+def test_tensors_on_two_devices(options):
+    """One optimizer over both: events, statistics and parameters of the reference."""
+    runs = []
+    for fused in (True, False):
+        run = Run(fused)
+        run.params = [
+            nn.Parameter(p.detach().to(f"cuda:{i % 2}")) for i, p in enumerate(run.params)
+        ]
+        run.finish(fused, options=options)
+        for t in range(1, 11):
+            run.step([gradient(t, i, p).to(p.device) for i, p in enumerate(run.params)])
+        runs.append(run)
+    assert_same(*runs)
+    assert len(runs[0].opt._plan.parts) == 2
+
+
+@TWO
+def test_two_devices_never_wait_for_each_other():
+    """The host tells each what the other has decided without a synchronisation."""
+    run = Run(True)
+    run.params = [nn.Parameter(p.detach().to(f"cuda:{i % 2}")) for i, p in enumerate(run.params)]
+    run.finish(True, options={"max_frozen": 0.5})
+    grads = [
+        [gradient(t, i, p).to(p.device) for i, p in enumerate(run.params)] for t in range(1, 9)
+    ]
+    for row in grads[:3]:
+        run.step(row)
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for row in grads[3:]:
+            run.step(row)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(run.events) == 2
+
+
+SANITIZED = """
+import torch
+from grades_kernels import GradESAdamW
+for statistic in ("change", "signal", "weight_change"):
+    params = [torch.nn.Parameter(torch.randn(n, 513, device="cuda")) for n in (3, 9)]
+    opt = GradESAdamW(params, tau=0.0, grace_steps=1, statistic=statistic,
+                      freeze_timing="next_step", fused=True)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()
+    print(opt.statistics())
+"""
+
+
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
+    "compute-sanitizer", path="/usr/local/cuda/bin"
+)
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    """Neither an access out of bounds nor a race in shared memory, over a small run."""
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable]
+    run = subprocess.run(
+        [*command, "-c", SANITIZED],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.mark.slow

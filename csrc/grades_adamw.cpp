@@ -1,0 +1,339 @@
+// One step of AdamW over lists of CPU tensors that measures while it updates: schema, clones for
+// instruction sets, threads. The arithmetic is in kernel.h; what a measurement means is decided in
+// Python (grades_kernels/freezing.py), the one place that knows the rules.
+//
+// Built against torch's stable ABI: one binary serves every torch from 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class DType { fp32, fp64, bf16, fp16 };
+
+// What is to be done with a tensor: a statistic plus any of the tasks. grades_kernels/native.py has
+// the same numbers.
+enum class Statistic { none, change, norm, momentum, signal, weight_change };
+constexpr int64_t kStatistics = 6, kStatisticBits = 7;
+constexpr int64_t kUpdate = 8, kKeep = 16, kUnscale = 32, kAmsgrad = 64;
+
+constexpr int kMaxDims = 64;
+
+struct Array {
+  char* data = nullptr;
+  DType dtype = DType::fp32;
+  bool strided = false;  // its elements do not follow one another in row-major order
+  int n_dims = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+
+  bool overlaps() const {
+    for (int d = 0; d < n_dims; ++d) {
+      if (strides[d] == 0 && sizes[d] > 1) return true;
+    }
+    return false;
+  }
+};
+
+struct Coefficients {
+  double sign, beta1, beta2, eps, decay, step_size, sqrt_bias_correction2;
+};
+
+struct Work {
+  Array param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, prev_grad;
+  Coefficients coefficients;
+  Statistic statistic;
+  int64_t tasks;
+  int64_t n_elements;
+  double old_step;
+  bool is_double = false;  // some tensor is fp64, so all is computed in it
+  bool is_bf16 = false;    // every tensor is bf16 and in order
+  bool is_direct = false;  // no tensor has to be converted, put in order or copied
+
+  bool does(int64_t task) const { return tasks & task; }
+};
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::fp64 ? 8 : dtype == DType::fp32 ? 4 : 2;
+}
+constexpr DType wide_dtype(float) { return DType::fp32; }
+constexpr DType wide_dtype(double) { return DType::fp64; }
+
+namespace portable {
+#include "kernel.h"
+}
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#define BEGIN_TARGET(names) \
+  PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target(names))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+#define PRAGMA(text) _Pragma(#text)
+
+#define USE_F16C
+BEGIN_TARGET("avx2,f16c")
+namespace avx2 {
+#include "kernel.h"
+}
+END_TARGET
+
+BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,f16c,prefer-vector-width=512")
+namespace avx512 {
+#include "kernel.h"
+}
+END_TARGET
+#undef USE_F16C
+#endif
+
+struct Clone {
+  const char* name;
+  bool runs_here;
+  void (*run_block)(const Work&, int64_t, int64_t, double, double*);
+};
+
+// The fastest first.
+const std::vector<Clone>& clones() {
+  static const std::vector<Clone> all = {
+#if defined(__x86_64__)
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"),
+       avx512::run_block},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::run_block},
+#endif
+      {"portable", true, portable::run_block},
+  };
+  return all;
+}
+
+// The clone that runs; GRADES_KERNELS_CLONE asks for one by name.
+const Clone& current_clone() {
+  const char* asked = std::getenv("GRADES_KERNELS_CLONE");
+  std::string available;
+  for (const Clone& clone : clones()) {
+    if (!clone.runs_here) continue;
+    if (!asked || !*asked || !std::strcmp(clone.name, asked)) return clone;
+    available += std::string(available.empty() ? "" : ", ") + clone.name;
+  }
+  STD_TORCH_CHECK(false, "GRADES_KERNELS_CLONE=", asked, " cannot run here; choose from ",
+                  available);
+}
+
+std::string clone_name() { return current_clone().name; }
+
+Array array_of(const Tensor& x, const char* name, int64_t n_elements) {
+  Array array;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: array.dtype = DType::fp32; break;
+    case ScalarType::Double: array.dtype = DType::fp64; break;
+    case ScalarType::BFloat16: array.dtype = DType::bf16; break;
+    case ScalarType::Half: array.dtype = DType::fp16; break;
+    default: STD_TORCH_CHECK(false, name, " must be fp32, fp64, bf16 or fp16");
+  }
+  STD_TORCH_CHECK(x.is_cpu(), name, " must lie on the CPU");
+  STD_TORCH_CHECK(x.numel() == n_elements, name, " has ", x.numel(), " elements, its parameter ",
+                  n_elements);
+  array.data = static_cast<char*>(x.data_ptr());
+  array.strided = !x.is_contiguous();
+  if (array.strided) {
+    array.n_dims = int(x.dim());
+    STD_TORCH_CHECK(array.n_dims <= kMaxDims, name, " has more than ", kMaxDims, " dimensions");
+    array.sizes = x.sizes().data();
+    array.strides = x.strides().data();
+  }
+  return array;
+}
+
+// Whether strided tensors have one layout, without gaps or overlaps: then their elements may be
+// taken in the order in which they lie in memory.
+bool lie_alike(const Array* const* arrays, size_t n) {
+  const Array& first = *arrays[0];
+  for (size_t k = 0; k < n; ++k) {
+    if (!arrays[k]->strided) return false;
+    for (int d = 0; d < first.n_dims; ++d) {
+      if (arrays[k]->strides[d] != first.strides[d] && first.sizes[d] > 1) return false;
+    }
+  }
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int d = 0; d < first.n_dims; ++d) {
+    if (first.sizes[d] > 1) dims.push_back({first.strides[d], first.sizes[d]});
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (auto [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+double read_step(const Tensor& step, bool increment) {
+  STD_TORCH_CHECK(step.is_cpu() && step.numel() == 1, "a step must be one number on the CPU");
+  auto next = [=](auto* value) {
+    const double old = *value;
+    if (increment) *value += 1;
+    return old;
+  };
+  if (step.scalar_type() == ScalarType::Float) return next(static_cast<float*>(step.data_ptr()));
+  STD_TORCH_CHECK(step.scalar_type() == ScalarType::Double, "a step must be fp32 or fp64");
+  return next(static_cast<double*>(step.data_ptr()));
+}
+
+// Elements per block, the unit of work that a thread takes. A sum is that of its blocks' sums in
+// order, so it depends on this number and on nothing else.
+constexpr int64_t kBlock = 8192;
+constexpr size_t kSums = 3, kHypers = 6;
+
+void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+            std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
+            std::vector<Tensor> prev_grads, std::vector<Tensor> steps, Tensor sums,
+            std::vector<int64_t> tasks, std::vector<int64_t> rows, std::vector<double> hypers,
+            double grad_scale) {
+  const size_t n = params.size();
+  const auto run_block = current_clone().run_block;
+  STD_TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
+                      steps.size() == n && tasks.size() == n && rows.size() == n,
+                  "grads, exp_avgs, exp_avg_sqs, steps, tasks and rows must be as many as params");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() &&
+                      sums.is_cpu() && sums.numel() == int64_t(kSums * n),
+                  "sums must be three contiguous fp64 numbers per tensor on the CPU");
+
+  // All is checked before anything is written.
+  std::vector<Work> works(n);
+  size_t n_max = 0, n_prev = 0, n_blocks = 0;
+  for (size_t k = 0; k < n; ++k) {
+    Work& work = works[k];
+    work.tasks = tasks[k];
+    STD_TORCH_CHECK(tasks[k] >= 0 && (tasks[k] & kStatisticBits) < kStatistics, "no such task");
+    STD_TORCH_CHECK(rows[k] >= 0 && kHypers * (rows[k] + 1) <= hypers.size(), "no such row");
+    work.statistic = Statistic(tasks[k] & kStatisticBits);
+    work.n_elements = params[k].numel();
+    work.param = array_of(params[k], "a parameter", work.n_elements);
+    work.grad = array_of(grads[k], "a gradient", work.n_elements);
+    work.exp_avg = array_of(exp_avgs[k], "exp_avg", work.n_elements);
+    work.exp_avg_sq = array_of(exp_avg_sqs[k], "exp_avg_sq", work.n_elements);
+    Array* arrays[6] = {&work.param, &work.grad, &work.exp_avg, &work.exp_avg_sq};
+    size_t n_arrays = 4;
+    if (work.does(kAmsgrad)) {
+      STD_TORCH_CHECK(n_max < max_exp_avg_sqs.size(), "max_exp_avg_sqs are too few");
+      work.max_exp_avg_sq = array_of(max_exp_avg_sqs[n_max++], "max_exp_avg_sq", work.n_elements);
+      arrays[n_arrays++] = &work.max_exp_avg_sq;
+    }
+    if (work.does(kKeep) || work.statistic == Statistic::change) {
+      STD_TORCH_CHECK(n_prev < prev_grads.size(), "prev_grads are too few");
+      work.prev_grad = array_of(prev_grads[n_prev++], "prev_grad", work.n_elements);
+      arrays[n_arrays++] = &work.prev_grad;
+    }
+    STD_TORCH_CHECK(!work.does(kUnscale) || !work.grad.overlaps(),
+                    "a gradient whose elements share memory cannot be unscaled in place");
+    if (work.param.strided && lie_alike(arrays, n_arrays)) {
+      for (size_t a = 0; a < n_arrays; ++a) arrays[a]->strided = false;
+    }
+    work.is_bf16 = true;
+    work.is_direct = work.statistic != Statistic::weight_change;
+    for (size_t a = 0; a < n_arrays; ++a) {
+      work.is_double |= arrays[a]->dtype == DType::fp64;
+      work.is_bf16 &= arrays[a]->dtype == DType::bf16 && !arrays[a]->strided;
+      work.is_direct &= arrays[a]->dtype == work.param.dtype && !arrays[a]->strided;
+    }
+    work.is_direct &= size_of(work.param.dtype) >= 4 || (work.is_bf16 && work.tasks == kUpdate);
+    read_step(steps[k], false);
+    n_blocks += (work.n_elements + kBlock - 1) / kBlock;
+  }
+
+  struct Block {
+    size_t k;
+    int64_t first;
+  };
+  std::vector<Block> blocks;
+  blocks.reserve(n_blocks);
+  for (size_t k = 0; k < n; ++k) {
+    Work& work = works[k];
+    const double* row = hypers.data() + kHypers * rows[k];
+    const double lr = row[0], beta1 = row[1], beta2 = row[2], eps = row[3], weight_decay = row[4];
+    work.old_step = read_step(steps[k], work.does(kUpdate));
+    const double step = work.old_step + 1;
+    work.coefficients = {row[5], beta1, beta2, eps, lr * weight_decay,
+                         lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step))};
+    for (int64_t first = 0; first < work.n_elements; first += kBlock) blocks.push_back({k, first});
+  }
+
+  // Threads take the next block when they are done with one: whoever is disturbed takes fewer.
+  std::vector<double> partials(kSums * blocks.size());
+  std::atomic<size_t> next{0};
+  const int64_t n_threads = torch::stable::get_num_threads();
+  const int64_t n_workers = std::min<int64_t>(n_threads, blocks.size());
+  torch::stable::parallel_for(0, n_workers, 1, [&](int64_t, int64_t) {
+    for (size_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks.size();) {
+      const Work& work = works[blocks[b].k];
+      const int64_t first = blocks[b].first, end = std::min(first + kBlock, work.n_elements);
+      run_block(work, first, end, grad_scale, &partials[kSums * b]);
+    }
+  });
+
+  double* sum = static_cast<double*>(sums.data_ptr());
+  std::fill(sum, sum + kSums * n, 0.0);
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    for (size_t j = 0; j < kSums; ++j) sum[kSums * blocks[b].k + j] += partials[kSums * b + j];
+  }
+  for (size_t k = 0; k < n; ++k, sum += kSums) {
+    const Work& work = works[k];
+    const bool uses_moments =
+        work.statistic == Statistic::momentum || work.statistic == Statistic::signal;
+    if (uses_moments && work.old_step == 0) {
+      sum[0] = std::numeric_limits<double>::quiet_NaN();
+    } else if (work.statistic == Statistic::signal) {
+      sum[0] /= 1 - std::pow(work.coefficients.beta1, work.old_step);
+      sum[1] /= std::sqrt(1 - std::pow(work.coefficients.beta2, work.old_step));
+    }
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(grades_kernels, m) {
+  // Per tensor: `tasks` says what to do, `rows` which six numbers of `hypers` apply: lr, beta1,
+  // beta2, eps, weight_decay, and -1 to maximize, else 1. `max_exp_avg_sqs` and `prev_grads` hold
+  // only what the tasks need, in order. Gradients are written with kUnscale alone, which divides
+  // them by `grad_scale`. `sums` receives numerator and denominator (0 unless "signal") of the
+  // statistic and the sum of |g|; NaN as the numerator where there is no moment yet.
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] prev_grads, "
+      "Tensor(g!)[] steps, Tensor(h!) sums, int[] tasks, int[] rows, float[] hypers, "
+      "float grad_scale) -> ()");
+  m.def("clone() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grades_kernels, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
+
+STABLE_TORCH_LIBRARY_IMPL(grades_kernels, CompositeExplicitAutograd, m) {
+  m.impl("clone", TORCH_BOX(&clone_name));
+}

@@ -1,0 +1,353 @@
+// The arithmetic of one block of one tensor. grades_adamw.cpp includes this file once per
+// instruction set, each time inside a namespace and under compiler options of its own. So it must
+// neither define nor call anything that is shared with code compiled for another instruction set:
+// only the macros and structs declared there, intrinsics and compiler built-ins.
+//
+// Numbers are computed in `Wide`, float or double, and rounded after every operation
+// (-ffp-contract=off, no fast-math), in an order that does not depend on the width of a vector:
+// every instruction set gives the same bits. Loops are plain and short so that compilers vectorize
+// them. A block is walked in chunks that stay in the first-level cache, which is why measuring,
+// updating and keeping can be loops of their own without costing memory traffic.
+
+constexpr int64_t kChunk = 512;  // what buffers hold
+#ifndef DC
+#define DC 2048
+#endif
+constexpr int64_t kDirectChunk = DC;  // where no buffer is needed: fewer, longer loops
+constexpr int kLanes = 16;
+
+INLINE float absolute(float x) { return __builtin_fabsf(x); }
+INLINE double absolute(double x) { return __builtin_fabs(x); }
+INLINE float root(float x) { return __builtin_sqrtf(x); }
+INLINE double root(double x) { return __builtin_sqrt(x); }
+
+INLINE uint32_t bits(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  return u;
+}
+INLINE float number(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+// How numbers are stored; `Wide` is what they are computed in.
+
+template <class T>
+struct Plain {
+  using Wide = T;
+  T stored;
+  INLINE T get() const { return stored; }
+  INLINE void set(T x) { stored = x; }
+};
+
+struct BFloat16 {
+  using Wide = float;
+  uint16_t stored;
+  INLINE float get() const { return number(uint32_t(stored) << 16); }
+  // Rounds to nearest even; a NaN stays one, with torch's bits.
+  INLINE void set(float x) {
+    const uint32_t u = bits(x), rounded = u + 0x7fffu + ((u >> 16) & 1u);
+    stored = uint16_t((x == x ? rounded : 0x7fc00000u) >> 16);
+  }
+};
+
+// Works on the bits of a float: a power of two moves the exponent.
+struct Half {
+  using Wide = float;
+  uint16_t stored;
+  INLINE float get() const {
+    const uint32_t magnitude = uint32_t(stored & 0x7fffu) << 13;
+    const uint32_t infinite = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    const uint32_t sign = uint32_t(stored & 0x8000u) << 16;
+    return number(bits(number(magnitude) * 0x1p112f) | infinite | sign);
+  }
+  // Rounds to nearest even; a NaN stays one.
+  INLINE void set(float x) {
+    const uint32_t u = bits(x), magnitude = u & 0x7fffffffu;
+    const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+    // The last place of 0.5 is that of the subnormals, so adding it rounds to one of them.
+    const uint32_t subnormal = bits(number(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+    h = magnitude >= 0x477ff000u ? 0x7c00u : h;
+    h = magnitude > 0x7f800000u ? 0x7e00u : h;
+    stored = uint16_t(h | ((u >> 16) & 0x8000u));
+  }
+};
+
+template <class Stored, class Wide>
+NOINLINE void widen(Wide* __restrict to, const void* from, int64_t n) {
+  auto x = static_cast<const Stored*>(from);
+  for (int64_t i = 0; i < n; ++i) to[i] = Wide(x[i].get());
+}
+
+template <class Stored, class Wide>
+NOINLINE void narrow(void* to, const Wide* __restrict from, int64_t n) {
+  auto x = static_cast<Stored*>(to);
+  for (int64_t i = 0; i < n; ++i) x[i].set(typename Stored::Wide(from[i]));
+}
+
+#ifdef USE_F16C  // compilers do not vectorize these conversions by themselves
+template <>
+NOINLINE void widen<Half, float>(float* __restrict to, const void* from, int64_t n) {
+  auto x = static_cast<const Half*>(from);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
+  }
+  for (; i < n; ++i) to[i] = x[i].get();
+}
+
+template <>
+NOINLINE void narrow<Half, float>(void* to, const float* __restrict from, int64_t n) {
+  auto x = static_cast<Half*>(to);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x + i), eight);
+  }
+  for (; i < n; ++i) x[i].set(from[i]);
+}
+#endif
+
+// Copies elements `first` to `first + n`, counted in row-major order, of a tensor that does not lie
+// that way in memory: into `packed`, or from there with `back`.
+template <class Word>
+INLINE void pack(const Array& array, int64_t first, int64_t n, void* packed, bool back) {
+  auto words = static_cast<Word*>(packed), base = reinterpret_cast<Word*>(array.data);
+  int64_t index[kMaxDims];
+  for (int d = array.n_dims - 1; d >= 0; --d) {
+    index[d] = first % array.sizes[d];
+    first /= array.sizes[d];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t offset = 0;
+    for (int d = 0; d < array.n_dims; ++d) offset += index[d] * array.strides[d];
+    (back ? base[offset] : words[i]) = back ? words[i] : base[offset];
+    for (int d = array.n_dims - 1; d >= 0 && ++index[d] == array.sizes[d]; --d) index[d] = 0;
+  }
+}
+
+NOINLINE void pack_any(const Array& array, int64_t first, int64_t n, void* packed, bool back) {
+  switch (size_of(array.dtype)) {
+    case 2: return pack<uint16_t>(array, first, n, packed, back);
+    case 4: return pack<uint32_t>(array, first, n, packed, back);
+    default: return pack<uint64_t>(array, first, n, packed, back);
+  }
+}
+
+// A stretch of a tensor as wide numbers: the tensor's own memory where these already stand there in
+// order, else copies in `packed` (as stored, in order) and `converted` (wide).
+template <class Wide>
+struct Chunk {
+  Array array;
+  int64_t first, n;
+  void* stored = nullptr;
+  Wide* data = nullptr;
+  alignas(64) char packed[8 * kChunk];
+  alignas(64) Wide converted[kChunk];
+
+  INLINE void at(const Array& a, int64_t where, int64_t count) {
+    array = a;
+    first = where;
+    n = count;
+    stored = a.strided ? packed : a.data + where * size_of(a.dtype);
+    data = a.dtype == wide_dtype(Wide()) ? static_cast<Wide*>(stored) : converted;
+  }
+
+  INLINE void load(const Array& a, int64_t where, int64_t count) {
+    at(a, where, count);
+    if (array.strided) pack_any(array, first, n, packed, false);
+    if (data != converted) return;
+    switch (array.dtype) {
+      case DType::fp32: return widen<Plain<float>>(converted, stored, n);
+      case DType::fp64: return widen<Plain<double>>(converted, stored, n);
+      case DType::bf16: return widen<BFloat16>(converted, stored, n);
+      case DType::fp16: return widen<Half>(converted, stored, n);
+    }
+  }
+
+  INLINE void store(const Wide* x) {
+    switch (array.dtype) {
+      case DType::fp32: narrow<Plain<float>>(stored, x, n); break;
+      case DType::fp64: narrow<Plain<double>>(stored, x, n); break;
+      case DType::bf16: narrow<BFloat16>(stored, x, n); break;
+      case DType::fp16: narrow<Half>(stored, x, n); break;
+    }
+    if (array.strided) pack_any(array, first, n, packed, true);
+  }
+
+  // Brings what was written to `data` into the tensor.
+  INLINE void flush() {
+    if (data == converted) {
+      store(converted);
+    } else if (array.strided) {
+      pack_any(array, first, n, packed, true);
+    }
+  }
+};
+
+// Sums absolute values in fp64, element i of a chunk in lane i % 16.
+struct AbsSum {
+  double lanes[kLanes] = {};
+
+  INLINE double total() const {
+    double sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+    return sum;
+  }
+};
+
+template <class F>
+INLINE void add_lanes(AbsSum& sum, int64_t n, F value) {
+  double lanes[kLanes];  // a copy, which stays in registers
+  for (int l = 0; l < kLanes; ++l) lanes[l] = sum.lanes[l];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += double(value(i + l));
+  }
+  for (int l = 0; i + l < n; ++l) lanes[l] += double(value(i + l));
+  for (int l = 0; l < kLanes; ++l) sum.lanes[l] = lanes[l];
+}
+
+template <class Wide>
+NOINLINE void add_absolute(AbsSum& sum, const Wide* x, int64_t n) {
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(x[i]); });
+}
+
+template <class Wide>
+NOINLINE void add_roots(AbsSum& sum, const Wide* x, int64_t n) {
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return root(x[i]); });
+}
+
+template <class Wide>  // |sign * x - y|
+NOINLINE void add_differences(AbsSum& sum, Wide sign, const Wide* x, const Wide* y, int64_t n) {
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(sign * x[i] - y[i]); });
+}
+
+// AdamW as torch's reference computes it, in the same order of operations.
+template <class S, bool AMSGRAD>
+NOINLINE void update(const Coefficients& c, S* __restrict p, const S* __restrict g,
+                     S* __restrict m, S* __restrict v, S* __restrict v_max, int64_t n) {
+  using Wide = typename S::Wide;
+  const Wide sign = Wide(c.sign), weight = Wide(1 - c.beta1), other_weight = Wide(1) - weight;
+  const Wide beta2 = Wide(c.beta2), square_weight = Wide(1 - c.beta2), decay = Wide(c.decay);
+  const Wide correction = Wide(c.sqrt_bias_correction2), step_size = Wide(c.step_size);
+  const Wide eps = Wide(c.eps);
+  const bool near_m = weight < Wide(0.5);  // as torch's lerp: the form exact at the nearer end
+  for (int64_t i = 0; i < n; ++i) {
+    const Wide signed_g = sign * g[i].get(), old_m = m[i].get(), away = signed_g - old_m;
+    const Wide new_m = near_m ? old_m + weight * away : signed_g - away * other_weight;
+    const Wide new_v = v[i].get() * beta2 + (square_weight * signed_g) * signed_g;
+    m[i].set(new_m);
+    v[i].set(new_v);
+    Wide largest_v = new_v;
+    if (AMSGRAD) {
+      const Wide old_max = v_max[i].get();
+      largest_v = (new_v > old_max) | (new_v != new_v) ? new_v : old_max;  // NaN wins, as in torch
+      v_max[i].set(largest_v);
+    }
+    const Wide denominator = root(largest_v) / correction + eps;
+    const Wide old_p = p[i].get(), decayed = old_p - old_p * decay;
+    p[i].set(decayed - (step_size * new_m) / denominator);
+  }
+}
+
+template <class S>
+INLINE void update(const Coefficients& c, void* p, const void* g, void* m, void* v, void* v_max,
+                   int64_t n) {
+  auto param = static_cast<S*>(p), exp_avg = static_cast<S*>(m), exp_avg_sq = static_cast<S*>(v);
+  auto grad = static_cast<const S*>(g);
+  if (v_max) {
+    update<S, true>(c, param, grad, exp_avg, exp_avg_sq, static_cast<S*>(v_max), n);
+  } else {
+    update<S, false>(c, param, grad, exp_avg, exp_avg_sq, nullptr, n);
+  }
+}
+
+template <class Wide>
+NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scale, double* sums) {
+  const Coefficients& c = work.coefficients;
+  const Statistic statistic = work.statistic;
+  const bool updates = work.does(kUpdate), amsgrad = work.does(kAmsgrad);
+  // Where all is bf16, the update converts in registers: half the time of going through buffers.
+  const bool reads_g = !work.is_bf16 || work.tasks != kUpdate;
+  AbsSum numerator, denominator, magnitude;
+  Chunk<Wide> p, g, m, v, v_max, prev;
+  Wide old_p[kChunk];
+  const int64_t stride = work.is_direct ? kDirectChunk : kChunk;
+  for (int64_t n; first < end; first += n) {
+    n = end - first < stride ? end - first : stride;
+    if (reads_g) g.load(work.grad, first, n);
+    if (work.does(kUnscale)) {
+      const Wide scale = Wide(grad_scale);
+      for (int64_t i = 0; i < n; ++i) g.data[i] /= scale;
+      g.flush();
+      g.load(work.grad, first, n);  // what is stored, as if it had been unscaled beforehand
+    }
+    if (statistic != Statistic::none) add_absolute(magnitude, g.data, n);
+    switch (statistic) {
+      case Statistic::change:
+        prev.load(work.prev_grad, first, n);
+        add_differences(numerator, Wide(1), g.data, prev.data, n);
+        break;
+      case Statistic::momentum:
+        m.load(work.exp_avg, first, n);
+        add_differences(numerator, Wide(c.sign), g.data, m.data, n);
+        break;
+      case Statistic::signal:
+        m.load(work.exp_avg, first, n);
+        v.load(work.exp_avg_sq, first, n);
+        add_absolute(numerator, m.data, n);
+        add_roots(denominator, v.data, n);
+        break;
+      case Statistic::weight_change:
+        p.load(work.param, first, n);
+        __builtin_memcpy(old_p, p.data, n * sizeof(Wide));
+        break;
+      case Statistic::none:
+      case Statistic::norm:
+        break;
+    }
+    if (updates && work.is_bf16) {
+      p.at(work.param, first, n);
+      g.at(work.grad, first, n);
+      m.at(work.exp_avg, first, n);
+      v.at(work.exp_avg_sq, first, n);
+      if (amsgrad) v_max.at(work.max_exp_avg_sq, first, n);
+      update<BFloat16>(c, p.stored, g.stored, m.stored, v.stored, v_max.stored, n);
+    } else if (updates) {
+      p.load(work.param, first, n);
+      m.load(work.exp_avg, first, n);
+      v.load(work.exp_avg_sq, first, n);
+      if (amsgrad) v_max.load(work.max_exp_avg_sq, first, n);
+      update<Plain<Wide>>(c, p.data, g.data, m.data, v.data, v_max.data, n);
+      p.flush();
+      m.flush();
+      v.flush();
+      if (amsgrad) v_max.flush();
+    }
+    if (statistic == Statistic::weight_change) {
+      p.load(work.param, first, n);  // what is stored
+      add_differences(numerator, Wide(1), p.data, old_p, n);
+    }
+    if (work.does(kKeep)) {
+      prev.at(work.prev_grad, first, n);
+      prev.store(g.data);
+    }
+  }
+  sums[0] = statistic == Statistic::norm ? magnitude.total() : numerator.total();
+  sums[1] = denominator.total();
+  sums[2] = magnitude.total();
+}
+
+// Elements `first` to `end` of one tensor; writes three sums (see the schema).
+void run_block(const Work& work, int64_t first, int64_t end, double grad_scale, double* sums) {
+  if (work.is_double) {
+    run<double>(work, first, end, grad_scale, sums);
+  } else {
+    run<float>(work, first, end, grad_scale, sums);
+  }
+}
