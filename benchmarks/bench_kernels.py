@@ -94,7 +94,7 @@ class Problem:
                 for _ in range(2)
             )
             p.grad = grad.mul_(1e-3)
-            self.params.append(p)
+            self.params.append(p.requires_grad_())
         self.n_elements = sum(p.numel() for p in self.params)
 
     def frozen_part(self, share: float) -> list[Tensor]:

@@ -1,10 +1,11 @@
 """What a whole `optimizer.step()` costs the host, with many small matrices.
 
-    python -m benchmarks.bench_step [--device auto] [--part host reference]
+    python -m benchmarks.bench_step [--device auto] [--part host reference native]
 
 `host`: microseconds from calling step() on an idle device until it returns, launches and host
 synchronisations per step, against torch's fused and foreach AdamW. `reference`: what the reference
-costs on the CPU when nothing is monitored, against the implementation it stands on.
+costs on the CPU when nothing is monitored, against the implementation it stands on. `native`: the
+native op's targets on the CPU, against torch's fused AdamW on the same tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.bench_kernels import LR, Problem, Setting, grades, unfused
-from grades_kernels import GradESAdamW
+from grades_kernels import GradESAdamW, native
 
 N_MATRICES = 300
 SIZES = (64, 128, 256, 512, 1024)
@@ -144,6 +145,67 @@ def reference(repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
+class Target(NamedTuple):
+    """A case of the native op and the time that it may take, in units of torch's fused AdamW."""
+
+    shapes: list[tuple[int, int]]
+    setting: Setting
+    at_most: float
+    dtype: torch.dtype = torch.float32
+
+
+LARGE = [(2048, 2048)] * 6  # 25 M
+SMALL = matrices((64, 128, 256))
+TARGETS = {
+    "nothing monitored": Target(LARGE, Setting(), 1.05),
+    "nothing monitored, small": Target(SMALL, Setting(), 0.8),
+    "nothing monitored, bf16": Target(LARGE, Setting(), 1.05, torch.bfloat16),
+    "momentum, next_step": Target(LARGE, Setting("momentum"), 1.08),
+    "change, next_step": Target(LARGE, Setting("change"), 1.40),
+    "all frozen": Target(LARGE, Setting("change", share=1.0), 0.02),
+}
+
+
+def native_op(repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per target: op, torch's fused AdamW and a copy take turns."""
+    device = torch.device("cpu")
+    copy, copy_bytes = harness.copier(device)
+    for case, target in TARGETS.items():
+        problem = Problem(target.shapes, target.dtype, device)
+        ours = grades(problem, target.setting)
+        if ours.backend != "native":
+            raise RuntimeError(f"the native op does not run here: {native.why_not_loaded()}")
+        theirs = torch.optim.AdamW(problem.params, LR, fused=True)
+        seconds, anchor, copying = harness.alternate(
+            (ours.step, theirs.step, copy), device, repeats
+        )
+        median, low, high = harness.summary(seconds)
+        ratio = harness.paired_ratio(seconds, anchor)
+        all_frozen = target.setting.share == 1.0
+        moved = 0 if all_frozen else target.setting.bytes_per_element(target.dtype)
+        theirs_moved = Setting().bytes_per_element(target.dtype)
+        yield {
+            "case": case,
+            "clone": native.clone(),
+            "tensors": len(problem.params),
+            "elements": problem.n_elements,
+            "ms": harness.rounded(median),
+            "ms_p20": harness.rounded(low),
+            "ms_p80": harness.rounded(high),
+            "fused_ms": harness.rounded(harness.summary(anchor)[0]),
+            "ratio": harness.rounded(ratio),
+            "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+            "at_most": target.at_most,
+            "bytes": moved,
+            "GB_s": harness.rounded(moved * problem.n_elements / median / 1e6),
+            "fused_GB_s": harness.rounded(
+                theirs_moved * problem.n_elements / harness.summary(anchor)[0] / 1e6
+            ),
+            "copy_GB_s": harness.rounded(copy_bytes / harness.summary(copying)[0] / 1e6),
+            "repeats": repeats,
+        }
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in an optimizer's state."""
     tensors = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
@@ -153,13 +215,15 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--part", nargs="+", choices=("host", "reference"))
+    parser.add_argument("--part", nargs="+", choices=("host", "reference", "native"))
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args()
     device = harness.pick_device(options.device)
-    for part in options.part or ("host", "reference"):
+    for part in options.part or ("host", "reference", "native"):
         if part == "host":
             rows, where = list(host(device, options.repeats)), device
+        elif part == "native":
+            rows, where = list(native_op(options.repeats)), torch.device("cpu")
         else:
             rows, where = list(reference(options.repeats)), torch.device("cpu")
         path = harness.append_rows(f"step-{part}-{where.type}", rows, where)

@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -285,16 +284,15 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
     for (int64_t first = 0; first < work.n_elements; first += kBlock) blocks.push_back({k, first});
   }
 
-  // Threads take the next block when they are done with one: whoever is disturbed takes fewer.
+  // Each thread takes one contiguous stretch of the blocks of all tensors. Taking the next block from
+  // a shared counter instead, so that two threads work on neighbouring 32 KiB, cost 1.27 to 1.9 times
+  // torch's fused AdamW where this costs 1.0 to 1.2 (Zen 5, 2 threads, 25 M fp32).
   std::vector<double> partials(kSums * blocks.size());
-  std::atomic<size_t> next{0};
-  const int64_t n_threads = torch::stable::get_num_threads();
-  const int64_t n_workers = std::min<int64_t>(n_threads, blocks.size());
-  torch::stable::parallel_for(0, n_workers, 1, [&](int64_t, int64_t) {
-    for (size_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks.size();) {
+  torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
       const Work& work = works[blocks[b].k];
-      const int64_t first = blocks[b].first, end = std::min(first + kBlock, work.n_elements);
-      run_block(work, first, end, grad_scale, &partials[kSums * b]);
+      const int64_t first = blocks[b].first, last = std::min(first + kBlock, work.n_elements);
+      run_block(work, first, last, grad_scale, &partials[kSums * b]);
     }
   });
 

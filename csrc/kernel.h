@@ -10,10 +10,10 @@
 // updating and keeping can be loops of their own without costing memory traffic.
 
 constexpr int64_t kChunk = 512;  // what buffers hold
-#ifndef DC
-#define DC 2048
-#endif
-constexpr int64_t kDirectChunk = DC;  // where no buffer is needed: fewer, longer loops
+// Where no buffer is needed, the length decides how well memory is read ahead. Measured on Zen 5,
+// 25 M fp32, one thread, time over torch's fused AdamW: update alone 1.04 with 512 and 1.00 with
+// 1024; "momentum" 1.04 with 512 and 1.35 with 2048; "change" 1.38 with 512 and 1.28 with 128.
+constexpr int64_t kUpdateChunk = 1024, kMeasureChunk = 512, kPrevGradChunk = 128;
 constexpr int kLanes = 16;
 
 INLINE float absolute(float x) { return __builtin_fabsf(x); }
@@ -277,9 +277,13 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
   AbsSum numerator, denominator, magnitude;
   Chunk<Wide> p, g, m, v, v_max, prev;
   Wide old_p[kChunk];
-  const int64_t stride = work.is_direct ? kDirectChunk : kChunk;
+  const bool uses_prev = statistic == Statistic::change || work.does(kKeep);
+  const int64_t longest = !work.is_direct                ? kChunk
+                          : uses_prev                    ? kPrevGradChunk
+                          : statistic == Statistic::none ? kUpdateChunk
+                                                         : kMeasureChunk;
   for (int64_t n; first < end; first += n) {
-    n = end - first < stride ? end - first : stride;
+    n = end - first < longest ? end - first : longest;
     if (reads_g) g.load(work.grad, first, n);
     if (work.does(kUnscale)) {
       const Wide scale = Wide(grad_scale);

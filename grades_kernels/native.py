@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING
 
 import torch
@@ -140,6 +140,11 @@ def _updating(
     unmonitored = table.lr_factor(None)
     for group in groups:
         task = _UPDATE | _AMSGRAD if group.amsgrad else _UPDATE
+        if not any(group.units):  # what plain AdamW does in every step: no loop in Python
+            tasks += [task] * len(group.units)
+            rows += [len(hypers)] * len(group.units)
+            hypers.append(_hyper(group, unmonitored))
+            continue
         row_of: dict[float, int] = {}
         for unit in group.units:
             factor = unmonitored if unit is None else table.lr_factor(unit)
@@ -177,41 +182,56 @@ def _run(
     if not any(tasks):
         return [None] * len(tasks)
 
-    def column(name: str) -> list[Tensor]:
-        return list(compress((x for group in groups for x in getattr(group, name)), tasks))
+    everything, kinds = all(tasks), set(tasks)
 
-    maxima: list[Tensor | None] = []
-    for group in groups:
-        maxima += group.max_exp_avg_sqs if group.amsgrad else [None] * len(group.params)
-    prev_grads = [x for group in groups for x in group.prev_grads]
+    def column(name: str) -> list[Tensor]:
+        whole = chain.from_iterable(getattr(group, name) for group in groups)
+        return list(whole if everything else compress(whole, tasks))
+
+    max_exp_avg_sqs: list[Tensor] = []
+    if any(kind & _AMSGRAD for kind in kinds):
+        maxima: list[Tensor | None] = []
+        for group in groups:
+            maxima += group.max_exp_avg_sqs if group.amsgrad else [None] * len(group.params)
+        max_exp_avg_sqs = _used(maxima, [task & _AMSGRAD for task in tasks])
+    prev_grads: list[Tensor] = []
+    if any(map(_uses_prev_grad, kinds)):
+        buffers = [x for group in groups for x in group.prev_grads]
+        prev_grads = _used(buffers, [_uses_prev_grad(task) for task in tasks])
     params, exp_avgs, exp_avg_sqs = column("params"), column("exp_avgs"), column("exp_avg_sqs")
-    grads = column("grads")
+    grads = positive = column("grads")
     # The op reads memory, which a lazily negated tensor (such as the imaginary part of a conjugate)
     # holds with the other sign.
-    positive = [g.resolve_neg() if g.is_neg() else g for g in grads]
-    chosen = [task for task in tasks if task]
+    if any(map(Tensor.is_neg, grads)):
+        positive = [g.resolve_neg() for g in grads]
+    chosen = tasks if everything else [task for task in tasks if task]
     sums = torch.empty((len(chosen), 3), dtype=torch.float64)
     torch.ops.grades_kernels.adamw_.default(
         params,
         positive,
         exp_avgs,
         exp_avg_sqs,
-        _used(maxima, [task & _AMSGRAD for task in tasks]),
-        _used(prev_grads, [_uses_prev_grad(task) for task in tasks]),
+        max_exp_avg_sqs,
+        prev_grads,
         column("state_steps"),
         sums,
         chosen,
-        list(compress(rows, tasks)),
+        rows if everything else list(compress(rows, tasks)),
         hypers,
         grad_scale,
     )
-    for grad, read, task in zip(grads, positive, chosen, strict=True):
-        if read is not grad and task & _UNSCALE:
-            grad.copy_(read)
+    if positive is not grads:
+        for grad, read, task in zip(grads, positive, chosen, strict=True):
+            if read is not grad and task & _UNSCALE:
+                grad.copy_(read)
     # Autograd compares versions to notice that what it saved has been overwritten.
     updated = [task & _UPDATE for task in chosen]
     for written in (params, exp_avgs, exp_avg_sqs):
-        torch.autograd.graph.increment_version(list(compress(written, updated)))
+        torch.autograd.graph.increment_version(
+            written if all(updated) else list(compress(written, updated))
+        )
+    if not any(kind & _STATISTICS for kind in kinds):
+        return [None] * len(tasks)
     rows_of_sums = iter(sums.tolist())
     return [next(rows_of_sums) if task else None for task in tasks]
 
