@@ -81,7 +81,9 @@ def grades_adamw(
         table: The freeze table; one call is one step of it.
 
     Raises:
-        ValueError: If a unit that measures "change" comes without a `prev_grads` buffer.
+        ValueError: If a unit that measures "change" comes without a `prev_grads` buffer, one that
+            measures "weight_change" with another timing than "next_step", and for DTensors with a
+            table that knows no ranks.
     """
     prev_grads = prev_grads if prev_grads is not None else [None] * len(params)
     units = units if units is not None else [None] * len(params)
@@ -91,6 +93,20 @@ def grades_adamw(
                 f"unit {unit.name!r} measures 'change' but has no prev_grads buffer: pass a tensor "
                 "of the gradient's shape and dtype, or use 'norm' or 'momentum'."
             )
+        if (
+            unit is not None
+            and unit.criterion == "weight_change"
+            and table is not None
+            and table.rule.freeze_timing != "next_step"
+        ):
+            raise ValueError(
+                f"unit {unit.name!r} measures 'weight_change', which needs a table whose rule has "
+                "freeze_timing='next_step'."
+            )
+    if table is not None and table.ranks is None and any(hasattr(p, "device_mesh") for p in params):
+        raise ValueError(
+            "params holds DTensors, whose statistics need all ranks: use GradESAdamW, or table=None."
+        )
     group = StepGroup(
         params,
         grads,
@@ -146,7 +162,7 @@ def choose(
     Raises:
         RuntimeError: If `fused` is True and no fused implementation can serve them.
     """
-    if fused is False or differentiable or foreach:
+    if fused is False or differentiable or foreach or not params:  # a ZeRO rank may hold none
         return "reference"
     not_triton = why_not_triton(params, interpret=bool(fused), units=units)
     if not_triton is None:
@@ -155,7 +171,7 @@ def choose(
     if not_native is None:
         return "native"
     if fused:
-        on_cpu = bool(params) and all(p.device.type == "cpu" for p in params)
+        on_cpu = all(p.device.type == "cpu" for p in params)
         reason = not_native if on_cpu else not_triton
         raise RuntimeError(
             f"fused=True is not possible: {reason}. Use fused=None to fall back to the reference "
@@ -173,8 +189,6 @@ def why_not_triton(
         interpret: Whether CPU tensors may go through Triton's interpreter (TRITON_INTERPRET=1).
         units: The tensors of each unit.
     """
-    if not params:
-        return "there are no parameters"
     devices = {p.device for p in params}
     if len({device.type for device in devices}) > 1:
         return f"the parameters lie on devices of several kinds, {sorted(map(str, devices))}"

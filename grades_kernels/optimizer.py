@@ -630,7 +630,8 @@ class GradESAdamW(CheckpointedAdamW):
     def _count_wave(self) -> None:
         self._waves += 1
         left = recompilations_left(self._waves)
-        if left is not None and left <= 1 and not self._table.all_frozen:
+        told = any(message.startswith("torch.compile") for message in self._warned)
+        if left is not None and left <= 1 and not self._table.all_frozen and not told:
             self._warn_once(
                 f"torch.compile is near its limit: {self._waves} times the tensors that need "
                 f"gradients have changed, and after {max(left, 0)} more recompilations the model "

@@ -8,7 +8,7 @@ anew, and how many bytes all of it comes to.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -56,7 +56,11 @@ class ReentrantWatch:
         self._handles: dict[Tensor, RemovableHandle] = {}
         for p in tensors:
             if p.requires_grad:
-                self._handles[p] = p.register_hook(lambda grad, p=p: self._look(p))
+                self._handles[p] = p.register_hook(self._hook_of(p))
+
+    def _hook_of(self, p: Tensor) -> Callable[[Tensor], None]:
+        # A copy or pickle of the tensor does without it, and need not say so.
+        return unserializable_hook(lambda grad: self._look(p))
 
     def _look(self, p: Tensor) -> None:
         self._handles.pop(p).remove()
@@ -104,5 +108,5 @@ def recompilations_left(waves: int) -> int | None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or not dynamo.utils.counters["stats"].get("unique_graphs"):
         return None
-    limit = getattr(dynamo.config, "recompile_limit", None) or dynamo.config.cache_size_limit
-    return limit - 1 - waves
+    limit = getattr(dynamo.config, "recompile_limit", None)  # absent before torch 2.7
+    return None if limit is None else limit - 1 - waves

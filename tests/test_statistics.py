@@ -131,3 +131,26 @@ def test_a_wrong_bias_correction_would_be_noticed(monkeypatch):
     monkeypatch.setattr(reference, "math", type("", (), wrong))
     seen = observe("signal", [torch.ones(3, 4)] * 3, fused=False)
     assert seen[1:] != pytest.approx([1.0] * 2, rel=1e-5)
+
+
+def test_the_functional_form_refuses_weight_change_before_the_update():
+    from grades_kernels import grades_adamw
+    from grades_kernels.freezing import FreezeRule, FreezeTable, Unit
+
+    unit = Unit("w", "weight_change", 1.0, 4)
+    columns = [[torch.zeros(2, 2)] for _ in range(4)]
+    with pytest.raises(ValueError, match=r"unit 'w' measures 'weight_change'.*next_step"):
+        grades_adamw(
+            *columns,
+            [],
+            [torch.tensor(0.0)],
+            units=[unit],
+            table=FreezeTable(FreezeRule(grace_steps=0), [unit]),
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=0.1,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )

@@ -245,16 +245,16 @@ def test_cases_are_what_they_say(transformers, case):
         training.check(n_frozen + 7)
 
 
-def test_recompilations_are_counted(monkeypatch):
+def test_recompilations_are_counted():
     row = bench_training.compile_row(every=2)
     assert row["units"] == row["frozen"] == 28
     assert row["recompilations"] <= 6 and row["eager_steps"] == 0
 
 
-def test_eager_steps_are_noticed(monkeypatch):
+def test_eager_steps_are_noticed():
     """Past the limit torch runs the model as it is: the count must show it."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    assert bench_training.compile_row(every=2)["eager_steps"] > 0
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert bench_training.compile_row(every=2)["eager_steps"] > 0
 
 
 def test_peer_is_skipped_where_missing(monkeypatch, capsys):

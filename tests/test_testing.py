@@ -195,14 +195,14 @@ def test_a_wrong_kernel_is_noticed(monkeypatch):
     """A fault in the kernels' own inputs: the bias correction of the step before."""
     from grades_kernels import triton_kernels
 
-    right = triton_kernels.Plan._compute_coefficients
+    right = triton_kernels._Part._compute_coefficients
 
     def wrong(self, out, hypers):
         self.steps -= 1
         self.steps = self.steps.clip(0)
         right(self, out, hypers)
 
-    monkeypatch.setattr(triton_kernels.Plan, "_compute_coefficients", wrong)
+    monkeypatch.setattr(triton_kernels._Part, "_compute_coefficients", wrong)
     with pytest.raises(AssertionError, match="triton on cpu differs from the reference"):
         assert_matches_reference("cpu", "triton", trials=2)
 
