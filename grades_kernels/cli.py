@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, demo, functional, native, testing
+from .report import FreezeReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,9 +192,28 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "info", help="show versions, devices, and which implementations can be used here"
+        "info",
+        help="show versions, devices and usable implementations; or a saved report",
     )
-    parser.set_defaults(run=lambda args: print("\n".join(info())))
+    parser.add_argument(
+        "report",
+        nargs="?",
+        type=Path,
+        help="file that FreezeReport.save() wrote: what froze, and the memory held and released",
+    )
+    parser.set_defaults(run=run_info)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    if args.report is None:
+        print("\n".join(info()))
+        return 0
+    try:
+        print(FreezeReport.load(args.report))
+    except (OSError, ValueError) as error:
+        print(f"grades-kernels info: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def info() -> list[str]:

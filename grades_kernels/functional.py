@@ -105,7 +105,7 @@ def grades_adamw(
             )
     if table is not None and table.ranks is None and any(hasattr(p, "device_mesh") for p in params):
         raise ValueError(
-            "params holds DTensors, whose statistics need all ranks: use GradESAdamW, or table=None."
+            "params holds DTensors, whose statistics need all ranks: use GradESAdamW or table=None."
         )
     group = StepGroup(
         params,

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEMANTICS, ORACLE = "tests/test_semantics.py", "tests/test_oracle.py"
-CHECKPOINT = "tests/test_checkpoint.py"
+CHECKPOINT, SAVINGS = "tests/test_checkpoint.py", "tests/test_savings.py"
+STATISTICS = "tests/test_statistics.py"
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ FAULTS = [
     fault(
         "next_step decides before the update",
         "reference",
-        ('if table.rule.freeze_timing == "same_step":', "if True:"),
-        ('if table.rule.freeze_timing == "next_step":', "if False:"),
+        ('table.rule.freeze_timing == "next_step"', "False"),
     ),
     fault(
         "previous gradient of any earlier step",
@@ -88,29 +88,30 @@ FAULTS = [
     fault(
         "NaN counts as a hit",
         "reference",
-        ("if magnitude > 0 and statistic < torch.inf", "if magnitude != 0"),
-        ("unit: statistic\n", "unit: statistic if statistic < torch.inf else 0.0\n"),
+        ("all(0 < magnitude < math.inf for", "all(magnitude != 0 for"),
+        ("        evidence &= statistic < math.inf", "        statistic = min(0.0, statistic)"),
     ),
     fault(
         "a void check resets patience",
         "reference",
         (
-            "measured = _measure(groups, table, t) if table.rule.checks(t) else {}\n",
-            "measured = _measure(groups, table, t) if table.rule.checks(t) else {}\n"
-            "    for unit in table.units if table.rule.checks(t) else ():\n"
-            "        if unit not in measured and unit.decided_at == NEVER:\n"
-            "            unit.hits = 0\n",
+            "    for unit, statistic in statistics.items():\n",
+            "    for unit in table.units:\n"
+            "        if unit not in statistics and unit.decided_at == NEVER:\n"
+            "            unit.hits = 0\n"
+            "    for unit, statistic in statistics.items():\n",
         ),
     ),
     fault(
         "a zero gradient is evidence",
         "reference",
-        ("if magnitude > 0 and statistic", "if statistic"),
+        ("all(0 < magnitude < math.inf for", "all(magnitude < math.inf for"),
     ),
     fault(
         "half a LoRA pair decides for both",
         "reference",
-        ("if len(sums[unit]) == unit.n_tensors", "if sums[unit]"),
+        ("if len(rows) == unit.n_tensors", "if rows"),
+        ("for _ in range(unit.n_tensors)", "for _ in sums[unit]"),
     ),
     fault(
         "floor of alpha * total_steps", "freezing", ("math.ceil(Fraction", "math.floor(Fraction")
@@ -160,8 +161,8 @@ FAULTS = [
         "momentum looks at the new moment",
         "reference",
         (
-            "- _widened(group.exp_avgs[i])",
-            "- group.exp_avgs[i].lerp(-grad if group.maximize else grad, 1 - group.beta1)",
+            "m = _widened(_local(group.exp_avgs[i], p))",
+            "m = group.exp_avgs[i].lerp(-grad if group.maximize else grad, 1 - group.beta1)",
         ),
     ),
     fault(
@@ -178,7 +179,7 @@ FAULTS = [
     fault(
         "tau per element compares the sum",
         "freezing",
-        ('if self.rule.tau_per == "element"', "if False"),
+        ('if self.tau_per == "element" and', "if False and"),
     ),
     fault(
         "thaw keeps the moments of a frozen unit",
@@ -188,7 +189,7 @@ FAULTS = [
     fault(
         "gradients are not looked at before the step",
         "optimizer",
-        ("self._leave_device()\n            self._check_gradients()", "self._leave_device()"),
+        ("self._leave_device()\n        self._check_gradients()", "self._leave_device()"),
         tests=(SEMANTICS,),
     ),
     fault(
@@ -202,6 +203,54 @@ FAULTS = [
         "checkpoint",
         ("prev_grads[n].to(p.device, copy=True)", "prev_grads[n].to(p.device, p.dtype, copy=True)"),
         tests=(CHECKPOINT,),
+    ),
+    fault(
+        "signal without the bias correction of the second moment",
+        "reference",
+        ("root / math.sqrt(bias_correction2)", "root"),
+        tests=(STATISTICS, ORACLE),
+    ),
+    fault(
+        "a weight that did not move counts as converged",
+        "reference",
+        ('unit.criterion != "weight_change" or statistic > 0', "True"),
+        tests=(STATISTICS,),
+    ),
+    fault(
+        "gradients stop one unit at a time",
+        "freezing",
+        ("math.ceil(len(self.units) / MAX_WAVES)", "1"),
+        tests=(SAVINGS,),
+    ),
+    fault(
+        "released moments are kept",
+        "optimizer",
+        ("                self.state[p].update(placeholders)\n", ""),
+        tests=(SAVINGS,),
+    ),
+    fault(
+        "reentrant checkpointing is not noticed",
+        "optimizer",
+        ("if self._watch is not None and self._watch.seen:", "if False:"),
+        tests=(SAVINGS,),
+    ),
+    fault(
+        "the old DDP wrapper goes on reducing",
+        "savings",
+        ("    del ddp.reducer, ddp.logger", "    ddp.unused = None"),
+        tests=(SAVINGS,),
+    ),
+    fault(
+        "tensors without gradients are monitored",
+        "optimizer",
+        ("watched = tau is not None and self._learns(p)", "watched = tau is not None"),
+        tests=("tests/test_integrations_peft.py",),
+    ),
+    fault(
+        "ranks do not agree on the largest statistic",
+        "distributed",
+        ("op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN"),
+        tests=("tests/test_distributed.py",),
     ),
     fault(
         "patience half counted is lost on load",

@@ -196,3 +196,22 @@ def test_bench_without_a_checkout(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "grades_kernels" / "cli.py"))
     assert main(["bench", "step"]) == 2
     assert "clone the repository" in capsys.readouterr().err
+
+
+def test_info_shows_a_saved_report(tmp_path, capsys):
+    import torch
+
+    from grades_kernels import GradESAdamW
+
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = GradESAdamW([("w", w)], tau=9.0, grace_steps=0, statistic="norm")
+    for _ in range(2):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    path = optimizer.report().save(tmp_path / "report.json")
+    assert main(["info", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == str(optimizer.report())
+    assert "released so far" in printed
+    assert main(["info", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err

@@ -1487,7 +1487,6 @@ def p_of(*shape, **options):
 
 
 REFUSED = {
-    "nothing": (lambda: [], "no parameters"),
     "float64": (lambda: [p_of(2, 2, dtype=torch.float64)], "no torch.float64"),
     "complex": (lambda: [p_of(2, 2, dtype=torch.complex64)], "no torch.complex64"),
     "mixed with float64": (lambda: [p_of(2, 2), p_of(2, 2, dtype=torch.float64)], "torch.float64"),
