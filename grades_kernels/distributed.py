@@ -53,7 +53,7 @@ def in_a_job(group: ProcessGroup | None, tensors: Iterable[Tensor]) -> bool:
     size = dist.get_world_size(group)
     if size < 0:
         raise ValueError(
-            "process_group: this process is not one of its ranks. Pass the group of the processes "
+            "process_group: this process is not one of its ranks. Set it to the group of those "
             "that step this optimizer, on each of them."
         )
     return size > 1 or any(_shards(p) is not None for p in tensors)
@@ -202,7 +202,7 @@ class Ranks:
                     "the ranks hold different tensors of the same shapes under generated names: "
                     "each is taken for a unit of its own. That is right under "
                     "ZeroRedundancyOptimizer, where zero.optim.attach(model) gives them names; if "
-                    "the ranks train different models, pass process_group.",
+                    "the ranks train different models, set optimizer.process_group.",
                     stacklevel=2,
                 )
             prefixes = [f"rank{rank}." for rank in first]
@@ -401,7 +401,7 @@ def _check_holders(name: str, holders: list[tuple[int, _Held]]) -> None:
         [(held.unit.criterion, held.unit.tau, held.shapes) for _, held in holders],
         ranks=ranks,
         way_out="If a LoRA pair was split between ranks, train it without ZeroRedundancyOptimizer; "
-        "if the ranks train different models, pass process_group.",
+        "if the ranks train different models, set optimizer.process_group.",
     )
     _check_same(
         f"unit {name!r}, as ({', '.join(_STATE)}),",
@@ -412,8 +412,8 @@ def _check_holders(name: str, holders: list[tuple[int, _Held]]) -> None:
     if len({held.checksum for _, held in holders}) > 1:
         warnings.warn(
             f"{name!r} has other values on rank {ranks[0]} than on other ranks, and is frozen only "
-            "when it has converged on all of them. If the ranks train different models, pass "
-            "process_group.",
+            "when it has converged on all of them. If the ranks train different models, set "
+            "optimizer.process_group.",
             stacklevel=2,
         )
 
@@ -425,7 +425,7 @@ def _check_same(
     *,
     ranks: Sequence[int] | None = None,
     way_out: str = "Every rank must do the same to its optimizer, and load the same checkpoint; if "
-    "the ranks train different models, pass process_group.",
+    "the ranks train different models, set optimizer.process_group.",
 ) -> None:
     ranks = range(len(values)) if ranks is None else ranks
     odd = next((n for n, value in enumerate(values) if value != values[0]), None)

@@ -103,9 +103,11 @@ class GradESAdamW(CheckpointedAdamW):
             waves a run. "auto" (default): where that is safe, which is on one process and with
             DTensors. True: always, or a RuntimeError. False: never; the update alone is masked
             (`apply_freezes` does the rest when it is called).
-        process_group: The processes that step this optimizer and decide together, if these are not
-            all of the job: models of their own on some ranks each. Every one of them must call
-            `step()` equally often. Default None: all of the job.
+
+    Attributes:
+        process_group: The processes that step this optimizer and decide together. None (default):
+            all of the job. Set it before the first step where some ranks train another model, or
+            none. Every process of it must call `step()` equally often.
 
     Raises:
         ValueError: For a value out of range, naming the argument, the value and the range.
@@ -115,7 +117,7 @@ class GradESAdamW(CheckpointedAdamW):
         >>> optimizer = GradESAdamW(model.named_parameters(), lr=2e-5, tau=1.8, total_steps=1000)
     """
 
-    _process_group: ProcessGroup | None = None  # of this process, so it does not go into a pickle
+    process_group: ProcessGroup | None = None  # of this process, so it does not go into a pickle
 
     def __init__(
         self,
@@ -143,7 +145,6 @@ class GradESAdamW(CheckpointedAdamW):
         cooldown: int = 0,
         max_frozen: float = 1.0,
         stop_grad: bool | str = "auto",
-        process_group: ProcessGroup | None = None,
     ) -> None:
         _check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
         _check_integer("total_steps", total_steps, 1, optional=True)
@@ -163,7 +164,6 @@ class GradESAdamW(CheckpointedAdamW):
         )
         self._total_steps = total_steps
         self._stop_grad = stop_grad
-        self._process_group = process_group
         self._own_defaults = {"tau": tau, "statistic": statistic}
         self._check_own_settings(differentiable=differentiable, **self._own_defaults)
         self._reset_freezing()
@@ -190,7 +190,7 @@ class GradESAdamW(CheckpointedAdamW):
         self._members: dict[Unit, list[Tensor]] = {}
         self._built_for: tuple[list[Tensor], list[tuple[bool, str]]] | None = None
         self._taus: list[float | None] = []
-        self._met_for: tuple[Any, bool] = (self, False)
+        self._met_for: tuple[Any, ...] = (self, False, None)
         self._attached: list[list[str]] | None = None
         self._stopped: set[Tensor] = set()
         self._learning: list[bool] = []
@@ -451,21 +451,21 @@ class GradESAdamW(CheckpointedAdamW):
 
     def _meet_ranks(self) -> None:
         """Learn what the other ranks of the job hold, again after every change of the units."""
-        known, initialized = self._met_for
-        if known is self._built_for and initialized == is_initialized():
+        known, *job = self._met_for
+        if known is self._built_for and job == [is_initialized(), self.process_group]:
             return
         monitors = any(group["tau"] is not None for group in self.param_groups)
-        if monitors and in_a_job(self._process_group, self._all_params()):
+        if monitors and in_a_job(self.process_group, self._all_params()):
             self._leave_device()
             tensors = self._all_params()
             on_device = self._choice() == "triton" and len({p.device for p in tensors}) == 1
             ranks, units = Ranks.meet(
-                self._table, self._members, tensors, self._process_group, on_device=on_device
+                self._table, self._members, tensors, self.process_group, on_device=on_device
             )
             self._members = {unit: self._members.get(unit, []) for unit in units}
             self._table = self._table.successor(units)
             self._table.ranks = ranks
-        self._met_for = (self._built_for, is_initialized())
+        self._met_for = (self._built_for, is_initialized(), self.process_group)
 
     @torch._disable_dynamo
     def _step(self) -> None:
@@ -646,7 +646,7 @@ class GradESAdamW(CheckpointedAdamW):
                 "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
             )
         members = list(chain.from_iterable(self._members.values()))
-        if not in_a_job(self._process_group, members):
+        if not in_a_job(self.process_group, members):
             return None
         if within_ddp:
             ranks = self._table.ranks
@@ -656,7 +656,7 @@ class GradESAdamW(CheckpointedAdamW):
                 "each rank holds other tensors (ZeroRedundancyOptimizer), while the wrapper needs "
                 "the same ones to stop on all. For the saving, use fully_shard (FSDP2)."
             )
-        if all_sharded(members, self._process_group):  # reduced tensor by tensor
+        if all_sharded(members, self.process_group):  # reduced tensor by tensor
             return None
         # After a change it trains one unsynchronised step, then raises.
         return (
@@ -790,7 +790,7 @@ class GradESAdamW(CheckpointedAdamW):
         if self._table.ranks is not None and not self._table.ranks.everywhere:
             # Other ranks hold units whose thresholds they have to tell.
             self._leave_device()
-            self._met_for = (self, False)
+            self._met_for = (self, False, None)
         elif self._plan is not None:
             self._plan.retune()
 

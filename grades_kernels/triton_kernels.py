@@ -766,7 +766,7 @@ class Plan:
             raise RuntimeError(
                 "the ranks of the job differ in a threshold, a decision or the number of steps "
                 "taken. Every rank must do the same to its optimizer, and load the same "
-                "checkpoint; if the ranks train different models, pass process_group."
+                "checkpoint; if the ranks train different models, set optimizer.process_group."
             )
         if self.counts_alone:
             # The copy of a part without programs may be an older one.

@@ -41,7 +41,6 @@ OWN_OPTIONS = {
     "cooldown": 0,
     "max_frozen": 1.0,
     "stop_grad": "auto",
-    "process_group": None,
 }
 
 READINGS = ["all_frozen", "backend", "freeze_events", "frozen_units", "monitored_units"]
