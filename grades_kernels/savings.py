@@ -90,7 +90,8 @@ def wrapped_anew(ddp: DistributedDataParallel) -> nn.Module:
         "static_graph": ddp.static_graph,
         "mixed_precision": ddp.mixed_precision,
     }
-    del ddp.reducer, ddp.logger  # their hooks on the tensors would reduce a second time
+    # Who goes on with the old wrapper gets an error, not ranks that drift apart.
+    del ddp.reducer, ddp.logger
     if not any(p.requires_grad for p in module.parameters()):
         return module
     new = DistributedDataParallel(module, **settings)

@@ -235,7 +235,7 @@ FAULTS = [
         tests=(SAVINGS,),
     ),
     fault(
-        "the old DDP wrapper goes on reducing",
+        "the old DDP wrapper can still be used",
         "savings",
         ("    del ddp.reducer, ddp.logger", "    ddp.unused = None"),
         tests=(SAVINGS,),

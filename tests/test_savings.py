@@ -454,6 +454,9 @@ def ddp_run(find_unused, apply_at):
             opt.zero_grad()
             backward(ddp, 2 * step + rank)
             opt.step()
+    if ddp is not first:
+        with pytest.raises(AttributeError, match=r"reducer|logger"):
+            backward(first, 0)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     return weights, stopped(model), opt.frozen_units, ddp is first
 
