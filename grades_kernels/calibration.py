@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from .report import KIND_COLOURS, FreezeReport, UnitReport, _layout, _range, _shorten, _Table
+from .report import (
+    KIND_COLOURS,
+    FreezeReport,
+    UnitReport,
+    _layout,
+    _picture_path,
+    _range,
+    _shorten,
+    _Table,
+)
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -104,17 +113,9 @@ class Calibration:
         Raises:
             ImportError: matplotlib is missing; the message says how to install it.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Calibration.plot() needs matplotlib: pip install 'grades-kernels[demo]'"
-            ) from error
+        path = _picture_path(path, "Calibration.plot()")
+        from matplotlib.figure import Figure
 
-        path = Path(path)
-        if not path.suffix:
-            path = path.with_name(path.name + ".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=(12, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         for number, (name, curve) in enumerate(self.curves.items()):

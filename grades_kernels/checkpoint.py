@@ -77,8 +77,7 @@ class CheckpointedAdamW(AdamW):
         on_device = group["capturable"] or group["fused"]
         state = self.state[p]
         state["step"] = torch.tensor(0.0, device=p.device if on_device else "cpu")
-        for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        _add_missing_moments(state, p, group)
 
     def _forget_moments(self, p: Tensor) -> None:
         """Moments of zero and a step count of zero, also where they had been released."""
@@ -340,22 +339,16 @@ class CheckpointedAdamW(AdamW):
         self._build()
         for unit in self._table.units:
             unit.announced = unit.frozen_at != NEVER  # before the checkpoint was written
-        self._add_missing_moments()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state.get(p):  # a compact checkpoint leaves out what is not held
+                    _add_missing_moments(self.state[p], p, group)
         stopped = [unit for unit in self._table.units if unit.stopped_at != NEVER]
         self._stop(stopped)
         for unit in stopped:
             if not self._stopped.issuperset(self._members[unit]):  # not allowed here
                 unit.stopped_at = NEVER
         self._write_state()
-
-    def _add_missing_moments(self) -> None:
-        """What a compact checkpoint left out, as zeros."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                state: dict[str, Any] = self.state.get(p) or {}
-                for key in MOMENTS[: 3 if group["amsgrad"] else 2] if state else ():
-                    if key not in state:
-                        state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_state()
@@ -375,6 +368,12 @@ class CheckpointedAdamW(AdamW):
             members = (p for unit in frozen for p in self._members[unit])
             self._stopped = {p for p in members if not p.requires_grad}
             self._step_supports_amp_scaling = bool(self._fused())
+
+
+def _add_missing_moments(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+    for key in MOMENTS[: 3 if group["amsgrad"] else 2]:
+        if key not in state:
+            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
 def _full(x: Tensor, p: Tensor) -> Tensor:

@@ -223,6 +223,11 @@ class FreezeTable:
             unit.decide(self.t, unit.statistic)
             self.settle()
 
+    @property
+    def waiting(self) -> list[Unit]:
+        """The frozen units whose gradients have not stopped."""
+        return [u for u in self.units if u.frozen_at != NEVER and u.stopped_at == NEVER]
+
     def wave(self) -> list[Unit]:
         """The frozen units whose gradients may stop now, or none while they are too few.
 
@@ -230,7 +235,7 @@ class FreezeTable:
         on the table alone, never on when a host learned of a decision: what hangs on the set of
         gradients, such as clipping by their global norm, is the same in every run.
         """
-        waiting = [u for u in self.units if u.frozen_at != NEVER and u.stopped_at == NEVER]
+        waiting = self.waiting
         enough = math.ceil(len(self.units) / MAX_WAVES)
         return waiting if len(waiting) >= enough or self.all_frozen else []
 

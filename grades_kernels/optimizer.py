@@ -382,7 +382,7 @@ class GradESAdamW(CheckpointedAdamW):
         reason = self._why_not_stop(within_ddp=ddp is not None)
         if reason:
             raise RuntimeError(f"apply_freezes(model): {reason}")
-        waiting = [u for u in table.units if u.frozen_at != NEVER and u.stopped_at == NEVER]
+        waiting = table.waiting
         self._release(waiting)
         if ddp is None or not (
             self._ddp_is_outdated or (waiting and not ddp.find_unused_parameters)
@@ -435,8 +435,7 @@ class GradESAdamW(CheckpointedAdamW):
     def _begin_step(self) -> None:
         """Act on what the step before decided."""
         self._current_table()
-        monitors = any(group["tau"] is not None for group in self.param_groups)
-        if monitors and self._learning != [self._learns(p) for p in self._all_params()]:
+        if self._monitors() and self._learning != [self._learns(p) for p in self._all_params()]:
             self._write_state()
             self._build()
         if self._plan is not None and not self._capturing():
@@ -454,8 +453,7 @@ class GradESAdamW(CheckpointedAdamW):
         known, *job = self._met_for
         if known is self._built_for and job == [is_initialized(), self.process_group]:
             return
-        monitors = any(group["tau"] is not None for group in self.param_groups)
-        if monitors and in_a_job(self.process_group, self._all_params()):
+        if self._monitors() and in_a_job(self.process_group, self._all_params()):
             self._leave_device()
             tensors = self._all_params()
             on_device = self._choice() == "triton" and len({p.device for p in tensors}) == 1
@@ -498,8 +496,7 @@ class GradESAdamW(CheckpointedAdamW):
 
     def _before_first_step(self) -> None:
         reason = self._why_not_stop() if self._table.units else None
-        if reason and self._stop_grad is True:
-            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
+        self._insist(reason)
         may_stop = self._stop_grad is not False and reason is None
         self._watch = ReentrantWatch(
             chain.from_iterable(self._members.values()) if may_stop else ()
@@ -592,12 +589,16 @@ class GradESAdamW(CheckpointedAdamW):
         if not units or self._stop_grad is False:
             return
         reason = self._why_not_stop()
+        self._insist(reason)
         if reason is None:
             self._release(units)
-        elif self._stop_grad is True:
-            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
         else:
             self._warn_once(f"frozen matrices go on receiving gradients: {reason}")
+
+    def _insist(self, reason: str | None) -> None:
+        """Raise if gradients must stop (`stop_grad=True`) and there is a reason against it."""
+        if reason is not None and self._stop_grad is True:
+            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
 
     def _release(self, units: list[Unit]) -> None:
         """Let go of gradients and moments of frozen units, one unit after the other."""
@@ -701,6 +702,9 @@ class GradESAdamW(CheckpointedAdamW):
         )
 
     # Units
+
+    def _monitors(self) -> bool:
+        return any(group["tau"] is not None for group in self.param_groups)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -903,7 +907,7 @@ class GradESAdamW(CheckpointedAdamW):
             )
 
     def _check_monitored(self, table: FreezeTable) -> None:
-        if table.units or all(group["tau"] is None for group in self.param_groups):
+        if table.units or not self._monitors():
             return
         seen = [
             f"group {i} (tau={group['tau']}): "

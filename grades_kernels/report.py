@@ -305,17 +305,7 @@ class FreezeReport:
         Raises:
             ImportError: matplotlib is missing; the message says how to install it.
         """
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "FreezeReport.plot() needs matplotlib: pip install 'grades-kernels[demo]'"
-            ) from error
-
-        path = Path(path)
-        if not path.suffix:
-            path = path.with_name(path.name + ".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = _picture_path(path, "FreezeReport.plot()")
         _Picture(self).draw().savefig(path, dpi=150)
         return path
 
@@ -475,6 +465,21 @@ class FreezeReport:
             rows = []
         title = "By kind and layer: # frozen, ~ cooling down, . active, + several states"
         return _Table(title, ["layer", _ruler(layers)], rows, left=["layer", _ruler(layers)])
+
+
+def _picture_path(path: str | os.PathLike[str], caller: str) -> Path:
+    """Where a picture goes: with a suffix, in a folder that is there, once matplotlib is found."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{caller} needs matplotlib: pip install 'grades-kernels[demo]'"
+        ) from error
+    path = Path(path)
+    if not path.suffix:
+        path = path.with_name(path.name + ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _to_json(value: Any) -> Any:

@@ -23,6 +23,20 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def without_pictures(request, monkeypatch):
+    """A picture takes longer than a run; a test that wants one asks for `picture`."""
+    if "picture" not in request.fixturenames:
+        from grades_kernels import FreezeReport
+
+        monkeypatch.setattr(FreezeReport, "plot", lambda report, path: path)
+
+
+@pytest.fixture
+def picture():
+    """Asks for the picture."""
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` need a CUDA device."""
     if torch.cuda.is_available():

@@ -26,6 +26,7 @@ from grades_kernels.integrations import lightning as integration  # noqa: E402
 from grades_kernels.integrations.lightning import GradESCallback  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("without_pictures"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
@@ -33,18 +34,6 @@ pytestmark = [
 EPOCHS, BATCHES, BATCH = 3, 6, 4
 # Chosen so that of the three matrices two freeze, one after the other.
 OPTIONS = {"tau": 0.047, "tau_per": "element", "alpha": 0.25}
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(request, monkeypatch):
-    """A picture takes longer than a run; one test draws it."""
-    if "picture" not in request.fixturenames:
-        monkeypatch.setattr(FreezeReport, "plot", lambda report, path: path)
-
-
-@pytest.fixture
-def picture():
-    """Asks for the picture."""
 
 
 class Regression(lightning.LightningModule):

@@ -8,49 +8,29 @@ import pytest
 import torch
 from torch import nn
 
-from grades_kernels import FreezeReport, GradESAdamW, grades_param_groups
+from grades_kernels import GradESAdamW, grades_param_groups
 from grades_kernels.integrations import unwrap_optimizer
 
 transformers = pytest.importorskip("transformers", minversion="5")
 peft = pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from tiny import sentences, tiny_llama  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from grades_kernels.integrations import transformers as integration  # noqa: E402
 from grades_kernels.integrations.transformers import add_grades  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 NEVER = 0.0
 ALWAYS = 1e9
 TARGETS = ["q_proj", "down_proj"]
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr(FreezeReport, "plot", lambda report, path: path)
-
-
 def lora_llama(name: str = "default", **changes) -> nn.Module:
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-            initializer_range=0.2,
-        )
-    )
     config = LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM", **changes)
-    return get_peft_model(llama, config, adapter_name=name)
-
-
-def sentences(n: int = 32, length: int = 8) -> list[dict[str, torch.Tensor]]:
-    rows = torch.randint(0, 32, (n, length), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in rows]
+    return get_peft_model(tiny_llama(), config, adapter_name=name)
 
 
 def batches(n: int):

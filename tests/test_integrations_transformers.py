@@ -23,9 +23,8 @@ from grades_kernels.integrations import measurements, unwrap_optimizer
 transformers = pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
+from tiny import sentences, tiny_llama  # noqa: E402
 from transformers import (  # noqa: E402
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -35,44 +34,11 @@ from transformers import (  # noqa: E402
 from grades_kernels.integrations import transformers as integration  # noqa: E402
 from grades_kernels.integrations.transformers import GradESCallback, add_grades  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 STEPS = 16
 # Chosen so that of the 14 matrices some freeze one after another, and some never.
 OPTIONS = {"tau": 0.0095, "tau_per": "element", "alpha": 0.25}
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(request, monkeypatch):
-    """A picture takes longer than a run; one test draws it."""
-    if "picture" not in request.fixturenames:
-        monkeypatch.setattr(FreezeReport, "plot", lambda report, path: path)
-
-
-@pytest.fixture
-def picture():
-    """Asks for the picture."""
-
-
-def tiny_llama(**changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-            initializer_range=0.2,
-            **changes,
-        )
-    )
-
-
-def sentences(n: int = 32, length: int = 8) -> list[dict[str, torch.Tensor]]:
-    g = torch.Generator().manual_seed(1)
-    rows = torch.randint(0, 32, (n, length), generator=g)
-    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 class Collator:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import sentences, tiny_llama
 from torch import nn
 
 from grades_kernels import GradESAdamW
@@ -16,20 +17,6 @@ BLOCKS = {
     heading: "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     for heading, text in zip(HEADINGS[1::2], HEADINGS[2::2], strict=True)
 }
-
-
-def llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2)
-    sizes.update(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-
-
-def examples(n):
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(32, (8,), generator=generator) for _ in range(n)]
-    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def run(heading, **names):
@@ -55,7 +42,7 @@ class Loss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.llama = llama()
+        self.llama = tiny_llama()
 
     def forward(self, batch):
         return self.llama(input_ids=batch, labels=batch).loss
@@ -63,7 +50,7 @@ class Loss(nn.Module):
 
 def test_quick_start(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    batches = [row["input_ids"][None] for row in examples(30)]
+    batches = [row["input_ids"][None] for row in sentences(30)]
     names = run("Quick start", model=Loss(), batches=batches)
     assert len(names["calibration"].unit_taus) == 14
     assert names["optimizer"].report().grace_steps == 500
@@ -80,9 +67,9 @@ def test_transformers(tmp_path):
     names = run(
         "Transformers, TRL",
         Trainer=transformers.Trainer,
-        model=llama(),
+        model=tiny_llama(),
         args=args,
-        dataset=examples(16),
+        dataset=sentences(16),
     )
     assert names["trainer"].state.global_step == 6
     assert (tmp_path / "grades_report.json").exists()
@@ -101,22 +88,22 @@ def test_lightning(tmp_path):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.llama = llama()
+            self.llama = tiny_llama()
 
         def training_step(self, batch, _):
             return self.llama(**batch).loss
 
     Module.configure_optimizers = names["configure_optimizers"]
-    data = torch.utils.data.DataLoader(examples(8), batch_size=4)
+    data = torch.utils.data.DataLoader(sentences(8), batch_size=4)
     names["trainer"].fit(Module(), data)
     assert names["trainer"].global_step == 6
 
 
 def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
-    data = torch.utils.data.DataLoader(examples(8), batch_size=4)
+    data = torch.utils.data.DataLoader(sentences(8), batch_size=4)
     accelerator = accelerate.Accelerator(cpu=True)
-    names = run("Accelerate", model=llama(), batches=data, accelerator=accelerator)
+    names = run("Accelerate", model=tiny_llama(), batches=data, accelerator=accelerator)
     assert names["optimizer"].report().step == 2
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..distributed import is_initialized
 from ..optimizer import GradESAdamW
 
 __all__ = ["is_finished", "measurements", "save_report", "unwrap_optimizer"]
@@ -45,7 +46,7 @@ def is_finished(optimizer: GradESAdamW) -> bool:
     Elsewhere `all_frozen` may lag a step behind the device. A rank that stopped a step before the
     others would leave them waiting for its gradients, so in a job the decision is read exactly.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_initialized() and dist.get_world_size() > 1:
         return bool(optimizer.frozen_units) and optimizer.all_frozen
     return optimizer.all_frozen
 
