@@ -3,7 +3,8 @@
 The freeze table is kept as Python numbers in the state of every parameter, next to AdamW's own
 tensors, because nothing else survives every way of saving: `load_state_dict` casts each state
 tensor but `step` to the parameter's dtype (torch/optim/optimizer.py), which turns 1001 into 1000
-in bf16, and `torch.distributed.checkpoint` drops keys beside "state" and "param_groups".
+in bf16, and `torch.distributed.checkpoint` drops keys beside "state" and "param_groups". They are
+written when a unit is decided, and whenever somebody asks for a checkpoint, a pickle or a copy.
 """
 
 from __future__ import annotations

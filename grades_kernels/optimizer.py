@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoint import FRESH, CheckpointedAdamW
+from .checkpoint import FRESH
 from .distributed import Ranks, all_sharded, in_a_job, is_initialized, refuse_flat
 from .freezing import (
     NEVER,
@@ -29,7 +29,8 @@ from .freezing import (
     exact_grace_steps,
     noise_floor,
 )
-from .functional import StepGroup, choose, gradient_dtype, same_memory_order
+from .functional import choose, gradient_dtype
+from .gathering import GatheringAdamW, Layout
 from .reference import _single_tensor_grades_adamw
 from .report import FreezeEvent, FreezeReport, Memory, UnitReport
 from .savings import (
@@ -47,18 +48,8 @@ if TYPE_CHECKING:
 
     from .triton_kernels import Plan
 
-_FLAGS = (
-    "eps",
-    "weight_decay",
-    "amsgrad",
-    "maximize",
-    "foreach",
-    "capturable",
-    "differentiable",
-)
 
-
-class GradESAdamW(CheckpointedAdamW):
+class GradESAdamW(GatheringAdamW):
     r"""AdamW that freezes each weight matrix when its gradient has stopped changing.
 
     A drop-in for `torch.optim.AdamW`: the same arguments in the same order, the same state and
@@ -199,9 +190,7 @@ class GradESAdamW(CheckpointedAdamW):
         self._ddp_is_outdated = False
         self._chosen: tuple[Any, ...] = (self, None, None, "")
         self._plan: Plan | None = None
-        self._idle: list[Tensor] = []
-        self._planned_states: list[dict[str, Any]] = []
-        self._planned_tensors: list[Tensor | None] = []
+        self._layout: Layout | None = None
         self._outdated_plans: list[Plan] = []
         self._warned: set[str] = set()
         self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
@@ -483,9 +472,9 @@ class GradESAdamW(CheckpointedAdamW):
         if backend == "triton":
             self._step_on_device(**scaling)
             return
-        self._leave_device()
-        self._check_gradients()
-        groups = [self._gather(i) for i in range(len(self.param_groups))]
+        if self._plan is not None:
+            self._leave_device()
+        groups = self._groups()
         if backend == "native":
             from .native import _fused_native_grades_adamw
 
@@ -506,8 +495,10 @@ class GradESAdamW(CheckpointedAdamW):
         """Bring the state up to date with what a step decided, then tell the hooks."""
         table = self._table
         for unit in table.units:
-            if unit.checked_at == table.t or (unit.decided_at != NEVER and not unit.announced):
+            if unit.decided_at != NEVER and not unit.announced:
                 self._write_unit(unit)
+                if self._plan is None:  # a plan goes on without its prev_grad
+                    self._layout = None
         events = table.announce()
         if events:
             for hook in tuple(self._freeze_hooks.values()):
@@ -516,9 +507,9 @@ class GradESAdamW(CheckpointedAdamW):
     def _step_on_device(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         from .triton_kernels import Hyper, Plan, take_part
 
-        plan = self._plan
+        plan, layout = self._plan, self._layout
         grads = [p.grad for p in plan.flat_params] if plan is not None else []
-        if plan is None or not self._serves(plan, grads):
+        if plan is None or layout is None or not (self._holds(layout) and plan.fits(grads)):
             self._check_gradients()
             if self._capturing():
                 raise RuntimeError(
@@ -532,11 +523,8 @@ class GradESAdamW(CheckpointedAdamW):
                 self._table.begin_step()
                 return
             plan = self._plan = Plan(groups, self._table)
+            self._layout = self._laid_out(groups)
             grads = [p.grad for p in plan.flat_params]
-            planned = set(plan.flat_params)
-            self._idle = [p for p in self._all_params() if p not in planned]
-            self._planned_states = list(self.state.values())
-            self._planned_tensors = _held(self._planned_states)
         hypers = [
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
             for g in self.param_groups
@@ -546,26 +534,8 @@ class GradESAdamW(CheckpointedAdamW):
             plan.kept.append([dict(state) for state in self.state.values()])
         plan.step(grads, hypers, grad_scale, found_inf)
 
-    def _serves(self, plan: Plan, grads: list[Tensor | None]) -> bool:
-        """Whether a plan laid out earlier still fits flags, tensors and gradients.
-
-        Parameters and state may have been replaced in between: `p.data = ...`, `model.to(...)`,
-        `state[p]["exp_avg"] = ...`, `state.clear()`.
-        """
-        t, rule = self._table.t + 1, self._rule
-        flags = [(group["amsgrad"], group["capturable"]) for group in self.param_groups]
-        return (
-            flags == plan.flags
-            and (plan.holds_prev_grads or not (rule.checks(t) or rule.checks(t + 1)))
-            and all(p.grad is None or p in self._stopped for p in self._idle)
-            and plan.fits(grads)
-            and len(self.state) == len(self._planned_states)
-            and all(map(is_, self.state.values(), self._planned_states))
-            and all(map(is_, _held(self._planned_states), self._planned_tensors))
-        )
-
     def _leave_device(self) -> None:
-        """Bring the table up to date and let go of the device's copy."""
+        """Bring the table up to date, let go of the device's copy and of the tensors found."""
         if self._plan is not None:
             self._plan.sync()
             if self._plan.captured:
@@ -576,6 +546,7 @@ class GradESAdamW(CheckpointedAdamW):
                 )
                 self._outdated_plans.append(self._plan)  # a replay must not write into freed memory
             self._plan = None
+        self._layout = None
 
     def _capturing(self) -> bool:
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -604,8 +575,10 @@ class GradESAdamW(CheckpointedAdamW):
         """Let go of gradients and moments of frozen units, one unit after the other."""
         if not units:
             return
-        # Else the user has put other tensors in their place, and the plan must be laid out anew.
-        as_planned = all(map(is_, _held(self._planned_states), self._planned_tensors))
+        # The programs of a plan return before they touch a frozen tensor, so it is laid out anew
+        # only if the user has put other tensors in place.
+        goes_on = self._plan is not None and self._layout is not None and self._layout.same_tensors
+        layout, self._layout = self._layout if goes_on else None, None
         for unit in units:
             members = self._members[unit]
             released = [
@@ -624,8 +597,9 @@ class GradESAdamW(CheckpointedAdamW):
             if unit.stopped_at == NEVER:  # else a checkpoint says when it was
                 unit.stopped_at = self._table.t
             self._write_unit(unit)
-        if as_planned:  # the programs of a plan return before they touch a frozen tensor
-            self._planned_tensors = _held(self._planned_states)
+        if layout is not None:
+            layout.note_held()
+        self._layout = layout
         self._count_wave()
 
     def _count_wave(self) -> None:
@@ -924,30 +898,6 @@ class GradESAdamW(CheckpointedAdamW):
             f"{'; '.join(seen)}. Pass the weight matrices, or tau=None."
         )
 
-    def _check_gradients(self) -> None:
-        capturable_devices = None
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.is_sparse:
-                    raise RuntimeError(
-                        "Adam does not support sparse gradients, please consider SparseAdam instead"
-                    )
-                if grad.shape != p.shape:
-                    raise ValueError(
-                        f"the gradient of parameter {j} of group {i} has shape "
-                        f"{tuple(grad.shape)}, the parameter {tuple(p.shape)}."
-                    )
-                if group["capturable"]:
-                    capturable_devices = capturable_devices or _capturable_devices()
-                    if p.device.type not in capturable_devices:
-                        raise AssertionError(
-                            "If capturable=True, params and state_steps must be on supported "
-                            f"devices: {capturable_devices}."
-                        )
-
     def _graph_capture_health_check(self) -> None:
         # Where torch has both names, the older one is an alias that warns.
         if hasattr(self, "_accelerator_graph_capture_health_check"):
@@ -959,97 +909,6 @@ class GradESAdamW(CheckpointedAdamW):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-    # State
-
-    def _gather(self, i: int) -> StepGroup:
-        """The tensors of group `i` that have a gradient, their state made on first use."""
-        group = self.param_groups[i]
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        max_exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        t = self._table.t + 1
-        uses_prev = self._rule.checks(t) or self._rule.checks(t + 1)
-        units: list[Unit | None] = []
-        prev_grads: list[Tensor | None] = []
-        for p, unit in zip(group["params"], self._rows[i], strict=True):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "grades_t" not in state:
-                state.update(FRESH, grades_t=t)
-            prev_grad = None
-            if unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
-                prev_grad = state.setdefault("prev_grad", nothing_held(p))
-                if uses_prev and prev_grad.shape != p.shape:
-                    prev_grad = state["prev_grad"] = torch.zeros_like(p.grad)
-                    unit.prev_step = NEVER  # who cleared the state has taken the evidence with it
-                elif uses_prev and prev_grad.dtype != p.grad.dtype:
-                    wide = torch.promote_types(prev_grad.dtype, p.grad.dtype)
-                    prev_grad = state["prev_grad"] = prev_grad.to(wide)
-            units.append(unit)
-            prev_grads.append(prev_grad)
-        beta1, beta2 = group["betas"]
-        return StepGroup(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
-            prev_grads,
-            units,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            **{name: group[name] for name in _FLAGS},
-        )
-
-    def _gather_all(self, i: int) -> StepGroup:
-        """All tensors of group `i` that have state, laid out as the kernels want them."""
-        group = self.param_groups[i]
-        gathered = self._gather(i)
-        members = [
-            (p, unit)
-            for p, unit in zip(group["params"], self._rows[i], strict=True)
-            if self.state.get(p) and p not in self._stopped
-        ]
-        t = self._table.t + 1
-        uses_prev = group["capturable"] or self._rule.checks(t) or self._rule.checks(t + 1)
-        for p, unit in members:
-            state = self.state[p]
-            state["step"] = state["step"].to(p.device, torch.float32)
-            for key in MOMENTS:
-                if key in state and not same_memory_order(state[key], p):
-                    state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
-            if unit is None or unit.criterion != "change" or unit.decided_at != NEVER:
-                continue
-            held = state.setdefault("prev_grad", nothing_held(p))
-            dtype = gradient_dtype(p.grad, p)
-            if held.shape != p.shape:
-                if uses_prev:
-                    state["prev_grad"] = torch.zeros_like(p, dtype=dtype)
-                    unit.prev_step = NEVER
-            elif held.dtype != dtype or not same_memory_order(held, p):
-                state["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(held)
-        states = [self.state[p] for p, _ in members]
-        return gathered._replace(
-            params=[p for p, _ in members],
-            grads=[p.grad for p, _ in members],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
-            state_steps=[state["step"] for state in states],
-            prev_grads=[
-                state.get("prev_grad") if unit is not None and unit.criterion == "change" else None
-                for state, (_, unit) in zip(states, members, strict=True)
-            ],
-            units=[unit for _, unit in members],
-        )
 
 
 def _tau_of(group: dict[str, Any]) -> float | None:
@@ -1067,18 +926,8 @@ def _settings(groups: list[dict[str, Any]]) -> list[tuple[bool, str]]:
     return [(group["tau"] is not None, group["statistic"]) for group in groups]
 
 
-def _held(states: list[dict[str, Any]]) -> list[Tensor | None]:
-    return [state.get(key) for state in states for key in ("step", *MOMENTS)]
-
-
 def _describe(p: Tensor, name: str) -> str:
     return f"{name} {tuple(p.shape)}"
-
-
-def _capturable_devices() -> list[str]:
-    from torch.optim.optimizer import _get_capturable_supported_devices
-
-    return _get_capturable_supported_devices()
 
 
 def _check_alike(name: str, one: tuple[Any, str], other: tuple[Any, str]) -> None:

@@ -7,6 +7,7 @@ torch's own `torch.optim.adamw.adamw`, called on the tensors that are not frozen
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +54,8 @@ def _single_tensor_grades_adamw(
 
 Sums = dict[Unit, list[tuple[Any, Any, Any]]]
 """Per undecided unit, for each of its tensors that has evidence, three numbers (fp64 tensors or
-floats): the numerator of the statistic, its denominator (0 unless a ratio), the sum of |g|."""
+floats): the numerator of the statistic, its denominator (0 unless a ratio), and the sum of |g| or
+anything else that is zero, infinite or NaN when that is."""
 
 
 def judge(table: FreezeTable, sums: Sums) -> None:
@@ -77,19 +79,18 @@ def _statistics(sums: Sums) -> dict[Unit, float]:
     A synchronisation: the sums are read back from the device, all in one transfer.
     """
     complete = [unit for unit, rows in sums.items() if len(rows) == unit.n_tensors]
-    rows = iter(_read_back([x for unit in complete for row in sums[unit] for x in row]))
+    numbers = iter(_read_back([x for unit in complete for row in sums[unit] for x in row]))
+    rows = zip(numbers, numbers, numbers, strict=True)
     statistics = {}
     for unit in complete:
-        numerators, denominators, magnitudes = zip(
-            *((next(rows), next(rows), next(rows)) for _ in range(unit.n_tensors)), strict=True
-        )
+        columns = zip(*islice(rows, unit.n_tensors), strict=True)
+        numerators, denominators, magnitudes = columns
         statistic = sum(numerators)
         if unit.criterion == "signal":
             statistic = statistic / sum(denominators) if sum(denominators) else math.nan
-        evidence = all(0 < magnitude < math.inf for magnitude in magnitudes)
-        evidence &= statistic < math.inf  # False for NaN, as the line above
-        evidence &= unit.criterion != "weight_change" or statistic > 0
-        if evidence:
+        # A NaN makes each of these false.
+        evidence = statistic < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0
+        if evidence and (unit.criterion != "weight_change" or statistic > 0):
             statistics[unit] = statistic
     return statistics
 

@@ -659,7 +659,6 @@ class Plan:
         self.parts = [_Part(self, groups, chosen) for chosen in places.values()]
         self.places = [place for part in self.parts for place in part.places]
         self.flat_params = [p for part in self.parts for p in part.flat_params]
-        self.holds_prev_grads = all(part.holds_prev_grads for part in self.parts)
         self.kept: list[Any] = []  # what replays of a captured graph touch
         self.unsettled = True
         self.undecided = self.n_decided < n
@@ -888,7 +887,6 @@ class _Part:
     ) -> None:
         rows = np.zeros((len(self.places), _TENSOR_WORDS.value), dtype=np.int64)
         launches: dict[_Launch, list[int]] = {}
-        self.holds_prev_grads = True
         first_program = 0
         for n, ((k, i), unit) in enumerate(zip(self.places, unit_of, strict=True)):
             group, row, p = groups[k], rows[n], groups[k].params[i]
@@ -918,8 +916,6 @@ class _Part:
                         f"parameter's, {p.stride()}."
                     )
                 row[_PREV_GRAD.value] = prev_grad.data_ptr()
-            elif unit is not None and unit.criterion == "change" and unit.decided_at == NEVER:
-                self.holds_prev_grads = False
             row[_STEP.value] = step.data_ptr()
             row[_NUMEL.value] = p.numel()
             row[_UNIT.value] = -1 if unit is None else number[unit]

@@ -188,9 +188,21 @@ FAULTS = [
     ),
     fault(
         "gradients are not looked at before the step",
-        "optimizer",
-        ("self._leave_device()\n        self._check_gradients()", "self._leave_device()"),
+        "gathering",
+        ("self._layout = None\n        self._check_gradients()", "self._layout = None"),
         tests=(SEMANTICS,),
+    ),
+    fault(
+        "a layout outlives the tensors that it was made of",
+        "gathering",
+        ("            and layout.same_tensors\n", ""),
+        tests=("tests/test_gathering.py",),
+    ),
+    fault(
+        "a layout outlives a decision",
+        "optimizer",
+        ("                    self._layout = None\n", "                    pass\n"),
+        tests=("tests/test_gathering.py",),
     ),
     fault(
         "hooks are told of a freeze again and again",

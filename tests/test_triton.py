@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import grades_kernels
-from grades_kernels import GradESAdamW, functional, grades_adamw, optimizer, triton_kernels
+from grades_kernels import GradESAdamW, functional, gathering, grades_adamw, triton_kernels
 from grades_kernels.freezing import STATISTICS, FreezeRule, FreezeTable, Unit
 
 CUDA = torch.cuda.is_available()
@@ -1167,7 +1167,7 @@ def test_copies_in_the_middle_of_a_run(at, how):
 @pytest.fixture
 def capturable_everywhere(monkeypatch):
     """torch allows capturable=True on accelerators only; the kernels do not mind a CPU."""
-    monkeypatch.setattr(optimizer, "_capturable_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(gathering, "_capturable_devices", lambda: ["cpu", "cuda"])
 
 
 CAPTURABLE = {
@@ -1227,7 +1227,7 @@ def test_a_capturable_plan_can_keep_gradients_from_the_start(capturable_everywhe
     has a place for every previous gradient."""
     run = Run(True, capturable=True, grace_steps=10).steps(2)
     address = part_of(run).rows[:2, triton_kernels._PREV_GRAD.value]
-    assert run.opt._plan.holds_prev_grads and (address != 0).all()
+    assert run.opt._layout.holds_prev_grads and (address != 0).all()
 
 
 def test_replays_follow_a_changed_tau(capturable_everywhere):
@@ -1359,7 +1359,7 @@ def in_a_job(options, missing=(), capturable=False):
     (rank, step) pairs in `missing` the first matrix has none.
     """
     if capturable:
-        optimizer._capturable_devices = lambda: ["cpu", "cuda"]
+        gathering._capturable_devices = lambda: ["cpu", "cuda"]
     rank = torch.distributed.get_rank()
     runs = Run(True, capturable=capturable, **options), Run(False, **options)
     for t in range(1, 11):
