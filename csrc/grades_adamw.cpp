@@ -206,14 +206,17 @@ double read_step(const Tensor& step, bool increment) {
 }
 
 // Elements per block, the unit of work that a thread takes. A sum is that of its blocks' sums in
-// order, so it depends on this number and on nothing else.
-constexpr int64_t kBlock = 8192;
+// order, so it depends on this number and on nothing else. Large, since every start of a block costs:
+// with 8192 an update takes 1.02 to 1.09 times as long (Zen 5, 25 M fp32, 2 threads).
+constexpr int64_t kBlock = 32768;
 constexpr size_t kSums = 3, kHypers = 6;
 
-void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-            std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
-            std::vector<Tensor> prev_grads, std::vector<Tensor> steps, Tensor sums,
-            std::vector<int64_t> tasks, std::vector<int64_t> rows, std::vector<double> hypers,
+using Tensors = std::vector<Tensor>;
+
+void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+            const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& prev_grads,
+            const Tensors& steps, const Tensor& sums, const std::vector<int64_t>& tasks,
+            const std::vector<int64_t>& rows, const std::vector<double>& hypers,
             double grad_scale) {
   const size_t n = params.size();
   const auto run_block = current_clone().run_block;
@@ -226,7 +229,7 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
 
   // All is checked before anything is written.
   std::vector<Work> works(n);
-  size_t n_max = 0, n_prev = 0, n_blocks = 0;
+  size_t n_max = 0, n_prev = 0;
   for (size_t k = 0; k < n; ++k) {
     Work& work = works[k];
     work.tasks = tasks[k];
@@ -264,15 +267,15 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
     }
     work.is_direct &= size_of(work.param.dtype) >= 4 || (work.is_bf16 && work.tasks == kUpdate);
     read_step(steps[k], false);
-    n_blocks += (work.n_elements + kBlock - 1) / kBlock;
   }
 
   struct Block {
-    size_t k;
-    int64_t first;
+    size_t k;       // of the tensor
+    int64_t first;  // its first element there
+    int64_t place;  // and among the elements of all tensors
   };
   std::vector<Block> blocks;
-  blocks.reserve(n_blocks);
+  int64_t n_elements = 0;
   for (size_t k = 0; k < n; ++k) {
     Work& work = works[k];
     const double* row = hypers.data() + kHypers * rows[k];
@@ -281,15 +284,20 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
     const double step = work.old_step + 1;
     work.coefficients = {row[5], beta1, beta2, eps, lr * weight_decay,
                          lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step))};
-    for (int64_t first = 0; first < work.n_elements; first += kBlock) blocks.push_back({k, first});
+    for (int64_t first = 0; first < work.n_elements; first += kBlock) {
+      blocks.push_back({k, first, n_elements + first});
+    }
+    n_elements += work.n_elements;
   }
 
-  // Each thread takes one contiguous stretch of the blocks of all tensors. Taking the next block from
+  // Each thread takes the blocks that begin in its stretch of all elements. Taking the next block from
   // a shared counter instead, so that two threads work on neighbouring 32 KiB, cost 1.27 to 1.9 times
   // torch's fused AdamW where this costs 1.0 to 1.2 (Zen 5, 2 threads, 25 M fp32).
   std::vector<double> partials(kSums * blocks.size());
-  torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
+  torch::stable::parallel_for(0, n_elements, 1, [&](int64_t begin, int64_t end) {
+    auto begins_before = [](const Block& block, int64_t place) { return block.place < place; };
+    size_t b = std::lower_bound(blocks.begin(), blocks.end(), begin, begins_before) - blocks.begin();
+    for (; b < blocks.size() && blocks[b].place < end; ++b) {
       const Work& work = works[blocks[b].k];
       const int64_t first = blocks[b].first, last = std::min(first + kBlock, work.n_elements);
       run_block(work, first, last, grad_scale, &partials[kSums * b]);

@@ -7,6 +7,7 @@ holds.
 
 from __future__ import annotations
 
+from itertools import chain, repeat
 from operator import is_
 from typing import Any, TypeGuard
 
@@ -61,7 +62,8 @@ class Layout:
 
     def _held_now(self) -> list[Tensor | None]:
         # Not prev_grad: that of a decided unit is given up, which is no reason to search again.
-        return [state.get(key) for state in self.states for key in ("step", *MOMENTS)]
+        keys = ("step", *MOMENTS)
+        return list(chain.from_iterable(map(dict.get, self.states, repeat(key)) for key in keys))
 
     @property
     def same_tensors(self) -> bool:

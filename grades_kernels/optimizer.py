@@ -474,6 +474,9 @@ class GradESAdamW(GatheringAdamW):
             return
         if self._plan is not None:
             self._leave_device()
+        if self._is_at_rest() and scaling["found_inf"] is None:
+            table.begin_step()
+            return
         groups = self._groups()
         if backend == "native":
             from .native import _fused_native_grades_adamw
@@ -482,6 +485,11 @@ class GradESAdamW(GatheringAdamW):
         else:
             _single_tensor_grades_adamw(groups, table, **scaling)
         self._publish()
+
+    def _is_at_rest(self) -> bool:
+        """Whether all that a step can do is count: every tensor is frozen, and no rank listens."""
+        table = self._table
+        return table.ranks is None and table.all_frozen and not any(None in r for r in self._rows)
 
     def _before_first_step(self) -> None:
         reason = self._why_not_stop() if self._table.units else None
@@ -524,6 +532,7 @@ class GradESAdamW(GatheringAdamW):
                 return
             plan = self._plan = Plan(groups, self._table)
             self._layout = self._laid_out(groups)
+            self._layout.groups = []  # what is held here, a frozen unit could not give back
             grads = [p.grad for p in plan.flat_params]
         hypers = [
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])

@@ -32,7 +32,7 @@ PAIRS = [
     if (statistic, timing) != ("weight_change", "same_step")
 ]
 SHAPES = ((17, 23), (3, 5), (7,))
-CHUNK, BLOCK = 512, 8192  # where the op begins a new loop and a new sum
+CHUNK, BLOCK = 768, 32768  # where the op begins a new loop and a new sum
 SIZES = (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
 HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
 # Statistics fall by a third a step: the small matrix freezes first, the large one steps later.
