@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import chain, takewhile
+from itertools import chain
 from numbers import Real
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -29,19 +29,20 @@ from .freezing import (
     exact_grace_steps,
     noise_floor,
 )
-from .functional import choose, gradient_dtype
+from .functional import choose
 from .gathering import GatheringAdamW, Layout
 from .reference import _single_tensor_grades_adamw
-from .report import FreezeEvent, FreezeReport, Memory, UnitReport
+from .report import FreezeEvent, FreezeReport, UnitReport
 from .savings import (
     MOMENTS,
     ReentrantWatch,
-    n_bytes,
+    frozen_prefix,
+    memory_of,
     nothing_held,
     recompilations_left,
     wrapped_anew,
 )
-from .units import canonical_name, is_embedding, place_of, unit_of
+from .units import canonical_name, place_of, unit_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -252,6 +253,14 @@ class GradESAdamW(GatheringAdamW):
                     frozen_at=unit.frozen_at,
                 )
             )
+        named = [
+            (canonical_name(name), p, row)
+            for i, group in enumerate(self.param_groups)
+            for name, p, row in zip(
+                self._names(i) or (), group["params"], self._rows[i], strict=False
+            )
+        ]
+        frozen_blocks, trained_below = frozen_prefix(table.units, named)
         return FreezeReport(
             step=table.t,
             total_steps=self._total_steps,
@@ -265,8 +274,9 @@ class GradESAdamW(GatheringAdamW):
                 else table.ranks.n_trainable
             ),
             backend=self.backend,
-            memory=self._memory(),
-            **self._prefix(),
+            memory=memory_of(self._all_params(), self.state, self._members, self._stopped),
+            frozen_blocks=frozen_blocks,
+            trained_below=trained_below,
         )
 
     def register_freeze_hook(
@@ -646,42 +656,6 @@ class GradESAdamW(GatheringAdamW):
         return (
             "DistributedDataParallel would wait for them. For the saving, call "
             "ddp_model = optimizer.apply_freezes(ddp_model) now and then."
-        )
-
-    def _prefix(self) -> dict[str, Any]:
-        """How many of the lowest blocks are frozen, and what in or below them still trains."""
-        frozen: dict[int, bool] = {}
-        for unit in self._table.units:
-            layer, _ = place_of(unit.name)
-            if layer is not None:
-                frozen[layer] = frozen.get(layer, True) and unit.frozen_at != NEVER
-        prefix = list(takewhile(frozen.__getitem__, sorted(frozen)))
-        below = []
-        for i, group in enumerate(self.param_groups if prefix else ()):
-            rows = zip(self._names(i) or (), group["params"], self._rows[i], strict=False)
-            for name, p, row in rows:
-                layer, _ = place_of(canonical_name(name))
-                is_below = is_embedding(name, p) if layer is None else layer <= prefix[-1]
-                if is_below and p.requires_grad and (row is None or row.frozen_at == NEVER):
-                    below.append(name)
-        return {"frozen_blocks": len(prefix), "trained_below": tuple(below)}
-
-    def _memory(self) -> Memory:
-        states = [self.state[p] for p in self._all_params() if self.state.get(p)]
-        released = 0
-        for unit in self._table.units:
-            for p in self._members[unit]:
-                grad_bytes = n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
-                if unit.decided_at != NEVER and unit.criterion == "change":
-                    released += grad_bytes
-                if p in self._stopped:
-                    amsgrad = "max_exp_avg_sq" in self.state[p]
-                    released += grad_bytes + (3 if amsgrad else 2) * n_bytes(p)
-        return Memory(
-            moments=sum(n_bytes(state.get(key)) for state in states for key in MOMENTS),
-            prev_grads=sum(n_bytes(state.get("prev_grad")) for state in states),
-            grads=sum(n_bytes(p.grad) for p in self._all_params()),
-            released=released,
         )
 
     # Units

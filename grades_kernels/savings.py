@@ -8,7 +8,8 @@ anew, and how many bytes all of it comes to.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+from .freezing import NEVER, Unit
+from .functional import gradient_dtype
+from .report import Memory
+from .units import is_embedding, place_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -111,3 +117,61 @@ def recompilations_left(waves: int) -> int | None:
         return None
     limit = getattr(dynamo.config, "recompile_limit", None)  # absent before torch 2.7
     return None if limit is None else limit - 1 - waves
+
+
+def memory_of(
+    params: Iterable[Tensor],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    members: Mapping[Unit, Sequence[Tensor]],
+    stopped: Collection[Tensor],
+) -> Memory:
+    """Bytes that an optimizer's tensors hold on this process, and those given back.
+
+    Args:
+        params: All tensors of the optimizer.
+        state: Its state.
+        members: The tensors of each unit.
+        stopped: The tensors that have given up gradient and moments.
+    """
+    params = list(params)
+    states = [state[p] for p in params if state.get(p)]
+    released = 0
+    for unit, tensors in members.items():
+        for p in tensors:
+            grad_bytes = n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
+            if unit.decided_at != NEVER and unit.criterion == "change":
+                released += grad_bytes
+            if p in stopped:
+                amsgrad = "max_exp_avg_sq" in state[p]
+                released += grad_bytes + (3 if amsgrad else 2) * n_bytes(p)
+    return Memory(
+        moments=sum(n_bytes(s.get(key)) for s in states for key in MOMENTS),
+        prev_grads=sum(n_bytes(s.get("prev_grad")) for s in states),
+        grads=sum(n_bytes(p.grad) for p in params),
+        released=released,
+    )
+
+
+def frozen_prefix(
+    units: Iterable[Unit], named: Iterable[tuple[str, Tensor, Unit | None]]
+) -> tuple[int, tuple[str, ...]]:
+    """How many of the lowest blocks are frozen, and the names of what still trains in or below.
+
+    Only a prefix without anything that trains lets a backward pass end early.
+
+    Args:
+        named: Name, tensor and unit of all parameters that have a name.
+    """
+    frozen: dict[int, bool] = {}
+    for unit in units:
+        layer, _ = place_of(unit.name)
+        if layer is not None:
+            frozen[layer] = frozen.get(layer, True) and unit.frozen_at != NEVER
+    prefix = list(takewhile(frozen.__getitem__, sorted(frozen)))
+    below = []
+    for name, p, row in named if prefix else ():
+        layer, _ = place_of(name)
+        is_below = is_embedding(name, p) if layer is None else layer <= prefix[-1]
+        if is_below and p.requires_grad and (row is None or row.frozen_at == NEVER):
+            below.append(name)
+    return len(prefix), tuple(below)
