@@ -612,7 +612,8 @@ class _Staging:
         end_of_rows = _HEAD_WORDS.value + n_tensors * _INPUT_WORDS.value
         end_of_taus = end_of_rows + n_units
         n_words = end_of_taus + n_groups * _HYPER_WORDS.value
-        self.words = torch.zeros(n_words, dtype=torch.int64, pin_memory=cuda)
+        # Said because torch.set_default_device may say otherwise.
+        self.words = torch.zeros(n_words, dtype=torch.int64, device="cpu", pin_memory=cuda)
         array = self.words.numpy()
         self.head = array[: _HEAD_WORDS.value]
         self.checksum = self.head[_CHECKSUM.value :].view(np.float64)
@@ -920,7 +921,9 @@ class _Part:
             row[_NUMEL.value] = p.numel()
             row[_UNIT.value] = -1 if unit is None else number[unit]
             span = max(_MIN_SPAN, -(-p.numel() // _MAX_PROGRAMS_PER_TENSOR))
-            span = -(-span // 1024) * 1024
+            # Whole blocks, so that none reaches into the next program's span: of these dtypes,
+            # 2-byte tensors have the largest.
+            span = -(-span // block_size(2)) * block_size(2)
             programs = max(1, -(-p.numel() // span))
             row[_FIRST_BLOCK.value], row[_N_BLOCKS.value] = first_program, programs
             row[_SPAN.value], row[_GROUP.value] = span, k
@@ -1042,10 +1045,11 @@ class _Part:
         counts = self.capturable or any(_is_on_device(x) for h in hypers for x in h[:3])
         # Without programs there is none that could tell whether a scaled step has happened.
         on_device = counts or (scaled and not self.programs)
-        agreeing = self.table.ranks is not None and self.plan.undecided
+        # Also when all is decided: another rank may have taken a decision back.
+        agree = self.table.ranks is not None and (counts or rule.checks(t))
         if not (self.programs or on_device):  # all is frozen
             self.units[0, _CLOCK.value].fill_(t)
-            if not agreeing:
+            if not agree:
                 return False
         restrided = self._restride(grads)
         staging = self._next_staging(capturing)
@@ -1078,7 +1082,6 @@ class _Part:
             check = counts or (self.plan.undecided and rule.checks(t))
             keep = counts or (self.plan.undecided and rule.checks(t + 1))
             late = rule.freeze_timing == "next_step"
-            agree = check and self.table.ranks is not None
             if agree:
                 self.agreed.fill_(math.inf)
                 checksums = self.inputs[_CHECKSUM.value : _HEAD_WORDS.value]
@@ -1090,7 +1093,7 @@ class _Part:
             self._launch(measure=check and late, update=True, keep=keep, scaled=scaled)
             if agree and late:
                 self._agree()
-            if check or scaled:
+            if check or agree or scaled:
                 self.mirror.copy_(self.units, non_blocking=True)
                 if not capturing:
                     self.pending = has_grad
@@ -1163,8 +1166,8 @@ class _Part:
         words = self.hyper.view(torch.float64).view(len(hypers), -1)
         for row, h in zip(words, hypers, strict=True):
             for word, value in zip(row, h[:3], strict=False):
-                if _is_on_device(value):
-                    word.copy_(torch.as_tensor(value).squeeze(), non_blocking=True)
+                if isinstance(value, Tensor) and _is_on_device(value):
+                    word.copy_(value.squeeze(), non_blocking=True)
         _begin_kernel[(1,)](
             self.inputs,
             self.units,
@@ -1258,8 +1261,7 @@ def _checksum(table: FreezeTable) -> int:
 
 def take_part(table: FreezeTable, device: torch.device) -> None:
     """Answer the other ranks at a check for which this one has no tensors yet."""
-    undecided = any(unit.decided_at == NEVER for unit in table.units)
-    if table.ranks is not None and undecided and table.rule.checks(table.t + 1):
+    if table.ranks is not None and table.rule.checks(table.t + 1):
         checksum = _checksum(table) + table.t
         numbers = [*[math.inf] * len(table.units), checksum, -checksum]
         answer = torch.tensor(numbers, dtype=torch.float64, device=device)

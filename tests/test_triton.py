@@ -7,11 +7,13 @@ the mark `gpu`); elsewhere Triton's interpreter runs them on the CPU (see confte
 """
 
 import copy
+import gc
 import importlib.util
 import io
 import math
 import pickle
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -947,7 +949,8 @@ def test_unscaling_rounds_as_torch_does():
     theirs.step()
     scaled_step(ours, 1000.0)
     close(ours.params[0].grad, p.grad, EPS * p.grad.abs(), "gradient")
-    assert torch.equal(ours.params[0].grad, (g * 1000.0) / 1000.0)
+    # By a tensor: CUDA divides by a Python number as it multiplies with its reciprocal.
+    assert torch.equal(ours.params[0].grad, (g * 1000.0) / torch.full_like(g, 1000.0))
     close(ours.params[0], p, 2 * EPS * (p.abs() + 1), "parameter")
 
 
@@ -1111,6 +1114,30 @@ def test_addresses_are_laid_out_once(monkeypatch):
     run = Run(True, stop_grad=False, tau=0.0, grace_steps=3).steps(8)
     assert len(built) <= 2
     assert run.opt.backend == "triton"
+
+
+def test_frozen_tensors_give_their_memory_back():
+    """Moments and previous gradients: a plan holds addresses, and nobody holds the tensors."""
+    run = Run(True, stop_grad=True).steps(2)
+    state = run.opt.state[run.params[1]]
+    held = [weakref.ref(state[key]) for key in ("exp_avg", "exp_avg_sq", "prev_grad")]
+    plan = run.steps(1).opt._plan
+    run.steps(2)
+    assert run.opt._plan is plan and run.opt.frozen_units == ["group0.param1"]
+    gc.collect()
+    assert [tensor() for tensor in held] == [None] * 3
+
+
+def test_the_default_device_of_torch_does_not_matter():
+    """torch.set_default_device, while a plan is laid out and steps are taken."""
+    ours, theirs = pair()
+    grads = [[gradient(t, i, p) for i, p in enumerate(ours.params)] for t in range(1, 7)]
+    for run in (ours, theirs):
+        run.step(grads[0])
+        with torch.device("meta"):
+            for row in grads[1:]:
+                run.step(row)
+    assert_same(ours, theirs)
 
 
 # Checkpoints and copies in the middle of a run -------------------------------------------------
@@ -1396,11 +1423,20 @@ def overflow_in_a_job():
     return runs[0].events
 
 
-def differing_in_a_job(fused):
-    """Rank 1 has another threshold from step 4 on; the step at which each rank hears of it."""
-    rank = torch.distributed.get_rank()
-    run = Run(fused, tau=1.0).steps(3)
-    run.opt.param_groups[0]["tau"] = 1.0 + rank
+def other_tau(opt, rank):
+    opt.param_groups[0]["tau"] = 1.0 + rank
+
+
+def thaw(opt, rank):
+    assert opt.frozen_units == opt.monitored_units
+    if rank == 1:
+        opt.thaw()
+
+
+def differing_in_a_job(fused, act, tau):
+    """Rank 1 does something else after step 5; the step at which each rank hears of it."""
+    run = Run(fused, tau=tau).steps(5)
+    act(run.opt, torch.distributed.get_rank())
     for _ in range(3):
         try:
             run.step()
@@ -1455,10 +1491,11 @@ def in_order(events, others):
 
 
 @pytest.mark.skipif(CUDA, reason="two processes would share one device")
-def test_ranks_that_differ_are_an_error_on_all():
+@pytest.mark.parametrize(("act", "tau"), [(other_tau, 1.0), (thaw, math.inf)])
+def test_ranks_that_differ_are_an_error_on_all(act, tau):
     """At the next check, which a device tells its host one step later."""
-    assert ranks.run(2, differing_in_a_job, False) == [(4, True)] * 2
-    assert ranks.run(2, differing_in_a_job, True) == [(5, True)] * 2
+    assert ranks.run(2, differing_in_a_job, False, act, tau) == [(6, True)] * 2
+    assert ranks.run(2, differing_in_a_job, True, act, tau) == [(7, True)] * 2
 
 
 # torch.compile --------------------------------------------------------------------------------
