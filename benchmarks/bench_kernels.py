@@ -6,11 +6,15 @@ On a GPU the fused kernels at full size, in device time; on the CPU the referenc
 Nothing is timed before it has agreed with the reference. Every row holds one measurement: the
 provider, AdamW of this project with nothing monitored (the anchor) and a copy on the same device
 take turns. README.md in this folder explains the columns.
+
+`--part tuning`, on a GPU: what other values of the constants of the kernels would cost, against
+those that they have.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator
@@ -248,6 +252,61 @@ def measure(
         gc.collect()
 
 
+# One constant of the kernels' module at a time. No value makes a block of all threads larger than
+# what a tensor is divided into, which is whole blocks.
+TUNING: list[tuple[str, int]] = [
+    ("MAX_REGISTERS", 128),
+    ("MAX_REGISTERS", 255),
+    ("THREADS", 64),
+    ("THREADS", 256),
+    ("_MAX_PROGRAMS_PER_TENSOR", 2048),
+    ("_MAX_PROGRAMS_PER_TENSOR", 8192),
+    ("_MAX_PROGRAMS_PER_TENSOR", 16384),
+]
+TUNED_CASE = "4096x11008"
+
+
+def tune(dtype: str, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per constant and setting, in turns with the kernels as they are."""
+    from grades_kernels import triton_kernels
+
+    @contextlib.contextmanager
+    def changed(name: str, value: int) -> Iterator[None]:
+        before = getattr(triton_kernels, name)
+        setattr(triton_kernels, name, value)
+        try:
+            yield
+        finally:
+            setattr(triton_kernels, name, before)
+
+    problem = Problem(CASES[TUNED_CASE], DTYPES[dtype], device)
+    copy, copied_bytes = harness.copier(device)
+    for setting in (Setting(), Setting("change"), Setting("change", "same_step")):
+        for name, value in TUNING:
+            # Read when a plan is laid out and when a kernel is launched: both happen in a step.
+            optimizer = grades(problem, setting)
+            call = changed(name, value)(optimizer.step)
+            anchor = grades(problem, setting).step
+            seconds, plain, copies = harness.alternate((call, anchor, copy), device, repeats)
+            n_bytes = setting.bytes_per_element(DTYPES[dtype]) * problem.n_elements
+            copy_rate = copied_bytes / harness.summary(copies)[0]
+            yield {
+                "case": TUNED_CASE,
+                "dtype": dtype,
+                "statistic": setting.statistic or "",
+                "timing": setting.timing if setting.statistic else "",
+                "constant": name,
+                "value": value,
+                "instead_of": getattr(triton_kernels, name),
+                "ms": harness.rounded(harness.summary(seconds)[0]),
+                "of_copy": harness.rounded(n_bytes / harness.summary(seconds)[0] / copy_rate),
+                "anchor_ms": harness.rounded(harness.summary(plain)[0]),
+                "anchor_of_copy": harness.rounded(n_bytes / harness.summary(plain)[0] / copy_rate),
+                "ratio": harness.rounded(harness.paired_ratio(seconds, plain)),
+                "repeats": repeats,
+            }
+
+
 def plot(rows: list[dict[str, Any]], path: Path, device: torch.device) -> None:
     """Share of the copy bandwidth per case, and time against the frozen share."""
     from matplotlib.figure import Figure
@@ -288,20 +347,28 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *SMALL_CASES])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--part", choices=("cases", "tuning"), default="cases")
     options = parser.parse_args()
     device = harness.pick_device(options.device)
     on_gpu = device.type == "cuda"
+    if options.part == "tuning":
+        if not on_gpu:
+            parser.error("--part tuning needs a GPU: there are no such constants elsewhere")
+        for dtype in options.dtypes:
+            new = harness.recorded("tuning-cuda", tune(dtype, device, options.repeats), device)
+            harness.print_table(f"{TUNED_CASE} {dtype}", list(new))
+        return
     cases = options.cases or (CASES if on_gpu else SMALL_CASES)
+    path = harness.RESULTS / f"kernels-{device.type}.csv"
     rows: list[dict[str, Any]] = []
     for dtype in options.dtypes:
         check(device, DTYPES[dtype])
         print(f"{dtype}: agrees with the reference")
         for case in cases:
             problem = Problem((CASES | SMALL_CASES)[case], DTYPES[dtype], device)
-            new = list(measure(case, dtype, device, options.repeats, problem))
-            path = harness.append_rows(f"kernels-{device.type}", new, device)
-            harness.print_table(f"{case} {dtype}", new)
-            rows += new
+            new = measure(case, dtype, device, options.repeats, problem)
+            rows += (new_rows := list(harness.recorded(path.stem, new, device)))
+            harness.print_table(f"{case} {dtype}", new_rows)
     plot(rows, path.with_suffix(".png"), device)
     print(f"written: {path} and {path.with_suffix('.png')}")
 

@@ -2,15 +2,21 @@
 
     python -m benchmarks.codegen [--quick] [--target sm_90 gfx942] [--save]
 
-Exits with 1 if a variant spills registers, or if it touches a tensor on its aligned path with less
-than 16 bytes per thread and access. There is no exception for mixed dtypes: a block is as large as
-16 bytes per thread of the narrowest tensor, so that a wider one takes two whole accesses.
+Exits with 1 if a variant spills registers, if it touches a tensor on its aligned path with less
+than 16 bytes per thread and access, or if the program that judges a unit could miss what other
+programs have measured. There is no exception for mixed dtypes: a block is as large as 16 bytes per
+thread of the narrowest tensor, so that a wider one takes two whole accesses.
 
 Both paths through a block, aligned and masked, are in the same machine code, and the masked one is
 narrow by right. They are told apart by the line table that the compiler writes beside each access:
 what comes from the body of an `if FULL:` is the aligned path. So that an access which the line
 table loses cannot pass, the bytes found there must be exactly those that the variant's tensors
 take: each once.
+
+The judge is the program with the last ticket of a unit; it sums shares that other programs have
+stored. That it sees them follows from a chain whose links are looked for in the machine code: the
+stores, a barrier of the program's threads, the ticket (an atomic addition that releases what came
+before it and acquires what others released, for the whole device), another barrier, the loads.
 """
 
 from __future__ import annotations
@@ -107,6 +113,19 @@ class Code(NamedTuple):
     registers: int
     spilled: int  # bytes of local memory per thread, or registers spilled
     shared: int  # bytes
+    unordered: list[str]  # links missing from the chain between shares and judge
+
+
+class Lines(NamedTuple):
+    """Where in the kernels' source the accesses stand that are looked for, by line number."""
+
+    aligned: set[int]  # on the aligned path alone: the bodies of `if FULL:`
+    shares: set[int]  # the stores of what a program has measured
+    ticket: set[int]
+    sums: set[int]  # the loads of what all programs of a unit have measured
+
+
+NOWHERE = Lines(set(), set(), set(), set())
 
 
 def variants(chosen: Iterable[str], quick: bool) -> Iterator[Variant]:
@@ -134,13 +153,29 @@ def load_kernels(path: Path | None) -> ModuleType:
     return module
 
 
-def aligned_lines(kernels: ModuleType) -> set[int]:
-    """Lines of the kernels' source that run on the aligned path alone: the bodies of `if FULL:`."""
-    lines: set[int] = set()
-    for node in ast.walk(ast.parse(Path(kernels.__file__).read_text())):
+def find_lines(kernels: ModuleType) -> Lines:
+    """The lines to look for, from the syntax tree of the kernels' source."""
+    tree = ast.parse(Path(kernels.__file__).read_text())
+    lines = Lines(set(), set(), set(), set())
+    (sums,) = (x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "_sum_shares")
+    inside_sums = set(ast.walk(sums))
+    for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "FULL":
-            lines.update(*(range(x.lineno, x.end_lineno + 1) for x in node.body))
+            for statement in node.body:
+                lines.aligned.update(_range(statement))
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node)
+            if call.startswith("tl.store(share"):
+                lines.shares.update(_range(node))
+            elif call.startswith("tl.atomic_add(tickets_ptr"):
+                lines.ticket.update(_range(node))
+            elif call.startswith("tl.load(") and node in inside_sums:
+                lines.sums.update(_range(node))
     return lines
+
+
+def _range(node: ast.stmt | ast.expr) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tuple[Any, int]:
@@ -197,18 +232,21 @@ def _compile(kernel, pointers, scalars, constants, target, options):
     return triton.compile(source, target=target, options=options)
 
 
-def inspect(compiled: Any, lines: set[int]) -> Code:
-    """Widths of the aligned path's accesses, and what the kernel takes of the processor."""
+def inspect(compiled: Any, lines: Lines) -> Code:
+    """Widths of the aligned path's accesses, what the kernel takes of the processor, its order."""
     shared = compiled.metadata.shared
     if "ptx" in compiled.asm:
         usage = _cuda_usage(compiled.asm["cubin"])
-        counts = _count(compiled.asm["ptx"], lines, _PTX_ACCESS, _ptx_access)
-        return Code(*counts, usage["REG"], usage["STACK"] + usage["LOCAL"], shared)
+        text = compiled.asm["ptx"]
+        counts = _count(text, lines.aligned, _PTX_ACCESS, _ptx_access)
+        local = usage["STACK"] + usage["LOCAL"]
+        return Code(*counts, usage["REG"], local, shared, unordered(text, lines, PTX))
     text = compiled.asm["amdgcn"]
     usage = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-    counts = _count(text, lines, _GCN_ACCESS, _gcn_access)
+    counts = _count(text, lines.aligned, _GCN_ACCESS, _gcn_access)
     spilled = usage["vgpr_spill_count"] + usage["sgpr_spill_count"]
-    return Code(*counts, usage["vgpr_count"], spilled + usage["private_segment_fixed_size"], shared)
+    spilled += usage["private_segment_fixed_size"]
+    return Code(*counts, usage["vgpr_count"], spilled, shared, unordered(text, lines, GCN))
 
 
 _LOC = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)", re.MULTILINE)
@@ -225,18 +263,74 @@ def _gcn_access(kind: str, unit: str, vector: str) -> tuple[bool, int]:
     return kind == "load", int(vector or 1) * _GCN_BYTES[unit]
 
 
-def _count(text, lines, pattern, parse) -> tuple[Counter, Counter]:
-    loads, stores, line, in_asm = Counter(), Counter(), 0, False
+def _instructions(text: str) -> Iterator[tuple[int, str]]:
+    """Every line of assembly with the line of the source that it comes from."""
+    line, in_asm = 0, False
     for instruction in text.splitlines():
         if "inline asm" in instruction:
             in_asm = "begin" in instruction
         if place := _LOC.match(instruction):
             # Inside inline assembly LLVM counts on from the line where it stands.
             line = line if in_asm else int(place[1])
-        elif line in lines and (access := pattern.search(instruction)):
+        else:
+            yield line, instruction
+
+
+def _count(text, lines, pattern, parse) -> tuple[Counter, Counter]:
+    loads, stores = Counter(), Counter()
+    for line, instruction in _instructions(text):
+        if line in lines and (access := pattern.search(instruction)):
             is_load, n_bytes = parse(*access.groups())
             (loads if is_load else stores)[n_bytes] += 1
     return loads, stores
+
+
+# What the links of the chain look like: of the instructions that stand between the last store of a
+# share and the first load for a sum, in the order in which they must come.
+PTX = {
+    # Other multiprocessors have stored the shares: not by way of the first-level cache (`.cg`), let
+    # alone the one for constants (`.nc`).
+    "load": re.compile(r"\bld\.global\.cg\.b"),
+    "chain": {
+        "a barrier before the ticket": re.compile(r"\bbar(rier)?\.(cta\.)?sync\b"),
+        "a ticket that releases and acquires": re.compile(
+            r"\batom(?=\S*\.acq_rel)(?=\S*\.(gpu|sys))\S*\.add\b"
+        ),
+        "a barrier after the ticket": re.compile(r"\bbar(rier)?\.(cta\.)?sync\b"),
+    },
+}
+GCN = {
+    "load": re.compile(r"\b(global|buffer|flat)_load_"),
+    "chain": {
+        "a barrier before the ticket": re.compile(r"\bs_barrier\b"),
+        "a release before the ticket": re.compile(r"\bbuffer_wbl2 sc1\b"),
+        "a wait for the release": re.compile(r"\bs_waitcnt vmcnt\(0\)"),
+        "a ticket": re.compile(r"\bglobal_atomic_add\b"),
+        "a wait for the ticket": re.compile(r"\bs_waitcnt vmcnt\(0\)"),
+        "an acquisition after the ticket": re.compile(r"\bbuffer_inv sc1\b"),
+        "a barrier after the ticket": re.compile(r"\bs_barrier\b"),
+    },
+}
+_STORE = re.compile(r"\b(st\.global|(global|buffer|flat)_store_)")
+_LOAD = re.compile(r"\b(ld\.global|(global|buffer|flat)_load_)")
+_ATOMIC = re.compile(r"\b(atom\.|red\.|(global|buffer|flat)_atomic_)")
+
+
+def unordered(text: str, lines: Lines, links: dict[str, Any]) -> list[str]:
+    """What is missing between the shares that a program stores and those that a judge loads."""
+    code = list(_instructions(text))
+    stores = [n for n, (at, x) in enumerate(code) if at in lines.shares and _STORE.search(x)]
+    tickets = [n for n, (at, x) in enumerate(code) if at in lines.ticket and _ATOMIC.search(x)]
+    loads = [n for n, (at, x) in enumerate(code) if at in lines.sums and _LOAD.search(x)]
+    if not (stores and len(tickets) == 1 and loads and max(stores) < tickets[0] < min(loads)):
+        return ["shares, ticket and sums are not in this order"]
+    past_cache = all(links["load"].search(code[n][1]) for n in loads)
+    missing = [] if past_cache else ["sums are read through the first-level cache"]
+    between = iter(x for _, x in code[max(stores) + 1 : min(loads)])
+    for name, link in links["chain"].items():
+        if not any(map(link.search, between)):  # goes on behind the link before
+            return [*missing, f"lacks {name}"]
+    return missing
 
 
 def _cuda_usage(cubin: bytes) -> dict[str, int]:
@@ -251,6 +345,7 @@ def _cuda_usage(cubin: bytes) -> dict[str, int]:
 
 def faults(variant: Variant, code: Code, elements_per_thread: int) -> list[str]:
     found = ["spills registers"] if code.spilled else []
+    found += code.unordered if variant.measure else []
     for name, counts, dtypes in zip(
         ("loads", "stores"), (code.loads, code.stores), variant.accesses(), strict=True
     ):
@@ -276,7 +371,7 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write results/codegen.csv anew")
     options = parser.parse_args()
     kernels = load_kernels(options.kernels)
-    lines, start = aligned_lines(kernels), time.perf_counter()
+    lines, start = find_lines(kernels), time.perf_counter()
     dtypes = options.dtypes or (QUICK_DTYPES if options.quick else DTYPES)
     rows = []
     for name in options.target or (QUICK_TARGETS if options.quick else TARGETS):
@@ -285,7 +380,7 @@ def main() -> int:
             code = inspect(compiled, lines)
             rows.append(_row(name, variant, code, faults(variant, code, per_thread)))
         for other, compile_other in (("judge", compile_judge), ("begin", compile_begin)):
-            code = inspect(compile_other(kernels, TARGETS[name]), set())
+            code = inspect(compile_other(kernels, TARGETS[name]), NOWHERE)
             rows.append(_row(name, other, code, ["spills registers"] if code.spilled else []))
     harness.print_table("Machine code of the kernels (widths: aligned path, per thread)", rows)
     bad = [row for row in rows if row["faults"]]

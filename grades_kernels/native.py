@@ -205,7 +205,7 @@ def _run(
     if any(map(Tensor.is_neg, grads)):
         positive = [g.resolve_neg() for g in grads]
     chosen = tasks if everything else [task for task in tasks if task]
-    sums = torch.empty((len(chosen), 3), dtype=torch.float64)
+    sums = torch.empty((len(chosen), 3), dtype=torch.float64, device="cpu")
     torch.ops.grades_kernels.adamw_.default(
         params,
         positive,

@@ -226,7 +226,7 @@ def _draw(seed: int) -> _Problem:
     noise = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=noise, dtype=torch.float64)
+        return torch.randn(shape, generator=noise, dtype=torch.float64, device="cpu")
 
     blocks = [_draw_block(rng, f"layers.{k}") for k in range(rng.randint(2, 4))]
     shapes = [shape for block in blocks for shape in block.values()]

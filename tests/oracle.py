@@ -191,6 +191,8 @@ class Oracle:
         if not np.isfinite(parts).all() or not all(np.isfinite(grads[i]).all() for i in members):
             return self.void("not finite")
         if kind == "signal":
+            if sum(roots) == 0:  # steps, but none with a gradient
+                return self.void("not finite")
             return float(sum(parts) / sum(roots))
         if kind == "weight_change" and sum(parts) == 0:
             return self.void("no movement")
