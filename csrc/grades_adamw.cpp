@@ -19,6 +19,7 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -70,6 +71,7 @@ struct Work {
   double old_step;
   bool is_double = false;  // some tensor is fp64, so all is computed in it
   bool is_bf16 = false;    // every tensor is bf16 and in order
+  bool is_fp16 = false;    // every tensor is fp16 and in order
   bool is_direct = false;  // no tensor has to be converted, put in order or copied
 
   bool does(int64_t task) const { return tasks & task; }
@@ -103,7 +105,7 @@ namespace avx2 {
 }
 END_TARGET
 
-BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,f16c,prefer-vector-width=512")
+BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,f16c")
 namespace avx512 {
 #include "kernel.h"
 }
@@ -117,6 +119,13 @@ struct Clone {
   void (*run_block)(const Work&, int64_t, int64_t, double, double*);
 };
 
+#if defined(__x86_64__)
+bool has_f16c() {  // Clang 14 has no __builtin_cpu_supports("f16c")
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // The fastest first.
 const std::vector<Clone>& clones() {
   static const std::vector<Clone> all = {
@@ -125,7 +134,7 @@ const std::vector<Clone>& clones() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"),
        avx512::run_block},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::run_block},
+      {"avx2", __builtin_cpu_supports("avx2") && has_f16c(), avx2::run_block},
 #endif
       {"portable", true, portable::run_block},
   };
@@ -258,14 +267,15 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
     if (work.param.strided && lie_alike(arrays, n_arrays)) {
       for (size_t a = 0; a < n_arrays; ++a) arrays[a]->strided = false;
     }
-    work.is_bf16 = true;
+    work.is_bf16 = work.is_fp16 = true;
     work.is_direct = work.statistic != Statistic::weight_change;
     for (size_t a = 0; a < n_arrays; ++a) {
       work.is_double |= arrays[a]->dtype == DType::fp64;
       work.is_bf16 &= arrays[a]->dtype == DType::bf16 && !arrays[a]->strided;
+      work.is_fp16 &= arrays[a]->dtype == DType::fp16 && !arrays[a]->strided;
       work.is_direct &= arrays[a]->dtype == work.param.dtype && !arrays[a]->strided;
     }
-    work.is_direct &= size_of(work.param.dtype) >= 4 || (work.is_bf16 && work.tasks == kUpdate);
+    work.is_direct &= size_of(work.param.dtype) >= 4;
     read_step(steps[k], false);
   }
 

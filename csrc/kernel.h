@@ -38,6 +38,7 @@ INLINE float number(uint32_t u) {
 template <class T>
 struct Plain {
   using Wide = T;
+  static constexpr int kTogether = 1;
   T stored;
   INLINE T get() const { return stored; }
   INLINE void set(T x) { stored = x; }
@@ -45,18 +46,25 @@ struct Plain {
 
 struct BFloat16 {
   using Wide = float;
+  static constexpr int kTogether = 2;
   uint16_t stored;
   INLINE float get() const { return number(uint32_t(stored) << 16); }
-  // Rounds to nearest even; a NaN stays one, with torch's bits.
-  INLINE void set(float x) {
-    const uint32_t u = bits(x), rounded = u + 0x7fffu + ((u >> 16) & 1u);
-    stored = uint16_t((x == x ? rounded : 0x7fc00000u) >> 16);
+  INLINE void set(float x) { stored = uint16_t(rounded(x) >> 16); }
+  // In the upper half, to nearest even; a NaN stays one, with torch's bits.
+  INLINE static uint32_t rounded(float x) {
+    const uint32_t u = bits(x);
+    return x == x ? u + 0x7fffu + ((u >> 16) & 1u) : 0x7fc00000u;
   }
 };
 
 // Works on the bits of a float: a power of two moves the exponent.
 struct Half {
   using Wide = float;
+#ifdef USE_F16C
+  static constexpr int kTogether = 8;
+#else
+  static constexpr int kTogether = 1;
+#endif
   uint16_t stored;
   INLINE float get() const {
     const uint32_t magnitude = uint32_t(stored & 0x7fffu) << 13;
@@ -77,6 +85,43 @@ struct Half {
   }
 };
 
+// `kTogether` neighbours, in the way that suits vectors best, and one of those that are left.
+
+template <class Stored, class Wide>
+INLINE void read(const Stored* x, Wide (&to)[1]) {
+  to[0] = x->get();
+}
+
+template <class Stored, class Wide>
+INLINE void write(Stored* x, const Wide (&from)[1]) {
+  x->set(from[0]);
+}
+
+// Two in a word of 32 bits, so that no vector is widened or narrowed.
+INLINE void read(const BFloat16* x, float (&to)[2]) {
+  uint32_t both;
+  __builtin_memcpy(&both, x, sizeof both);
+  to[0] = number(both << 16);
+  to[1] = number(both & 0xffff0000u);
+}
+
+INLINE void write(BFloat16* x, const float (&from)[2]) {
+  const uint32_t both =
+      BFloat16::rounded(from[0]) >> 16 | (BFloat16::rounded(from[1]) & 0xffff0000u);
+  __builtin_memcpy(x, &both, sizeof both);
+}
+
+#ifdef USE_F16C  // compilers do not vectorize these conversions by themselves
+INLINE void read(const Half* x, float (&to)[8]) {
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+
+INLINE void write(Half* x, const float (&from)[8]) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x),
+                   _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 template <class Stored, class Wide>
 NOINLINE void widen(Wide* __restrict to, const void* from, int64_t n) {
   auto x = static_cast<const Stored*>(from);
@@ -89,15 +134,12 @@ NOINLINE void narrow(void* to, const Wide* __restrict from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i].set(typename Stored::Wide(from[i]));
 }
 
-#ifdef USE_F16C  // compilers do not vectorize these conversions by themselves
+#ifdef USE_F16C
 template <>
 NOINLINE void widen<Half, float>(float* __restrict to, const void* from, int64_t n) {
   auto x = static_cast<const Half*>(from);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
-  }
+  for (; i + 8 <= n; i += 8) read(x + i, reinterpret_cast<float(&)[8]>(to[i]));
   for (; i < n; ++i) to[i] = x[i].get();
 }
 
@@ -105,10 +147,7 @@ template <>
 NOINLINE void narrow<Half, float>(void* to, const float* __restrict from, int64_t n) {
   auto x = static_cast<Half*>(to);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x + i), eight);
-  }
+  for (; i + 8 <= n; i += 8) write(x + i, reinterpret_cast<const float(&)[8]>(from[i]));
   for (; i < n; ++i) x[i].set(from[i]);
 }
 #endif
@@ -228,32 +267,58 @@ NOINLINE void add_differences(AbsSum& sum, Wide sign, const Wide* x, const Wide*
   add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(sign * x[i] - y[i]); });
 }
 
-// AdamW as torch's reference computes it, in the same order of operations.
+template <class Wide>  // the coefficients as the update uses them
+struct Rule {
+  Wide sign, beta2, square_weight, decay, correction, step_size, eps;
+  bool near_m;  // as torch's lerp, from the nearer of its two ends; `weight` counts from there
+  Wide weight;
+
+  INLINE explicit Rule(const Coefficients& c)
+      : sign(Wide(c.sign)),
+        beta2(Wide(c.beta2)),
+        square_weight(Wide(1 - c.beta2)),
+        decay(Wide(c.decay)),
+        correction(Wide(c.sqrt_bias_correction2)),
+        step_size(Wide(c.step_size)),
+        eps(Wide(c.eps)),
+        near_m(Wide(1 - c.beta1) < Wide(0.5)),
+        weight(near_m ? Wide(1 - c.beta1) : Wide(1 - c.beta1) - Wide(1)) {}
+};
+
+// AdamW as torch's reference computes it, in the same order of operations, on N neighbours from i.
+template <int N, bool AMSGRAD, class S, class Wide>
+INLINE void update(const Rule<Wide>& c, S* p, const S* g, S* m, S* v, S* v_max, int64_t i) {
+  Wide ps[N], gs[N], ms[N], vs[N], maxs[N];
+  read(p + i, ps);
+  read(g + i, gs);
+  read(m + i, ms);
+  read(v + i, vs);
+  if (AMSGRAD) read(v_max + i, maxs);
+  for (int k = 0; k < N; ++k) {
+    const Wide signed_g = c.sign * gs[k], away = signed_g - ms[k];
+    ms[k] = (c.near_m ? ms[k] : signed_g) + c.weight * away;
+    vs[k] = vs[k] * c.beta2 + (c.square_weight * signed_g) * signed_g;
+    if (AMSGRAD) {
+      const bool larger = (vs[k] > maxs[k]) | (vs[k] != vs[k]);  // NaN wins, as in torch
+      maxs[k] = larger ? vs[k] : maxs[k];
+    }
+    const Wide denominator = root(AMSGRAD ? maxs[k] : vs[k]) / c.correction + c.eps;
+    ps[k] = (ps[k] - ps[k] * c.decay) - (c.step_size * ms[k]) / denominator;
+  }
+  write(p + i, ps);
+  write(m + i, ms);
+  write(v + i, vs);
+  if (AMSGRAD) write(v_max + i, maxs);
+}
+
 template <class S, bool AMSGRAD>
 NOINLINE void update(const Coefficients& c, S* __restrict p, const S* __restrict g,
                      S* __restrict m, S* __restrict v, S* __restrict v_max, int64_t n) {
-  using Wide = typename S::Wide;
-  const Wide sign = Wide(c.sign), weight = Wide(1 - c.beta1), other_weight = Wide(1) - weight;
-  const Wide beta2 = Wide(c.beta2), square_weight = Wide(1 - c.beta2), decay = Wide(c.decay);
-  const Wide correction = Wide(c.sqrt_bias_correction2), step_size = Wide(c.step_size);
-  const Wide eps = Wide(c.eps);
-  const bool near_m = weight < Wide(0.5);  // as torch's lerp: the form exact at the nearer end
-  for (int64_t i = 0; i < n; ++i) {
-    const Wide signed_g = sign * g[i].get(), old_m = m[i].get(), away = signed_g - old_m;
-    const Wide new_m = near_m ? old_m + weight * away : signed_g - away * other_weight;
-    const Wide new_v = v[i].get() * beta2 + (square_weight * signed_g) * signed_g;
-    m[i].set(new_m);
-    v[i].set(new_v);
-    Wide largest_v = new_v;
-    if (AMSGRAD) {
-      const Wide old_max = v_max[i].get();
-      largest_v = (new_v > old_max) | (new_v != new_v) ? new_v : old_max;  // NaN wins, as in torch
-      v_max[i].set(largest_v);
-    }
-    const Wide denominator = root(largest_v) / correction + eps;
-    const Wide old_p = p[i].get(), decayed = old_p - old_p * decay;
-    p[i].set(decayed - (step_size * new_m) / denominator);
-  }
+  const Rule<typename S::Wide> rule(c);
+  constexpr int N = S::kTogether;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) update<N, AMSGRAD>(rule, p, g, m, v, v_max, i);
+  for (; i < n; ++i) update<1, AMSGRAD>(rule, p, g, m, v, v_max, i);
 }
 
 template <class S>
@@ -273,19 +338,21 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
   const Coefficients& c = work.coefficients;
   const Statistic statistic = work.statistic;
   const bool updates = work.does(kUpdate), amsgrad = work.does(kAmsgrad);
-  // Where all is bf16, the update converts in registers: half the time of going through buffers.
-  const bool reads_g = !work.is_bf16 || work.tasks != kUpdate;
+  // Where all is bf16, or all is fp16, the update converts in registers: half the time of going
+  // through buffers.
+  const bool in_registers = work.is_bf16 || (work.is_fp16 && Half::kTogether > 1);
+  const bool only_updates = in_registers && work.tasks == kUpdate;
   AbsSum numerator, denominator, magnitude;
   Chunk<Wide> p, g, m, v, v_max, prev;
   Wide old_p[kChunk];
   const bool uses_prev = statistic == Statistic::change || work.does(kKeep);
-  const int64_t longest = !work.is_direct                ? kChunk
-                          : uses_prev                    ? kPrevGradChunk
-                          : statistic == Statistic::none ? end - first
-                                                         : kMeasureChunk;
+  const int64_t longest = !(work.is_direct || only_updates) ? kChunk
+                          : uses_prev                       ? kPrevGradChunk
+                          : statistic == Statistic::none    ? end - first
+                                                            : kMeasureChunk;
   for (int64_t n; first < end; first += n) {
     n = end - first < longest ? end - first : longest;
-    if (reads_g) g.load(work.grad, first, n);
+    if (!only_updates) g.load(work.grad, first, n);
     if (work.does(kUnscale)) {
       const Wide scale = Wide(grad_scale);
       for (int64_t i = 0; i < n; ++i) g.data[i] /= scale;
@@ -316,13 +383,17 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
       case Statistic::norm:
         break;
     }
-    if (updates && work.is_bf16) {
+    if (updates && in_registers) {
       p.at(work.param, first, n);
       g.at(work.grad, first, n);
       m.at(work.exp_avg, first, n);
       v.at(work.exp_avg_sq, first, n);
       if (amsgrad) v_max.at(work.max_exp_avg_sq, first, n);
-      update<BFloat16>(c, p.stored, g.stored, m.stored, v.stored, v_max.stored, n);
+      if (work.is_bf16) {
+        update<BFloat16>(c, p.stored, g.stored, m.stored, v.stored, v_max.stored, n);
+      } else {
+        update<Half>(c, p.stored, g.stored, m.stored, v.stored, v_max.stored, n);
+      }
     } else if (updates) {
       p.load(work.param, first, n);
       m.load(work.exp_avg, first, n);
