@@ -103,7 +103,9 @@ def _device_seconds(call: Callable[[], Any], device: torch.device, head_start: i
 
 def summary(seconds: Sequence[float], per_second: float = 1e3) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile; in milliseconds unless told otherwise."""
-    low, *_, high = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 2
+    low, *_, high = (
+        statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 2
+    )
     return statistics.median(seconds) * per_second, low * per_second, high * per_second
 
 

@@ -34,8 +34,10 @@ from .gathering import GatheringAdamW, Layout
 from .reference import _single_tensor_grades_adamw
 from .report import FreezeEvent, FreezeReport, UnitReport
 from .savings import (
+    COMPILE_SEES_WAVES,
     MOMENTS,
     ReentrantWatch,
+    anything_compiled,
     frozen_prefix,
     memory_of,
     nothing_held,
@@ -623,6 +625,14 @@ class GradESAdamW(GatheringAdamW):
 
     def _count_wave(self) -> None:
         self._waves += 1
+        if not COMPILE_SEES_WAVES:
+            if anything_compiled():
+                self._warn_once(
+                    "torch.compile before torch 2.12 does not notice that frozen weights need no "
+                    "gradients and goes on computing them. Call torch.compiler.reset() after a "
+                    "freeze (in a freeze hook, say) to have the model compiled without them."
+                )
+            return
         left = recompilations_left(self._waves)
         told = any(message.startswith("torch.compile") for message in self._warned)
         if left is not None and left <= 1 and not self._table.all_frozen and not told:

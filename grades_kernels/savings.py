@@ -106,17 +106,24 @@ def wrapped_anew(ddp: DistributedDataParallel) -> nn.Module:
     return new
 
 
+# Before 2.12 torch.compile has no guard on whether a parameter needs a gradient: the model is not
+# compiled anew, and its backward pass goes on computing gradients that nobody keeps.
+COMPILE_SEES_WAVES = torch.__version__ >= "2.12"
+
+
+def anything_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.utils.counters["stats"].get("unique_graphs"))
+
+
 def recompilations_left(waves: int) -> int | None:
     """How often a compiled model can still be recompiled for a new wave; None: none is compiled.
 
     Every wave changes which tensors need gradients, which torch.compile guards on. Past
     `torch._dynamo.config.recompile_limit` it runs the model eagerly for the rest of the run.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not dynamo.utils.counters["stats"].get("unique_graphs"):
-        return None
-    limit = getattr(dynamo.config, "recompile_limit", None)  # absent before torch 2.7
-    return None if limit is None else limit - 1 - waves
+    return torch._dynamo.config.recompile_limit - 1 - waves if anything_compiled() else None
 
 
 def memory_of(

@@ -9,6 +9,7 @@ reference run has measured, so both sides must decide alike.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -164,25 +165,21 @@ def _served(
             f"Invalid backend: {backend!r} (choose one of {', '.join(map(repr, BACKENDS))})"
         )
     chosen: dict[torch.dtype, dict[str, bool | None]] = {}
-    reason = ""
     for dtype in DTYPES:
         probe = [torch.zeros(1, dtype=dtype, device=device)]
         chosen[dtype] = {}
         for fused in (False, None, True):
-            try:
+            with contextlib.suppress(RuntimeError):
                 chosen[dtype].setdefault(choose(probe, fused), fused)
-            except RuntimeError as error:
-                reason = reason or str(error).split(". Use")[0]
     if backend is None:
         backend = [*chosen[torch.float32]][-1]
     flags = {dtype: names[backend] for dtype, names in chosen.items() if backend in names}
     if backend == "reference":
         flags = {dtype: flags[dtype] for dtype in (torch.float32, torch.float64)}
     if not flags:
-        if not reason:  # fused=True is possible there, but means another implementation
-            probe = [torch.zeros(1, device=device)]
-            why_not = why_not_native if backend == "native" else why_not_triton
-            reason = why_not(probe) or f"there {[*chosen[torch.float32]]} can"
+        probe = [torch.zeros(1, device=device)]
+        why_not = why_not_native if backend == "native" else why_not_triton
+        reason = why_not(probe) or f"there {[*chosen[torch.float32]]} can"
         raise RuntimeError(f"{backend!r} cannot run on {device}: {reason}")
     return backend, flags
 
@@ -275,7 +272,7 @@ def _draw(seed: int) -> _Problem:
             for t in range(steps)
         ],
         grads=_draw_grads(rng, normal, shapes, steps),
-        wide_grads=rng.random() < 0.3 and hasattr(torch.Tensor, "grad_dtype"),
+        wide_grads=rng.random() < 0.3,
         thawed_after=rng.randint(steps // 2, steps - 2) if rng.random() < 0.25 else None,
         watched=rng.random() < 0.5,
     )

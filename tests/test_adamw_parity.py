@@ -31,10 +31,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
-from torch.testing._internal.common_optimizers import (
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    optim_db,
-)
+from torch_inputs import ADAMW, common_optimizers, needs_torch_inputs
 
 from grades_kernels import GradESAdamW
 
@@ -303,20 +300,22 @@ def test_default_dtype_float64(mode):
     assert twins.ours.state[twins.left[0]]["step"].dtype == torch.float64
 
 
-ADAMW = next(info for info in optim_db if info.optim_cls is AdamW)
-TORCH_INPUTS = {
-    f"{str(dtype).removeprefix('torch.')}-{sample.desc}": (dtype, sample.kwargs)
-    for dtype in DTYPES
-    for sample in ADAMW.optim_inputs_func(device="cpu", dtype=dtype)
-}
-TORCH_FLAG_INPUTS = {
-    sample.desc: sample.kwargs
-    for sample in _get_optim_inputs_including_global_cliquey_kwargs(
-        "cpu", torch.float32, ADAMW, skip=("fused", "differentiable")
-    )
-}
+TORCH_INPUTS, TORCH_FLAG_INPUTS = {}, {}
+if ADAMW is not None:
+    TORCH_INPUTS = {
+        f"{str(dtype).removeprefix('torch.')}-{sample.desc}": (dtype, sample.kwargs)
+        for dtype in DTYPES
+        for sample in ADAMW.optim_inputs_func(device="cpu", dtype=dtype)
+    }
+    TORCH_FLAG_INPUTS = {
+        sample.desc: sample.kwargs
+        for sample in common_optimizers._get_optim_inputs_including_global_cliquey_kwargs(
+            "cpu", torch.float32, ADAMW, skip=("fused", "differentiable")
+        )
+    }
 
 
+@needs_torch_inputs
 @every_mode
 @pytest.mark.parametrize("dtype, kwargs", TORCH_INPUTS.values(), ids=TORCH_INPUTS)
 def test_torch_sample_inputs(mode, dtype, kwargs):
@@ -324,6 +323,7 @@ def test_torch_sample_inputs(mode, dtype, kwargs):
     Twins(lambda: small_parameters(dtype), mode, **kwargs).train(5)
 
 
+@needs_torch_inputs
 @pytest.mark.parametrize("kwargs", TORCH_FLAG_INPUTS.values(), ids=TORCH_FLAG_INPUTS)
 def test_torch_sample_inputs_with_implementation_flags(kwargs):
     """torch's configurations with foreach on and off equal AdamW with the same flag."""

@@ -46,7 +46,6 @@ GRACE = 4
 SAVE_AT = (2, 4, 5, 7, 10, 12)
 """Before the grace step, on it, one hit of two, freezes and cooldowns half done, nearly all."""
 
-HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 COUNTERS = {"grades_frozen_at", "grades_decided_at", "grades_hits", "grades_prev_step", "grades_t"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -214,21 +213,19 @@ CASES: dict[str, Case] = {
     "masked-only": Case(options=dict(stop_grad=False)),
     "bf16": Case(dtype=BF16),
     "bf16-momentum": Case(dtype=BF16, options=dict(statistic="momentum", amsgrad=True)),
+    "bf16-any-grad": Case(dtype=BF16, grad_dtype=torch.float32, any_grad_dtype=True),
+    # The checkpoint may be wider than the gradients; what is kept must stay exact.
+    "bf16-any-grad-narrow": Case(dtype=BF16, grad_dtype=BF16, any_grad_dtype=True),
 }
 IDLE_CASE = Case(options=dict(max_frozen=0.5), idle=("k_proj",))
-FP32_GRAD_CASES: dict[str, Case] = {}
-if HAS_GRAD_DTYPE:
-    CASES["bf16-any-grad"] = Case(dtype=BF16, grad_dtype=torch.float32, any_grad_dtype=True)
-    # The checkpoint may be wider than the gradients; what is kept must stay exact.
-    CASES["bf16-any-grad-narrow"] = Case(dtype=BF16, grad_dtype=BF16, any_grad_dtype=True)
-    # torch.distributed.checkpoint primes a new optimizer with gradients of the parameter's
-    # dtype, which torch refuses where grad_dtype says float32: these travel the other ways.
-    FP32_GRAD_CASES = {
-        "bf16-fp32-grad": Case(dtype=BF16, grad_dtype=torch.float32),
-        "bf16-fp32-grad-next_step": Case(
-            dtype=BF16, grad_dtype=torch.float32, options=dict(freeze_timing="next_step")
-        ),
-    }
+# torch.distributed.checkpoint primes a new optimizer with gradients of the parameter's
+# dtype, which torch refuses where grad_dtype says float32: these travel the other ways.
+FP32_GRAD_CASES = {
+    "bf16-fp32-grad": Case(dtype=BF16, grad_dtype=torch.float32),
+    "bf16-fp32-grad-next_step": Case(
+        dtype=BF16, grad_dtype=torch.float32, options=dict(freeze_timing="next_step")
+    ),
+}
 
 
 @dataclasses.dataclass

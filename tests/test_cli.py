@@ -1,8 +1,10 @@
 """The command line: flags reach the job, mistakes end with status 2 and a sentence on stderr."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 import grades_kernels
 from grades_kernels import cli, demo, functional
 from grades_kernels.cli import main
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -165,7 +169,11 @@ def test_whole_demo_as_a_module(tmp_path):
     """The command as users type it, in a process of its own and without a terminal."""
     command = [sys.executable, "-m", "grades_kernels", "demo", "--quick", "--steps", "60"]
     done = subprocess.run(
-        [*command, "--out", "results"], cwd=tmp_path, capture_output=True, text=True
+        [*command, "--out", "results"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # nothing need be installed
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for text in ("How tau is found", "Freeze report after", "What did not pay", "Saved in results"):

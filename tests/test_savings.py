@@ -119,6 +119,13 @@ def test_a_wave_waits_for_a_sixth_of_the_units():
     assert stopped(model) == ["layers.3.up_proj.weight", "layers.5.up_proj.weight"]
 
 
+needs_guard = pytest.mark.skipif(
+    not optimizer_module.COMPILE_SEES_WAVES,
+    reason="before torch 2.12 torch.compile does not guard on requires_grad",
+)
+
+
+@needs_guard
 def test_a_compiled_model_is_recompiled_at_most_six_times_and_never_runs_eagerly():
     """28 units that freeze one by one: one at a time would exhaust the limit of 8."""
     from torch._dynamo.testing import CompileCounter
@@ -140,6 +147,7 @@ def test_a_compiled_model_is_recompiled_at_most_six_times_and_never_runs_eagerly
     torch._dynamo.reset()
 
 
+@needs_guard
 def test_one_freeze_at_a_time_would_run_eagerly(monkeypatch):
     """Negative control of the test above: without waves the limit is exhausted."""
     monkeypatch.setattr(
@@ -151,8 +159,22 @@ def test_one_freeze_at_a_time_would_run_eagerly(monkeypatch):
         test_a_compiled_model_is_recompiled_at_most_six_times_and_never_runs_eagerly()
 
 
+def test_a_compiler_that_cannot_see_freezes_is_announced(monkeypatch):
+    """Once, and only where something has been compiled."""
+    model, opt = build()
+    monkeypatch.setattr(optimizer_module, "COMPILE_SEES_WAVES", False)
+    for compiled in (False, True):
+        monkeypatch.setattr(optimizer_module, "anything_compiled", lambda on=compiled: on)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            freeze(opt, *opt.monitored_units[: 2 + 2 * compiled])
+            train(model, opt, 2)
+        assert ["torch.compiler.reset()" in str(w.message) for w in caught] == [True] * compiled
+
+
 def test_the_limit_of_torch_compile_is_announced(monkeypatch):
     model, opt = build()
+    monkeypatch.setattr(optimizer_module, "COMPILE_SEES_WAVES", True)
     monkeypatch.setattr(optimizer_module, "recompilations_left", lambda waves: 2 - waves)
     with pytest.warns(UserWarning, match=r"near its limit: 1 times.*after 1 more.*recompile_limit"):
         freeze(opt, "layers.0.up_proj.weight")

@@ -1015,7 +1015,6 @@ def test_stop_grad_false_only_masks():
 # fp32 gradients on bf16 parameters
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs Tensor.grad_dtype")
 @pytest.mark.parametrize("statistic", ["change", "norm", "momentum"])
 def test_fp32_gradients_on_bf16_parameters(statistic):
     """The gradient is used as it is: 1 + 2^-12 is not a bf16 number."""
@@ -1038,7 +1037,6 @@ def test_fp32_gradients_on_bf16_parameters(statistic):
         assert opt.state[p]["prev_grad"].dtype is torch.float32
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs Tensor.grad_dtype")
 def test_a_previous_gradient_of_another_dtype_is_still_the_previous_gradient():
     p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
     p.grad_dtype = None  # any dtype
