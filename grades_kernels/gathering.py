@@ -142,6 +142,11 @@ class GatheringAdamW(CheckpointedAdamW):
                         f"the gradient of parameter {j} of group {i} has shape "
                         f"{tuple(grad.shape)}, the parameter {tuple(p.shape)}."
                     )
+                if grad.device != p.device:
+                    raise ValueError(
+                        f"the gradient of parameter {j} of group {i} is on {grad.device}, the "
+                        f"parameter on {p.device}: it was moved after backward()."
+                    )
                 if group["capturable"]:
                     capturable_devices = capturable_devices or _capturable_devices()
                     if p.device.type not in capturable_devices:
@@ -218,7 +223,7 @@ class GatheringAdamW(CheckpointedAdamW):
                 if uses_prev:
                     state["prev_grad"] = torch.zeros_like(p, dtype=dtype)
                     unit.prev_step = NEVER
-            elif held.dtype != dtype or not same_memory_order(held, p):
+            elif held.dtype != dtype or held.device != p.device or not same_memory_order(held, p):
                 state["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(held)
         states = [self.state[p] for p, _ in members]
         return gathered._replace(

@@ -191,7 +191,7 @@ class GradESAdamW(GatheringAdamW):
         self._watch: ReentrantWatch | None = None
         self._waves = 0
         self._ddp_is_outdated = False
-        self._chosen: tuple[Any, ...] = (self, None, None, "")
+        self._chosen: tuple[Any, ...] = (self, "")
         self._plan: Plan | None = None
         self._layout: Layout | None = None
         self._outdated_plans: list[Plan] = []
@@ -698,19 +698,23 @@ class GradESAdamW(GatheringAdamW):
         return "reference"
 
     def _choice(self) -> str:
-        """What can serve this rank; asked for in every step, so kept until something changes."""
-        asked = self._fused()
+        """What can serve this rank; asked for in every step, so kept until something changes.
+
+        `model.to(...)` moves and casts the very tensors that the optimizer holds.
+        """
+        asked, params = self._fused(), self._all_params()
         flags = {(group["differentiable"], group["foreach"]) for group in self.param_groups}
-        if self._chosen[0] is not self._built_for or self._chosen[1:3] != (asked, flags):
+        kinds = [p.device for p in params], [p.dtype for p in params]
+        if self._chosen[0] is not self._built_for or self._chosen[1:-1] != (asked, flags, kinds):
             name = choose(
-                self._all_params(),
+                params,
                 asked,
                 differentiable=any(differentiable for differentiable, _ in flags),
                 foreach=any(foreach for _, foreach in flags),
                 units=self._members.values(),
             )
-            self._chosen = (self._built_for, asked, flags, name)
-        return self._chosen[3]
+            self._chosen = (self._built_for, asked, flags, kinds, name)
+        return self._chosen[-1]
 
     def _current_table(self) -> FreezeTable:
         """The freeze table, rebuilt if tensors, statistics or what is monitored have changed."""

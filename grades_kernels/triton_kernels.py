@@ -898,6 +898,11 @@ class _Part:
                     f"in float32 on the parameter's device, {p.device}."
                 )
             for x in (group.exp_avgs[i], group.exp_avg_sqs[i], *group.max_exp_avg_sqs[i : i + 1]):
+                if x.device != p.device:
+                    raise ValueError(
+                        f"a moment of parameter {i} is on {x.device}, the parameter on {p.device}: "
+                        "move the optimizer's state where the model has been moved."
+                    )
                 if not same_memory_order(x, p):
                     raise ValueError(
                         f"a moment of parameter {i} has strides {x.stride()}, the parameter "

@@ -672,6 +672,21 @@ def test_complex_state_stays_complex():
     assert optimizer.monitored_units == ["group0.param1"]
 
 
+def test_a_cast_model_finds_the_implementation_that_serves_it():
+    """model.to(...) swaps the storage of the very tensors that the optimizer holds."""
+    optimizer = GradESAdamW(parameters())
+    before = optimizer.backend
+    for p in optimizer.param_groups[0]["params"]:
+        p.data = p.data.to(torch.complex64)
+    assert optimizer.backend == "reference"
+    set_gradients(optimizer.param_groups[0]["params"])
+    optimizer.step()
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = None
+        p.data = p.data.real.contiguous()
+    assert optimizer.backend == before
+
+
 @monitored_or_not
 def test_one_group_of_many_dtypes(own):
     """adam.py: a group may mix dtypes; every tensor trains in its own."""

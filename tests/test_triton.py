@@ -1613,8 +1613,9 @@ def test_the_functional_form_chooses_too():
         ("prev_grad", lambda x: x.double(), r"prev_grads\[0\] is torch.float64"),
         ("prev_grad", lambda x: x.t().contiguous().t(), r"prev_grads\[0\] is .* with strides"),
         ("exp_avg", lambda x: x.t().contiguous().t(), r"a moment of parameter 0 has strides"),
+        ("exp_avg_sq", lambda x: x.to("meta"), r"a moment of parameter 0 is on meta"),
     ],
-    ids=["dtype", "strides", "moment's strides"],
+    ids=["dtype", "strides", "moment's strides", "moment's device"],
 )
 def test_the_functional_form_refuses_buffers_it_would_misread(key, wrong, message):
     """The kernels walk through memory by address: what lies otherwise is an error, not garbage."""

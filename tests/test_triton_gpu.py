@@ -405,6 +405,39 @@ def test_more_than_two_to_the_31_elements():
     assert opt.statistics()["group0.param0"] == pytest.approx(n / 2, rel=1e-6)
 
 
+def test_a_model_may_move_after_the_optimizer_was_made():
+    """model.cuda() swaps the storage of the very tensors that the optimizer holds."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    opt = GradESAdamW(model.named_parameters(), tau=0.0, grace_steps=0, statistic="norm")
+    assert opt.backend != "triton"
+    model.cuda()
+    assert opt.backend == "triton"
+    model(torch.randn(4, 8, device="cuda")).sum().backward()
+    opt.step()
+    assert opt.statistics()["weight"] > 0
+    model.cpu()
+    assert opt.backend != "triton"
+    model.cuda()
+
+
+def test_a_model_that_moves_away_from_its_state_is_an_error():
+    """As with torch's AdamW; nothing has changed then, and moving the state along is enough."""
+    model = nn.Linear(8, 8)
+    opt = GradESAdamW(model.parameters(), fused=False)
+    model(torch.randn(4, 8)).sum().backward()
+    opt.step()
+    model.cuda()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.param_groups[0]["fused"] = None
+    with pytest.raises(ValueError, match="a moment of parameter 0 is on cpu"):
+        opt.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 def test_a_compiled_model_freezes_without_recompiling_the_step():
     """torch.compile(model) trains to the events of the plain model."""
 
