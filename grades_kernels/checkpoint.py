@@ -74,7 +74,9 @@ class CheckpointedAdamW(AdamW):
         Like `Adam._init_group` makes it on the first gradient; plain AdamW reads `step` of every
         entry of a checkpoint.
         """
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
+        if group is None:  # taken out of its group since the units were made
+            return
         on_device = group["capturable"] or group["fused"]
         state = self.state[p]
         state["step"] = torch.tensor(0.0, device=p.device if on_device else "cpu")

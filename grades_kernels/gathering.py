@@ -1,13 +1,12 @@
 """The tensors of a step: found in parameter groups and state, used again while they stay the same.
 
 Finding 300 small tensors takes a third of the time that updating them takes on a CPU, and nearly
-every step finds the same ones. So what was found is kept, and a step asks only whether it still
-holds.
+every step finds them at the same places. So the places are kept, and a step asks only whether they
+still hold.
 """
 
 from __future__ import annotations
 
-from itertools import chain, repeat
 from operator import is_
 from typing import Any, TypeGuard
 
@@ -31,13 +30,16 @@ _TAKEN_AS_THEY_ARE = (
 
 
 class Layout:
-    """What a step found, without the gradients: keeping them would keep their memory.
+    """Where a step found its tensors. It holds parameters alone, no gradient and no state.
+
+    Whoever moves moments to another device between two steps, or lets go of them, gets their memory
+    back; so does a freeze.
 
     Args:
         groups: Per parameter group, the tensors found.
         flags: As `GatheringAdamW._flags` gave them.
         params: All tensors of the optimizer.
-        states: The state of all tensors that have one.
+        state: Its state.
     """
 
     def __init__(
@@ -45,30 +47,66 @@ class Layout:
         groups: list[StepGroup],
         flags: list[Any],
         params: list[Tensor],
-        states: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
     ) -> None:
-        self.groups = [group._replace(grads=[]) for group in groups]
         self.flags = flags
+        self.keys = list(state)
+        self.found = [(group.params, group.units) for group in groups]
+        position = {p: k for k, p in enumerate(self.keys)}
+        self.places = [[position[p] for p in group.params] for group in groups]
         found = {p for group in groups for p in group.params}
         self.idle = [p for p in params if p not in found]
-        self.states = states
         pairs = [pair for g in groups for pair in zip(g.params, g.prev_grads, strict=True)]
         self.holds_prev_grads = all(prev is None or prev.shape == p.shape for p, prev in pairs)
-        self.note_held()
 
-    def note_held(self) -> None:
-        """What the state holds now is what was found."""
-        self._held = self._held_now()
+    def groups(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        *,
+        uses_prev: bool,
+    ) -> list[StepGroup] | None:
+        """The tensors of the next step; None where one is missing or does not fit.
 
-    def _held_now(self) -> list[Tensor | None]:
-        # Not prev_grad: that of a decided unit is given up, which is no reason to search again.
-        keys = ("step", *MOMENTS)
-        return list(chain.from_iterable(map(dict.get, self.states, repeat(key)) for key in keys))
-
-    @property
-    def same_tensors(self) -> bool:
-        """Whether the state holds what was found. Users may have put other tensors in its place."""
-        return all(map(is_, self._held_now(), self._held))
+        Args:
+            uses_prev: Whether the step reads or writes previous gradients.
+        """
+        states = list(state.values())
+        groups = []
+        for group, (params, units), places in zip(
+            param_groups, self.found, self.places, strict=True
+        ):
+            own = [states[k] for k in places]
+            grads = _fitting_gradients(params)
+            prev_grads: list[Tensor | None] = [None] * len(params)
+            try:
+                exp_avgs = [s["exp_avg"] for s in own]
+                exp_avg_sqs = [s["exp_avg_sq"] for s in own]
+                max_exp_avg_sqs = [s["max_exp_avg_sq"] for s in own] if group["amsgrad"] else []
+                steps = [s["step"] for s in own]
+                if any(units):
+                    prev_grads = [
+                        s["prev_grad"] if _keeps_prev_grad(unit) else None
+                        for s, unit in zip(own, units, strict=True)
+                    ]
+            except KeyError:
+                return None
+            if grads is None or (uses_prev and not all(map(_can_hold, prev_grads, grads))):
+                return None
+            groups.append(
+                StepGroup(
+                    params,
+                    grads,
+                    exp_avgs,
+                    exp_avg_sqs,
+                    max_exp_avg_sqs,
+                    steps,
+                    prev_grads,
+                    units,
+                    **_hypers(group),
+                )
+            )
+        return groups
 
 
 class GatheringAdamW(CheckpointedAdamW):
@@ -86,12 +124,8 @@ class GatheringAdamW(CheckpointedAdamW):
         """
         layout = self._layout
         if layout is not None and self._holds(layout):
-            groups = [
-                found._replace(grads=grads, **_hypers(group))
-                for found, group in zip(layout.groups, self.param_groups, strict=True)
-                if (grads := _fitting_gradients(found)) is not None
-            ]
-            if len(groups) == len(layout.groups):
+            groups = layout.groups(self.param_groups, self.state, uses_prev=self._uses_prev())
+            if groups is not None:
                 return groups
         self._layout = None
         self._check_gradients()
@@ -101,23 +135,21 @@ class GatheringAdamW(CheckpointedAdamW):
         return groups
 
     def _laid_out(self, groups: list[StepGroup]) -> Layout:
-        return Layout(groups, self._flags(), self._all_params(), list(self.state.values()))
+        return Layout(groups, self._flags(), self._all_params(), self.state)
 
     def _holds(self, layout: Layout) -> bool:
-        """Whether a search would find what it found before, gradients aside.
-
-        Parameters and state may have been replaced in between: `p.data = ...`, `model.to(...)`,
-        `state[p]["exp_avg"] = ...`, `state.clear()`.
-        """
-        t, rule = self._table.t + 1, self._rule
+        """Whether a search would find tensors and state at the same places."""
         return (
             layout.flags == self._flags()
-            and (layout.holds_prev_grads or not (rule.checks(t) or rule.checks(t + 1)))
             and all(p.grad is None or p in self._stopped for p in layout.idle)
-            and len(self.state) == len(layout.states)
-            and all(map(is_, self.state.values(), layout.states))
-            and layout.same_tensors
+            and len(self.state) == len(layout.keys)
+            and all(map(is_, self.state, layout.keys))
         )
+
+    def _uses_prev(self) -> bool:
+        """Whether this step compares with previous gradients, or keeps its own for the next."""
+        t = self._table.t + 1
+        return self._rule.checks(t) or self._rule.checks(t + 1)
 
     def _flags(self) -> list[Any]:
         """Of every group, what decides about the tensors that a step needs and may have."""
@@ -165,8 +197,7 @@ class GatheringAdamW(CheckpointedAdamW):
         max_exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        t = self._table.t + 1
-        uses_prev = self._rule.checks(t) or self._rule.checks(t + 1)
+        uses_prev = self._uses_prev()
         units: list[Unit | None] = []
         prev_grads: list[Tensor | None] = []
         for p, unit in zip(group["params"], self._rows[i], strict=True):
@@ -174,7 +205,7 @@ class GatheringAdamW(CheckpointedAdamW):
                 continue
             state = self.state[p]
             if "grades_t" not in state:
-                state.update(FRESH, grades_t=t)
+                state.update(FRESH, grades_t=self._table.t + 1)
             prev_grad = None
             if _keeps_prev_grad(unit):
                 prev_grad = state.setdefault("prev_grad", nothing_held(p))
@@ -207,8 +238,7 @@ class GatheringAdamW(CheckpointedAdamW):
             for p, unit in zip(group["params"], self._rows[i], strict=True)
             if self.state.get(p) and p not in self._stopped
         ]
-        t = self._table.t + 1
-        uses_prev = group["capturable"] or self._rule.checks(t) or self._rule.checks(t + 1)
+        uses_prev = group["capturable"] or self._uses_prev()
         for p, unit in members:
             state = self.state[p]
             state["step"] = state["step"].to(p.device, torch.float32)
@@ -252,17 +282,20 @@ def _keeps_prev_grad(unit: Unit | None) -> TypeGuard[Unit]:
     return unit is not None and unit.criterion == "change" and unit.decided_at == NEVER
 
 
-def _fitting_gradients(group: StepGroup) -> list[Tensor] | None:
-    """The gradients of a group's tensors; None where one is missing or does not fit."""
+def _fitting_gradients(params: list[Tensor]) -> list[Tensor] | None:
+    """The gradients of these tensors; None where one is missing or does not fit."""
     grads = []
-    for p, prev_grad in zip(group.params, group.prev_grads, strict=True):
+    for p in params:
         g = p.grad
         if g is None or g.layout is not torch.strided or g.shape != p.shape:
             return None
-        if prev_grad is not None and prev_grad.dtype != g.dtype:
-            return None
         grads.append(g)
     return grads
+
+
+def _can_hold(prev_grad: Tensor | None, grad: Tensor) -> bool:
+    """Whether a buffer, if there is to be one, can take this gradient."""
+    return prev_grad is None or (prev_grad.shape == grad.shape and prev_grad.dtype == grad.dtype)
 
 
 def _capturable_devices() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -194,6 +195,7 @@ class GradESAdamW(GatheringAdamW):
         self._chosen: tuple[Any, ...] = (self, "")
         self._plan: Plan | None = None
         self._layout: Layout | None = None
+        self._planned: list[Any] = []
         self._outdated_plans: list[Plan] = []
         self._warned: set[str] = set()
         self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
@@ -517,8 +519,6 @@ class GradESAdamW(GatheringAdamW):
         for unit in table.units:
             if unit.decided_at != NEVER and not unit.announced:
                 self._write_unit(unit)
-                if self._plan is None:  # a plan goes on without its prev_grad
-                    self._layout = None
         events = table.announce()
         if events:
             for hook in tuple(self._freeze_hooks.values()):
@@ -529,7 +529,7 @@ class GradESAdamW(GatheringAdamW):
 
         plan, layout = self._plan, self._layout
         grads = [p.grad for p in plan.flat_params] if plan is not None else []
-        if plan is None or layout is None or not (self._holds(layout) and plan.fits(grads)):
+        if plan is None or layout is None or not self._serves(plan, layout, grads):
             self._check_gradients()
             if self._capturing():
                 raise RuntimeError(
@@ -544,7 +544,7 @@ class GradESAdamW(GatheringAdamW):
                 return
             plan = self._plan = Plan(groups, self._table)
             self._layout = self._laid_out(groups)
-            self._layout.groups = []  # what is held here, a frozen unit could not give back
+            self._note_planned()
             grads = [p.grad for p in plan.flat_params]
         hypers = [
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
@@ -554,6 +554,32 @@ class GradESAdamW(GatheringAdamW):
             # What a replay writes to must outlive whatever becomes of the state.
             plan.kept.append([dict(state) for state in self.state.values()])
         plan.step(grads, hypers, grad_scale, found_inf)
+
+    def _serves(self, plan: Plan, layout: Layout, grads: list[Tensor | None]) -> bool:
+        """Whether a plan laid out earlier still fits flags, tensors and gradients.
+
+        Parameters and state may have been replaced in between: `p.data = ...`, `model.to(...)`,
+        `state[p]["exp_avg"] = ...`, `state.clear()`.
+        """
+        return (
+            self._holds(layout)
+            and (layout.holds_prev_grads or not self._uses_prev())
+            and plan.fits(grads)
+            and self._as_planned()
+        )
+
+    def _note_planned(self) -> None:
+        """Remember what the plan knows by address, without keeping its memory."""
+        self._planned = [None if x is None else weakref.ref(x) for x in self._held()]
+
+    def _as_planned(self) -> bool:
+        """Whether the state holds what the plan knows by address."""
+        held, planned = self._held(), [None if x is None else x() for x in self._planned]
+        return len(held) == len(planned) and all(map(is_, held, planned))
+
+    def _held(self) -> list[Tensor | None]:
+        # Not prev_grad: that of a decided unit is given up, and the plan goes on without it.
+        return [state.get(key) for state in self.state.values() for key in ("step", *MOMENTS)]
 
     def _leave_device(self) -> None:
         """Bring the table up to date, let go of the device's copy and of the tensors found."""
@@ -596,10 +622,8 @@ class GradESAdamW(GatheringAdamW):
         """Let go of gradients and moments of frozen units, one unit after the other."""
         if not units:
             return
-        # The programs of a plan return before they touch a frozen tensor, so it is laid out anew
-        # only if the user has put other tensors in place.
-        goes_on = self._plan is not None and self._layout is not None and self._layout.same_tensors
-        layout, self._layout = self._layout if goes_on else None, None
+        # Else the user has put other tensors in their place, and the plan must be laid out anew.
+        as_planned = self._plan is not None and self._as_planned()
         for unit in units:
             members = self._members[unit]
             released = [
@@ -618,9 +642,8 @@ class GradESAdamW(GatheringAdamW):
             if unit.stopped_at == NEVER:  # else a checkpoint says when it was
                 unit.stopped_at = self._table.t
             self._write_unit(unit)
-        if layout is not None:
-            layout.note_held()
-        self._layout = layout
+        if as_planned:  # the programs of a plan return before they touch a frozen tensor
+            self._note_planned()
         self._count_wave()
 
     def _count_wave(self) -> None:
@@ -820,7 +843,8 @@ class GradESAdamW(GatheringAdamW):
                 self.state.get(p, {}).pop("prev_grad", None)
         for unit in units.values():
             self._read_unit(unit)
-            unit.announced = unit.name in told
+            # Another tensor may bear the name of one that had been frozen.
+            unit.announced = unit.name in told and unit.frozen_at != NEVER
         self._built_for = self._all_params(), _settings(self.param_groups)
         self._learning = [self._learns(p) for p in self._all_params()]
         self._taus = [_tau_of(group) for group in self.param_groups]

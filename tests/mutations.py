@@ -193,15 +193,18 @@ FAULTS = [
         tests=(SEMANTICS,),
     ),
     fault(
-        "a layout outlives the tensors that it was made of",
+        "a tensor with its first gradient goes unnoticed",
         "gathering",
-        ("            and layout.same_tensors\n", ""),
+        ("            and all(p.grad is None or p in self._stopped for p in layout.idle)\n", ""),
         tests=("tests/test_gathering.py",),
     ),
     fault(
-        "a layout outlives a decision",
-        "optimizer",
-        ("                    self._layout = None\n", "                    pass\n"),
+        "a step does not ask whether it can keep its gradient",
+        "gathering",
+        (
+            "if grads is None or (uses_prev and not all(map(_can_hold, prev_grads, grads))):",
+            "if grads is None:",
+        ),
         tests=("tests/test_gathering.py",),
     ),
     fault(
