@@ -262,6 +262,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
       work.prev_grad = array_of(prev_grads[n_prev++], "prev_grad", work.n_elements);
       arrays[n_arrays++] = &work.prev_grad;
     }
+    STD_TORCH_CHECK(!work.param.overlaps(), "a parameter has elements that share memory");
     STD_TORCH_CHECK(!work.does(kUnscale) || !work.grad.overlaps(),
                     "a gradient whose elements share memory cannot be unscaled in place");
     if (work.param.strided && lie_alike(arrays, n_arrays)) {

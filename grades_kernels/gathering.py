@@ -78,34 +78,14 @@ class Layout:
         ):
             own = [states[k] for k in places]
             grads = _fitting_gradients(params)
-            prev_grads: list[Tensor | None] = [None] * len(params)
             try:
-                exp_avgs = [s["exp_avg"] for s in own]
-                exp_avg_sqs = [s["exp_avg_sq"] for s in own]
-                max_exp_avg_sqs = [s["max_exp_avg_sq"] for s in own] if group["amsgrad"] else []
-                steps = [s["step"] for s in own]
-                if any(units):
-                    prev_grads = [
-                        s["prev_grad"] if _keeps_prev_grad(unit) else None
-                        for s, unit in zip(own, units, strict=True)
-                    ]
+                held = _held(own, units, amsgrad=group["amsgrad"])
             except KeyError:
                 return None
+            prev_grads = held["prev_grads"]
             if grads is None or (uses_prev and not all(map(_can_hold, prev_grads, grads))):
                 return None
-            groups.append(
-                StepGroup(
-                    params,
-                    grads,
-                    exp_avgs,
-                    exp_avg_sqs,
-                    max_exp_avg_sqs,
-                    steps,
-                    prev_grads,
-                    units,
-                    **_hypers(group),
-                )
-            )
+            groups.append(StepGroup(params, grads, units=units, **held, **_hypers(group)))
         return groups
 
 
@@ -255,19 +235,12 @@ class GatheringAdamW(CheckpointedAdamW):
                     unit.prev_step = NEVER
             elif held.dtype != dtype or held.device != p.device or not same_memory_order(held, p):
                 state["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(held)
-        states = [self.state[p] for p, _ in members]
+        units = [unit for _, unit in members]
         return gathered._replace(
             params=[p for p, _ in members],
             grads=[p.grad for p, _ in members],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
-            state_steps=[state["step"] for state in states],
-            prev_grads=[
-                state["prev_grad"] if _keeps_prev_grad(unit) else None
-                for state, (_, unit) in zip(states, members, strict=True)
-            ],
-            units=[unit for _, unit in members],
+            units=units,
+            **_held([self.state[p] for p, _ in members], units, amsgrad=group["amsgrad"]),
         )
 
 
@@ -276,6 +249,29 @@ def _hypers(group: dict[str, Any]) -> dict[str, Any]:
     beta1, beta2 = group["betas"]
     taken = {name: group[name] for name in _TAKEN_AS_THEY_ARE}
     return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **taken}
+
+
+def _held(
+    states: list[dict[str, Any]], units: list[Unit | None], *, amsgrad: bool
+) -> dict[str, Any]:
+    """What a `StepGroup` takes from the state of its tensors.
+
+    Raises:
+        KeyError: A state lacks some of it.
+    """
+    prev_grads: list[Tensor | None] = [None] * len(states)
+    if any(units):
+        prev_grads = [
+            s["prev_grad"] if _keeps_prev_grad(unit) else None
+            for s, unit in zip(states, units, strict=True)
+        ]
+    return {
+        "exp_avgs": [s["exp_avg"] for s in states],
+        "exp_avg_sqs": [s["exp_avg_sq"] for s in states],
+        "max_exp_avg_sqs": [s["max_exp_avg_sq"] for s in states] if amsgrad else [],
+        "state_steps": [s["step"] for s in states],
+        "prev_grads": prev_grads,
+    }
 
 
 def _keeps_prev_grad(unit: Unit | None) -> TypeGuard[Unit]:

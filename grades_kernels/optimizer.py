@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -195,7 +194,7 @@ class GradESAdamW(GatheringAdamW):
         self._chosen: tuple[Any, ...] = (self, "")
         self._plan: Plan | None = None
         self._layout: Layout | None = None
-        self._planned: list[Any] = []
+        self._planned: list[int] = []
         self._outdated_plans: list[Plan] = []
         self._warned: set[str] = set()
         self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
@@ -483,8 +482,12 @@ class GradESAdamW(GatheringAdamW):
         if table.ranks is not None and scaling["found_inf"] is not None:
             scaling["found_inf"] = table.ranks.found_anywhere(scaling["found_inf"])
         backend = self._implementation()
+        serves = backend == "triton" and self._serves()
+        if backend == "triton" and not serves:
+            self._chosen = (self, "")  # a parameter may have become a view with gaps
+            backend = self._implementation()
         if backend == "triton":
-            self._step_on_device(**scaling)
+            self._step_on_device(serves, **scaling)
             return
         if self._plan is not None:
             self._leave_device()
@@ -524,12 +527,13 @@ class GradESAdamW(GatheringAdamW):
             for hook in tuple(self._freeze_hooks.values()):
                 hook(self, events)
 
-    def _step_on_device(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_on_device(
+        self, serves: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         from .triton_kernels import Hyper, Plan, take_part
 
-        plan, layout = self._plan, self._layout
-        grads = [p.grad for p in plan.flat_params] if plan is not None else []
-        if plan is None or layout is None or not self._serves(plan, layout, grads):
+        plan = self._plan
+        if plan is None or not serves:
             self._check_gradients()
             if self._capturing():
                 raise RuntimeError(
@@ -544,8 +548,7 @@ class GradESAdamW(GatheringAdamW):
                 return
             plan = self._plan = Plan(groups, self._table)
             self._layout = self._laid_out(groups)
-            self._note_planned()
-            grads = [p.grad for p in plan.flat_params]
+            self._planned = [_place(x) for x in self._held()]
         hypers = [
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
             for g in self.param_groups
@@ -553,33 +556,41 @@ class GradESAdamW(GatheringAdamW):
         if self._capturing():
             # What a replay writes to must outlive whatever becomes of the state.
             plan.kept.append([dict(state) for state in self.state.values()])
-        plan.step(grads, hypers, grad_scale, found_inf)
+        plan.step([p.grad for p in plan.flat_params], hypers, grad_scale, found_inf)
 
-    def _serves(self, plan: Plan, layout: Layout, grads: list[Tensor | None]) -> bool:
-        """Whether a plan laid out earlier still fits flags, tensors and gradients.
-
-        Parameters and state may have been replaced in between: `p.data = ...`, `model.to(...)`,
-        `state[p]["exp_avg"] = ...`, `state.clear()`.
-        """
+    def _serves(self) -> bool:
+        """Whether the plan laid out earlier still fits flags, tensors and gradients."""
+        plan, layout = self._plan, self._layout
         return (
-            self._holds(layout)
+            plan is not None
+            and layout is not None
+            and self._holds(layout)
             and (layout.holds_prev_grads or not self._uses_prev())
-            and plan.fits(grads)
-            and self._as_planned()
+            and plan.fits([p.grad for p in plan.flat_params])
+            and self._state_stands()
         )
 
-    def _note_planned(self) -> None:
-        """Remember what the plan knows by address, without keeping its memory."""
-        self._planned = [None if x is None else weakref.ref(x) for x in self._held()]
+    def _state_stands(self) -> bool:
+        """Whether the state lies where it lay when the plan was laid out, which knows addresses.
 
-    def _as_planned(self) -> bool:
-        """Whether the state holds what the plan knows by address."""
-        held, planned = self._held(), [None if x is None else x() for x in self._planned]
-        return len(held) == len(planned) and all(map(is_, held, planned))
+        `state[p]["exp_avg"] = ...` and `x.data = ...` give it another place; the old memory may be
+        somebody else's by now.
+        """
+        held = self._held()
+        places = [_place(x) for x in held]
+        if places == self._planned:
+            return True
+        # An empty tensor stands for what a decision or a freeze has given up: the kernels do not
+        # touch it any more.
+        moved = (x for x, at, was in zip(held, places, self._planned, strict=False) if at != was)
+        if len(places) != len(self._planned) or any(x is None or x.numel() for x in moved):
+            return False
+        self._planned = places
+        return True
 
     def _held(self) -> list[Tensor | None]:
-        # Not prev_grad: that of a decided unit is given up, and the plan goes on without it.
-        return [state.get(key) for state in self.state.values() for key in ("step", *MOMENTS)]
+        keys = ("step", *MOMENTS, "prev_grad")
+        return [state.get(key) for state in self.state.values() for key in keys]
 
     def _leave_device(self) -> None:
         """Bring the table up to date, let go of the device's copy and of the tensors found."""
@@ -622,8 +633,6 @@ class GradESAdamW(GatheringAdamW):
         """Let go of gradients and moments of frozen units, one unit after the other."""
         if not units:
             return
-        # Else the user has put other tensors in their place, and the plan must be laid out anew.
-        as_planned = self._plan is not None and self._as_planned()
         for unit in units:
             members = self._members[unit]
             released = [
@@ -642,8 +651,6 @@ class GradESAdamW(GatheringAdamW):
             if unit.stopped_at == NEVER:  # else a checkpoint says when it was
                 unit.stopped_at = self._table.t
             self._write_unit(unit)
-        if as_planned:  # the programs of a plan return before they touch a frozen tensor
-            self._note_planned()
         self._count_wave()
 
     def _count_wave(self) -> None:
@@ -737,6 +744,7 @@ class GradESAdamW(GatheringAdamW):
                 units=self._members.values(),
             )
             self._chosen = (self._built_for, asked, flags, kinds, name)
+            self._layout = None
         return self._chosen[-1]
 
     def _current_table(self) -> FreezeTable:
@@ -945,6 +953,10 @@ def _settings(groups: list[dict[str, Any]]) -> list[tuple[bool, str]]:
     The threshold is no part of it: it may change in every step.
     """
     return [(group["tau"] is not None, group["statistic"]) for group in groups]
+
+
+def _place(x: Tensor | None) -> int:
+    return -1 if x is None else x.data_ptr()
 
 
 def _describe(p: Tensor, name: str) -> str:

@@ -88,8 +88,11 @@ FAULTS = [
     fault(
         "NaN counts as a hit",
         "reference",
-        ("all(0 < magnitude < math.inf for", "all(magnitude != 0 for"),
-        ("        evidence &= statistic < math.inf", "        statistic = min(0.0, statistic)"),
+        (
+            "statistic < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0\n",
+            "statistic != math.inf and sum(magnitudes) != math.inf and min(magnitudes) != 0\n"
+            "        statistic = 0.0 if math.isnan(statistic) else statistic\n",
+        ),
     ),
     fault(
         "a void check resets patience",
@@ -105,13 +108,13 @@ FAULTS = [
     fault(
         "a zero gradient is evidence",
         "reference",
-        ("all(0 < magnitude < math.inf for", "all(magnitude < math.inf for"),
+        (" and min(magnitudes) > 0", ""),
     ),
     fault(
         "half a LoRA pair decides for both",
         "reference",
         ("if len(rows) == unit.n_tensors", "if rows"),
-        ("for _ in range(unit.n_tensors)", "for _ in sums[unit]"),
+        ("islice(rows, unit.n_tensors)", "islice(rows, len(sums[unit]))"),
     ),
     fault(
         "floor of alpha * total_steps", "freezing", ("math.ceil(Fraction", "math.floor(Fraction")

@@ -264,3 +264,17 @@ def test_a_thawed_matrix_is_measured_again(backend):
     run.opt.thaw()
     run.steps(2)
     assert len(run.opt.frozen_units) == 3
+
+
+def test_another_matrix_in_place_of_a_frozen_one(backend):
+    """Who replaces tensors takes the old one's state away; the new one freezes and is told anew."""
+    run = Run(backend, tau=math.inf, grace_steps=1, stop_grad=False)
+    told = []
+    run.opt.register_freeze_hook(lambda opt, events: told.extend(event.unit for event in events))
+    run.steps(2)
+    assert len(told) == 3
+    del run.opt.state[run.params[1]], told[:]
+    run.params[1] = run.opt.param_groups[0]["params"][1] = nn.Parameter(torch.ones(4, 4))
+    run.steps(2)
+    assert told == ["group0.param1"]
+    assert run.opt.state[run.params[1]]["prev_grad"].numel() == 0

@@ -26,6 +26,7 @@ from torch import nn
 import grades_kernels
 from grades_kernels import GradESAdamW, functional, gathering, grades_adamw, triton_kernels
 from grades_kernels.freezing import STATISTICS, FreezeRule, FreezeTable, Unit
+from grades_kernels.native import why_not_loaded
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -627,6 +628,26 @@ def replace_state(run):
         state.update({k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)})
 
 
+def replace_prev_grads(run):
+    for state in run.opt.state.values():
+        # Kept alive: a plan that goes on must differ, not write into freed memory.
+        run.kept = state.get("prev_grad"), getattr(run, "kept", None)
+        if "prev_grad" in state:
+            state["prev_grad"] = state["prev_grad"] * 2
+
+
+def move_state(key):
+    """As `x.data = x.data.to(device)` does: the same tensors, at other addresses."""
+
+    def act(run):
+        for state in run.opt.state.values():
+            if key in state:
+                run.kept = state[key].data, getattr(run, "kept", None)
+                state[key].data = state[key].data * 2
+
+    return act
+
+
 def clear_state(run):
     run.opt.state.clear()
 
@@ -714,6 +735,10 @@ SCENARIOS = {
     "a checkpoint with other moments": (SLOW, once(4, load_other_moments)),
     "parameters with other storage": (SLOW, once(4, replace_data)),
     "state with other storage": (SLOW, once(4, replace_state)),
+    "previous gradients with other storage": (SLOW, once(4, replace_prev_grads)),
+    "steps at other addresses": (SLOW, once(4, move_state("step"))),
+    "moments at other addresses": (SLOW, once(4, move_state("exp_avg_sq"))),
+    "previous gradients at other addresses": (SLOW, once(4, move_state("prev_grad"))),
     "state cleared": (SLOW, once(4, clear_state)),
     "state changed in place": (SLOW, once(4, scale_state)),
     "a scheduler": ({}, every_step(scheduled)),
@@ -737,6 +762,27 @@ def test_changes_during_a_run(name, timing):
         for run in (ours, theirs):
             run.step(act(run))
     assert_same(ours, theirs)
+
+
+@pytest.mark.skipif(CUDA, reason="another implementation takes over on the CPU alone")
+def test_a_parameter_that_becomes_a_view_with_gaps_is_left_alone():
+    """The kernels walk through memory, gaps included: the choice is made anew."""
+    ours, theirs = pair(**SLOW)
+    for run in (ours, theirs):
+        run.steps(3)
+        p = run.params[0]
+        run.around = torch.full((*p.shape, 2), 7.0)
+        run.around[..., 0] = p.detach()
+        p.data = run.around[..., 0]
+    if why_not_loaded() is not None:
+        with pytest.raises(RuntimeError, match="native op is not built"):
+            ours.step()
+    else:
+        ours.steps(2), theirs.steps(2)
+        assert ours.opt.backend == "native"
+        for p, q in zip(ours.params, theirs.params, strict=True):
+            torch.testing.assert_close(p, q)
+    assert ours.around[..., 1].eq(7.0).all()
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["triton", "reference"])
