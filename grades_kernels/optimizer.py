@@ -482,12 +482,12 @@ class GradESAdamW(GatheringAdamW):
         if table.ranks is not None and scaling["found_inf"] is not None:
             scaling["found_inf"] = table.ranks.found_anywhere(scaling["found_inf"])
         backend = self._implementation()
-        serves = backend == "triton" and self._serves()
-        if backend == "triton" and not serves:
+        grads = self._planned_gradients() if backend == "triton" else None
+        if backend == "triton" and grads is None:
             self._chosen = (self, "")  # a parameter may have become a view with gaps
             backend = self._implementation()
         if backend == "triton":
-            self._step_on_device(serves, **scaling)
+            self._step_on_device(grads, **scaling)
             return
         if self._plan is not None:
             self._leave_device()
@@ -528,12 +528,15 @@ class GradESAdamW(GatheringAdamW):
                 hook(self, events)
 
     def _step_on_device(
-        self, serves: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        grads: list[Tensor | None] | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         from .triton_kernels import Hyper, Plan, take_part
 
         plan = self._plan
-        if plan is None or not serves:
+        if plan is None or grads is None:
             self._check_gradients()
             if self._capturing():
                 raise RuntimeError(
@@ -549,6 +552,7 @@ class GradESAdamW(GatheringAdamW):
             plan = self._plan = Plan(groups, self._table)
             self._layout = self._laid_out(groups)
             self._planned = [_place(x) for x in self._held()]
+            grads = [p.grad for p in plan.flat_params]
         hypers = [
             Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
             for g in self.param_groups
@@ -556,19 +560,21 @@ class GradESAdamW(GatheringAdamW):
         if self._capturing():
             # What a replay writes to must outlive whatever becomes of the state.
             plan.kept.append([dict(state) for state in self.state.values()])
-        plan.step([p.grad for p in plan.flat_params], hypers, grad_scale, found_inf)
+        plan.step(grads, hypers, grad_scale, found_inf)
 
-    def _serves(self) -> bool:
-        """Whether the plan laid out earlier still fits flags, tensors and gradients."""
+    def _planned_gradients(self) -> list[Tensor | None] | None:
+        """The gradients for the plan laid out earlier; None where it no longer fits."""
         plan, layout = self._plan, self._layout
-        return (
-            plan is not None
-            and layout is not None
-            and self._holds(layout)
+        if plan is None or layout is None:
+            return None
+        grads = [p.grad for p in plan.flat_params]
+        fits = (
+            self._holds(layout)
             and (layout.holds_prev_grads or not self._uses_prev())
-            and plan.fits([p.grad for p in plan.flat_params])
+            and plan.fits(grads)
             and self._state_stands()
         )
+        return grads if fits else None
 
     def _state_stands(self) -> bool:
         """Whether the state lies where it lay when the plan was laid out, which knows addresses.

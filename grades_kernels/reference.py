@@ -54,8 +54,7 @@ def _single_tensor_grades_adamw(
 
 Sums = dict[Unit, list[tuple[Any, Any, Any]]]
 """Per undecided unit, for each of its tensors that has evidence, three numbers (fp64 tensors or
-floats): the numerator of the statistic, its denominator (0 unless a ratio), and the sum of |g| or
-anything else that is zero, infinite or NaN when that is."""
+floats): the numerator of the statistic, its denominator (0 unless a ratio), the sum of |g|."""
 
 
 def judge(table: FreezeTable, sums: Sums) -> None:
@@ -83,8 +82,7 @@ def _statistics(sums: Sums) -> dict[Unit, float]:
     rows = zip(numbers, numbers, numbers, strict=True)
     statistics = {}
     for unit in complete:
-        columns = zip(*islice(rows, unit.n_tensors), strict=True)
-        numerators, denominators, magnitudes = columns
+        numerators, denominators, magnitudes = zip(*islice(rows, unit.n_tensors), strict=True)
         statistic = sum(numerators)
         if unit.criterion == "signal":
             statistic = statistic / sum(denominators) if sum(denominators) else math.nan

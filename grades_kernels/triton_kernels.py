@@ -645,7 +645,6 @@ class Plan:
 
     def __init__(self, groups: Sequence[StepGroup], table: FreezeTable) -> None:
         self.table = table
-        self.flags = [(group.amsgrad, group.capturable) for group in groups]
         places: dict[Any, list[tuple[int, int]]] = {}
         for k, group in enumerate(groups):
             for i, p in enumerate(group.params):

@@ -790,6 +790,16 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change, message)
             assert a.equal(b) if isinstance(a, torch.Tensor) else a == b, key
 
 
+def test_a_skipped_step_counts_for_nothing_when_all_is_frozen():
+    """GradScaler's found_inf, where there is nothing to do but to count."""
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    opt = GradESAdamW([p], tau=math.inf, grace_steps=0, statistic="norm", stop_grad=False)
+    for found_inf, steps in [(0.0, 1), (0.0, 2), (1.0, 2), (0.0, 3)]:
+        p.grad, opt.found_inf = torch.ones_like(p), torch.tensor(found_inf)
+        opt.step()
+        assert opt.all_frozen and opt.report().step == steps
+
+
 # Negative controls: the comparisons above notice a fault in what is handed to the op
 
 
