@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu sanitize clean
+.PHONY: help demo test quick lint docs bench gpu sanitize clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -21,11 +21,19 @@ test: lint ## lint, then run all tests and print the coverage
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
 		--cov=grades_kernels --cov-report=term-missing:skip-covered --cov-fail-under=95
 
+QUICK_TESTS := $(addprefix tests/test_,semantics.py oracle.py contract.py public_api.py)
+quick: $(VENV)/installed-dev ## run the tests of the semantics and the contract alone (under 2 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" $(QUICK_TESTS)
+
 lint: $(VENV)/installed-dev ## check style, formatting and types
 	@echo "lint: ruff and mypy"
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
+
+docs: $(VENV)/installed-docs ## build the documentation into site/; a warning is an error
+	@echo "docs: building site/"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(VENV)/installed-bench ## run the benchmarks on this machine
 	@echo "bench: running the benchmarks"
@@ -60,16 +68,16 @@ sanitize: $(VENV)/installed-dev ## run the native op's tests under AddressSaniti
 		$(BIN)/pytest --quiet --capture=no tests/test_native.py
 
 clean: ## remove .venv, caches and build products
-	rm -rf $(VENV) build dist *.egg-info grades_kernels/*.so .coverage* .*_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info grades_kernels/*.so .coverage* .*_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # setuptools and torch come first because the package is built without isolation, in the environment
 # it runs in: the native op is compiled against that torch, and an isolated build that asked for
 # torch would download a second one.
-# The set `dev` contains `demo` and `bench`, so installing it settles all three.
+# The set `dev` contains `demo`, `bench` and `docs`, so installing it settles all four.
 $(VENV)/installed-%: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "install: grades-kernels[$*] into $(VENV) (minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) setuptools torch
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
-	@touch $@ $(if $(filter dev,$*),$(VENV)/installed-demo $(VENV)/installed-bench)
+	@touch $@ $(if $(filter dev,$*),$(addprefix $(VENV)/installed-,demo bench docs))

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from benchmarks import harness
 from grades_kernels import GradESAdamW
-from grades_kernels.freezing import STATISTICS, TIMINGS
+from grades_kernels.freezing.config import TIMINGS
+from grades_kernels.freezing.statistics import STATISTICS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEASURED = [  # how far a weight moves is known after the update alone
@@ -252,8 +253,8 @@ def measure(
         gc.collect()
 
 
-# One constant of the kernels' module at a time. No value makes a block of all threads larger than
-# what a tensor is divided into, which is whole blocks.
+# One constant of the kernels or of their tables at a time. A program takes whole blocks of a
+# tensor, and no value makes a block larger than that.
 TUNING: list[tuple[str, int]] = [
     ("MAX_REGISTERS", 128),
     ("MAX_REGISTERS", 255),
@@ -268,22 +269,25 @@ TUNED_CASE = "4096x11008"
 
 def tune(dtype: str, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """One row per constant and setting, in turns with the kernels as they are."""
-    from grades_kernels import triton_kernels
+    from grades_kernels.backends import triton_kernels, triton_tables
+
+    module_of = {name: triton_kernels for name in ("MAX_REGISTERS", "THREADS")}
 
     @contextlib.contextmanager
     def changed(name: str, value: int) -> Iterator[None]:
-        before = getattr(triton_kernels, name)
-        setattr(triton_kernels, name, value)
+        module = module_of.get(name, triton_tables)
+        before = getattr(module, name)
+        setattr(module, name, value)
         try:
             yield
         finally:
-            setattr(triton_kernels, name, before)
+            setattr(module, name, before)
 
     problem = Problem(CASES[TUNED_CASE], DTYPES[dtype], device)
     copy, copied_bytes = harness.copier(device)
     for setting in (Setting(), Setting("change"), Setting("change", "same_step")):
         for name, value in TUNING:
-            # Read when a plan is laid out and when a kernel is launched: both happen in a step.
+            # Read when an engine is made and when a kernel is launched: both happen in a step.
             optimizer = grades(problem, setting)
             call = changed(name, value)(optimizer.step)
             anchor = grades(problem, setting).step
@@ -297,7 +301,7 @@ def tune(dtype: str, device: torch.device, repeats: int) -> Iterator[dict[str, A
                 "timing": setting.timing if setting.statistic else "",
                 "constant": name,
                 "value": value,
-                "instead_of": getattr(triton_kernels, name),
+                "instead_of": getattr(module_of.get(name, triton_tables), name),
                 "ms": harness.rounded(harness.summary(seconds)[0]),
                 "of_copy": harness.rounded(n_bytes / harness.summary(seconds)[0] / copy_rate),
                 "anchor_ms": harness.rounded(harness.summary(plain)[0]),

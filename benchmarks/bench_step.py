@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.bench_kernels import LR, Problem, Setting, grades, unfused
-from grades_kernels import GradESAdamW, native
+from grades_kernels import GradESAdamW
+from grades_kernels.backends import native
 
 N_MATRICES = 300
 SIZES = (64, 128, 256, 512, 1024)
@@ -186,7 +187,7 @@ def native_op(repeats: int) -> Iterator[dict[str, Any]]:
         theirs_moved = Setting().bytes_per_element(target.dtype)
         yield {
             "case": case,
-            "clone": native.clone(),
+            "clone": native.cpu_capability(),
             "tensors": len(problem.params),
             "elements": problem.n_elements,
             "ms": harness.rounded(median),

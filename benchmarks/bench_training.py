@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from grades_kernels import GradESAdamW, grades_param_groups
-from grades_kernels.demo import Plan, Transformer
+from grades_kernels.demo.model import Plan, Transformer
 
 LR = 1e-5
 WARM_UP = 4  # steps in which states are made, matrices freeze and their gradients stop

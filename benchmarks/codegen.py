@@ -2,21 +2,16 @@
 
     python -m benchmarks.codegen [--quick] [--target sm_90 gfx942] [--save]
 
-Exits with 1 if a variant spills registers, if it touches a tensor on its aligned path with less
-than 16 bytes per thread and access, or if the program that judges a unit could miss what other
-programs have measured. There is no exception for mixed dtypes: a block is as large as 16 bytes per
-thread of the narrowest tensor, so that a wider one takes two whole accesses.
+Exits with 1 if a kernel spills registers, if it touches a tensor on its aligned path with less
+than 16 bytes per thread and access, or if it has an atomic operation: no result may depend on the
+order in which programs run. There is no exception for mixed dtypes: a block is as large as 16 bytes
+per thread of the narrowest tensor, so that a wider one takes two whole accesses.
 
 Both paths through a block, aligned and masked, are in the same machine code, and the masked one is
 narrow by right. They are told apart by the line table that the compiler writes beside each access:
-what comes from the body of an `if FULL:` is the aligned path. So that an access which the line
+an access from the body of an `if FULL:` is on the aligned path. So that an access which the line
 table loses cannot pass, the bytes found there must be exactly those that the variant's tensors
 take: each once.
-
-The judge is the program with the last ticket of a unit; it sums shares that other programs have
-stored. That it sees them follows from a chain whose links are looked for in the machine code: the
-stores, a barrier of the program's threads, the ticket (an atomic addition that releases what came
-before it and acquires what others released, for the whole device), another barrier, the loads.
 """
 
 from __future__ import annotations
@@ -40,11 +35,13 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine 
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import harness
-from grades_kernels.freezing import STATISTICS
+from grades_kernels.backends.triton_tables import FIELDS
+from grades_kernels.freezing.statistics import STATISTICS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,7 +51,7 @@ TARGETS = {
 }
 QUICK_TARGETS = ("sm_90", "gfx942")
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 DTYPES = {  # of parameter, gradient and moments
     "fp32": (F32, F32, F32),
     "bf16": (BF16, BF16, BF16),
@@ -64,7 +61,7 @@ DTYPES = {  # of parameter, gradient and moments
 }
 QUICK_DTYPES = ("fp32", "bf16", "bf16, fp32 m")
 
-# MEASURE, UPDATE, KEEP as a step launches them.
+# MEASURE, UPDATE, STORE_GRAD as a step launches them.
 FLAGS = [
     ("norm", False, True, False),  # AdamW alone
     ("change", False, True, True),  # the step before a check
@@ -74,6 +71,7 @@ FLAGS = [
     ("change", True, True, True),  # next_step, a check in every step
 ]
 WIDE = 16  # bytes
+BEHIND = ("coefficients_ptr", "decided_ptr", "past_ptr", "units_ptr")
 
 
 class Variant(NamedTuple):
@@ -84,13 +82,12 @@ class Variant(NamedTuple):
     keep: bool
     amsgrad: bool = False
     scaled: bool = False
-    agree: bool = False
 
     def __str__(self) -> str:
-        flags = ("measure", "update", "keep", "amsgrad", "scaled", "agree")
+        flags = ("measure", "update", "keep", "amsgrad", "scaled")
         return " ".join([self.statistic, *(flag for flag in flags if getattr(self, flag))])
 
-    def accesses(self) -> tuple[list[torch.dtype], list[torch.dtype]]:
+    def accesses(self) -> tuple[list[tl.dtype], list[tl.dtype]]:
         """The dtypes of the tensors that a block loads and stores."""
         p, g, m = DTYPES[self.dtypes]
         has_change = self.statistic == "change"
@@ -113,19 +110,7 @@ class Code(NamedTuple):
     registers: int
     spilled: int  # bytes of local memory per thread, or registers spilled
     shared: int  # bytes
-    unordered: list[str]  # links missing from the chain between shares and judge
-
-
-class Lines(NamedTuple):
-    """Where in the kernels' source the accesses stand that are looked for, by line number."""
-
-    aligned: set[int]  # on the aligned path alone: the bodies of `if FULL:`
-    shares: set[int]  # the stores of what a program has measured
-    ticket: set[int]
-    sums: set[int]  # the loads of what all programs of a unit have measured
-
-
-NOWHERE = Lines(set(), set(), set(), set())
+    atomics: int
 
 
 def variants(chosen: Iterable[str], quick: bool) -> Iterator[Variant]:
@@ -137,14 +122,13 @@ def variants(chosen: Iterable[str], quick: bool) -> Iterator[Variant]:
             for amsgrad in (False, True) if flags[2] else (False,):
                 for scaled in (False, True):
                     yield Variant(dtypes, *flags, amsgrad, scaled)
-        yield Variant(dtypes, *FLAGS[-1], agree=True)
         if quick:  # the one with the most tensors
             yield Variant(dtypes, *FLAGS[-1], amsgrad=True, scaled=True)
 
 
 def load_kernels(path: Path | None) -> ModuleType:
     """The kernels of the package, or a copy of their module under another path."""
-    name = "grades_kernels.triton_kernels"
+    name = "grades_kernels.backends.triton_kernels"
     if path is None:
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -153,105 +137,102 @@ def load_kernels(path: Path | None) -> ModuleType:
     return module
 
 
-def find_lines(kernels: ModuleType) -> Lines:
-    """The lines to look for, from the syntax tree of the kernels' source."""
-    tree = ast.parse(Path(kernels.__file__).read_text())
-    lines = Lines(set(), set(), set(), set())
-    (sums,) = (x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "_sum_shares")
-    inside_sums = set(ast.walk(sums))
-    for node in ast.walk(tree):
+def aligned_lines(kernels: ModuleType) -> set[int]:
+    """Line numbers of the kernels' source on the aligned path alone: the bodies of `if FULL:`."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(Path(kernels.__file__).read_text())):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "FULL":
             for statement in node.body:
-                lines.aligned.update(_range(statement))
-        if isinstance(node, ast.Call):
-            call = ast.unparse(node)
-            if call.startswith("tl.store(share"):
-                lines.shares.update(_range(node))
-            elif call.startswith("tl.atomic_add(tickets_ptr"):
-                lines.ticket.update(_range(node))
-            elif call.startswith("tl.load(") and node in inside_sums:
-                lines.sums.update(_range(node))
+                lines.update(range(statement.lineno, (statement.end_lineno or 0) + 1))
     return lines
-
-
-def _range(node: ast.stmt | ast.expr) -> range:
-    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tuple[Any, int]:
     """The compiled kernel as a step launches it, and its elements per thread and block."""
     dtypes = DTYPES[variant.dtypes]
-    block = kernels.block_size(min(dtype.itemsize for dtype in dtypes))
+    block = kernels.block_size(min(map(_bytes, dtypes)))
     constants = {
-        **dict(zip(("PARAM", "GRAD", "MOMENT"), map(kernels._DTYPES.get, dtypes), strict=True)),
+        "FIELDS": FIELDS,
+        **dict(zip(("PARAM", "GRAD", "MOMENT"), dtypes, strict=True)),
         "STATISTIC": variant.statistic,
         "MEASURE": variant.measure,
         "UPDATE": variant.update,
-        "KEEP": variant.keep,
+        "STORE_GRAD": variant.keep,
         "AMSGRAD": variant.amsgrad,
         "SCALED": variant.scaled,
-        "AGREE": variant.agree,
         "BLOCK": block,
     }
     pointers = {
-        "blocks_ptr": "*i32",
+        "programs_ptr": "*i32",
         "tensors_ptr": "*i64",
         "inputs_ptr": "*i64",
-        "units_ptr": "*i64",
+        "coefficients_ptr": "*fp32",
+        "decided_ptr": "*fp64",
         "partials_ptr": "*fp32",
-        "tickets_ptr": "*i32",
-        "agreed_ptr": "*fp64",
+        "found_inf_ptr": "*fp32",
+        "grad_scale_ptr": "*fp32",
     }
-    scalars = {"first_program": "i32"}
     options = kernels.launch_options(target.backend, target.warp_size)
-    compiled = _compile(kernels._step_kernel, pointers, scalars, constants, target, options)
+    scalars = {"first_program": "i32"}
+    compiled = _compile(kernels.step_kernel, pointers, scalars, constants, target, options)
     return compiled, block // kernels.THREADS
 
 
-def compile_judge(kernels: ModuleType, target: GPUTarget) -> Any:
-    pointers = {"agreed_ptr": "*fp64", "inputs_ptr": "*i64", "units_ptr": "*i64"}
-    return _compile(kernels._judge_kernel, pointers, {}, {}, target, {"enable_fp_fusion": False})
+def compile_decide(kernels: ModuleType, target: GPUTarget, *, add_up: bool, compare: bool) -> Any:
+    pointers = {
+        "units_ptr": "*fp64",
+        "members_ptr": "*i32",
+        "tensors_ptr": "*i64",
+        "past_ptr": "*fp64",
+        "partials_ptr": "*fp32",
+        "values_ptr": "*fp64",
+        "decided_ptr": "*fp64",
+    }
+    constants = {"FIELDS": FIELDS, "SUM": add_up, "COMPARE": compare}
+    options = kernels.launch_options(target.backend, target.warp_size)
+    return _compile(kernels.decide_kernel, pointers, {}, constants, target, options)
 
 
-def compile_begin(kernels: ModuleType, target: GPUTarget) -> Any:
-    pointers = dict.fromkeys(("inputs_ptr", "units_ptr", "tensors_ptr", "hyper_ptr"), "*i64")
-    scalars, constants = {"n_tensors": "i32"}, {"TILE": 128}
-    return _compile(
-        kernels._begin_kernel, pointers, scalars, constants, target, {"enable_fp_fusion": False}
-    )
-
-
-def _compile(kernel, pointers, scalars, constants, target, options):
+def _compile(
+    kernel: Any,
+    pointers: dict[str, str],
+    scalars: dict[str, str],
+    constants: dict[str, Any],
+    target: GPUTarget,
+    options: dict[str, Any],
+) -> Any:
     source = ASTSource(
         kernel,
         {**pointers, **scalars, **dict.fromkeys(constants, "constexpr")},
         constants,
-        # Tables come from torch's allocator; integers are not specialised.
-        {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+        # Tables come from torch's allocator or lie at 16 bytes in one of its tensors, except those
+        # that stand behind another table. Integers are not specialised.
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(pointers) if name not in BEHIND},
     )
     return triton.compile(source, target=target, options=options)
 
 
-def inspect(compiled: Any, lines: Lines) -> Code:
-    """Widths of the aligned path's accesses, what the kernel takes of the processor, its order."""
+def inspect(compiled: Any, aligned: set[int]) -> Code:
+    """Widths of the aligned path's accesses, and what the kernel takes of the processor."""
     shared = compiled.metadata.shared
     if "ptx" in compiled.asm:
         usage = _cuda_usage(compiled.asm["cubin"])
         text = compiled.asm["ptx"]
-        counts = _count(text, lines.aligned, _PTX_ACCESS, _ptx_access)
+        counts = _count(text, aligned, _PTX_ACCESS, _ptx_access)
         local = usage["STACK"] + usage["LOCAL"]
-        return Code(*counts, usage["REG"], local, shared, unordered(text, lines, PTX))
+        return Code(*counts, usage["REG"], local, shared, len(_ATOMIC.findall(text)))
     text = compiled.asm["amdgcn"]
     usage = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-    counts = _count(text, lines.aligned, _GCN_ACCESS, _gcn_access)
+    counts = _count(text, aligned, _GCN_ACCESS, _gcn_access)
     spilled = usage["vgpr_spill_count"] + usage["sgpr_spill_count"]
     spilled += usage["private_segment_fixed_size"]
-    return Code(*counts, usage["vgpr_count"], spilled, shared, unordered(text, lines, GCN))
+    return Code(*counts, usage["vgpr_count"], spilled, shared, len(_ATOMIC.findall(text)))
 
 
 _LOC = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)", re.MULTILINE)
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 _GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_([a-z]+)(?:x(\d))?[\s_]")
+_ATOMIC = re.compile(r"\b(?:atom|red)\.\w|\b(?:global|buffer|flat|ds)_(?:atomic|add|cmpst)_")
 _GCN_BYTES = {"dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1, "sbyte": 1, "sshort": 2}
 
 
@@ -269,9 +250,9 @@ def _instructions(text: str) -> Iterator[tuple[int, str]]:
     for instruction in text.splitlines():
         if "inline asm" in instruction:
             in_asm = "begin" in instruction
-        if place := _LOC.match(instruction):
+        if found := _LOC.match(instruction):
             # Inside inline assembly LLVM counts on from the line where it stands.
-            line = line if in_asm else int(place[1])
+            line = line if in_asm else int(found[1])
         else:
             yield line, instruction
 
@@ -285,54 +266,6 @@ def _count(text, lines, pattern, parse) -> tuple[Counter, Counter]:
     return loads, stores
 
 
-# What the links of the chain look like: of the instructions that stand between the last store of a
-# share and the first load for a sum, in the order in which they must come.
-PTX = {
-    # Other multiprocessors have stored the shares: not by way of the first-level cache (`.cg`), let
-    # alone the one for constants (`.nc`).
-    "load": re.compile(r"\bld\.global\.cg\.b"),
-    "chain": {
-        "a barrier before the ticket": re.compile(r"\bbar(rier)?\.(cta\.)?sync\b"),
-        "a ticket that releases and acquires": re.compile(
-            r"\batom(?=\S*\.acq_rel)(?=\S*\.(gpu|sys))\S*\.add\b"
-        ),
-        "a barrier after the ticket": re.compile(r"\bbar(rier)?\.(cta\.)?sync\b"),
-    },
-}
-GCN = {
-    "load": re.compile(r"\b(global|buffer|flat)_load_"),
-    "chain": {
-        "a barrier before the ticket": re.compile(r"\bs_barrier\b"),
-        "a release before the ticket": re.compile(r"\bbuffer_wbl2 sc1\b"),
-        "a wait for the release": re.compile(r"\bs_waitcnt vmcnt\(0\)"),
-        "a ticket": re.compile(r"\bglobal_atomic_add\b"),
-        "a wait for the ticket": re.compile(r"\bs_waitcnt vmcnt\(0\)"),
-        "an acquisition after the ticket": re.compile(r"\bbuffer_inv sc1\b"),
-        "a barrier after the ticket": re.compile(r"\bs_barrier\b"),
-    },
-}
-_STORE = re.compile(r"\b(st\.global|(global|buffer|flat)_store_)")
-_LOAD = re.compile(r"\b(ld\.global|(global|buffer|flat)_load_)")
-_ATOMIC = re.compile(r"\b(atom\.|red\.|(global|buffer|flat)_atomic_)")
-
-
-def unordered(text: str, lines: Lines, links: dict[str, Any]) -> list[str]:
-    """What is missing between the shares that a program stores and those that a judge loads."""
-    code = list(_instructions(text))
-    stores = [n for n, (at, x) in enumerate(code) if at in lines.shares and _STORE.search(x)]
-    tickets = [n for n, (at, x) in enumerate(code) if at in lines.ticket and _ATOMIC.search(x)]
-    loads = [n for n, (at, x) in enumerate(code) if at in lines.sums and _LOAD.search(x)]
-    if not (stores and len(tickets) == 1 and loads and max(stores) < tickets[0] < min(loads)):
-        return ["shares, ticket and sums are not in this order"]
-    past_cache = all(links["load"].search(code[n][1]) for n in loads)
-    missing = [] if past_cache else ["sums are read through the first-level cache"]
-    between = iter(x for _, x in code[max(stores) + 1 : min(loads)])
-    for name, link in links["chain"].items():
-        if not any(map(link.search, between)):  # goes on behind the link before
-            return [*missing, f"lacks {name}"]
-    return missing
-
-
 def _cuda_usage(cubin: bytes) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -343,19 +276,27 @@ def _cuda_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def faults(variant: Variant, code: Code, elements_per_thread: int) -> list[str]:
+def faults_of_any(code: Code) -> list[str]:
     found = ["spills registers"] if code.spilled else []
-    found += code.unordered if variant.measure else []
+    return found + (["has atomic operations"] if code.atomics else [])
+
+
+def faults(variant: Variant, code: Code, elements_per_thread: int) -> list[str]:
+    found = faults_of_any(code)
     for name, counts, dtypes in zip(
         ("loads", "stores"), (code.loads, code.stores), variant.accesses(), strict=True
     ):
         if narrow := [n for n in counts if n < WIDE]:
             found.append(f"{name} of {min(narrow)} bytes")
         total = sum(n * count for n, count in counts.items())
-        needed = sum(dtype.itemsize for dtype in dtypes) * elements_per_thread
+        needed = sum(map(_bytes, dtypes)) * elements_per_thread
         if total != needed:
             found.append(f"{name} {total} bytes per thread, needs {needed}")
     return found
+
+
+def _bytes(dtype: tl.dtype) -> int:
+    return dtype.primitive_bitwidth // 8
 
 
 def _widths(counts: Counter) -> str:
@@ -371,17 +312,19 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write results/codegen.csv anew")
     options = parser.parse_args()
     kernels = load_kernels(options.kernels)
-    lines, start = find_lines(kernels), time.perf_counter()
+    aligned, start = aligned_lines(kernels), time.perf_counter()
     dtypes = options.dtypes or (QUICK_DTYPES if options.quick else DTYPES)
     rows = []
     for name in options.target or (QUICK_TARGETS if options.quick else TARGETS):
         for variant in variants(dtypes, options.quick):
             compiled, per_thread = compile_step(kernels, variant, TARGETS[name])
-            code = inspect(compiled, lines)
+            code = inspect(compiled, aligned)
             rows.append(_row(name, variant, code, faults(variant, code, per_thread)))
-        for other, compile_other in (("judge", compile_judge), ("begin", compile_begin)):
-            code = inspect(compile_other(kernels, TARGETS[name]), NOWHERE)
-            rows.append(_row(name, other, code, ["spills registers"] if code.spilled else []))
+        for add_up, compare in ((True, True), (True, False), (False, True)):
+            compiled = compile_decide(kernels, TARGETS[name], add_up=add_up, compare=compare)
+            code = inspect(compiled, set())
+            label = " ".join(["decide", *["sum"] * add_up, *["compare"] * compare])
+            rows.append(_row(name, label, code, faults_of_any(code)))
     harness.print_table("Machine code of the kernels (widths: aligned path, per thread)", rows)
     bad = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels in {time.perf_counter() - start:.0f} s, {len(bad)} with faults")

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from grades_kernels import GradESAdamW
-from grades_kernels.demo import Plan, Run, Text, Transformer, read_library, stop_early, validate
-from grades_kernels.units import unit_of
+from grades_kernels.demo.model import Plan, Text, Transformer, read_library
+from grades_kernels.demo.run import Run, stop_early, validate
+from grades_kernels.freezing.naming import unit_of
 
 PLAN = Plan(steps=160, dim=72, layers=4, heads=4, hidden=208, batch=6, length=64, windows=48)
 PRETRAINING = replace(PLAN, steps=2000, batch=12)

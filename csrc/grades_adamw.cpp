@@ -1,6 +1,6 @@
-// One step of AdamW over lists of CPU tensors that measures while it updates: schema, clones for
+// One step of AdamW over lists of CPU tensors that measures while it updates: schema, CPU capabilities for
 // instruction sets, threads. The arithmetic is in kernel.h; what a measurement means is decided in
-// Python (grades_kernels/freezing.py), the one place that knows the rules.
+// Python (grades_kernels/freezing/table.py), the one place that knows the rules.
 //
 // Built against torch's stable ABI: one binary serves every torch from 2.10 on.
 
@@ -34,7 +34,7 @@ using torch::stable::Tensor;
 
 enum class DType { fp32, fp64, bf16, fp16 };
 
-// What is to be done with a tensor: a statistic plus any of the tasks. grades_kernels/native.py has
+// What is to be done with a tensor: a statistic plus any of the tasks. grades_kernels/backends/native.py has
 // the same numbers.
 enum class Statistic { none, change, norm, momentum, signal, weight_change };
 constexpr int64_t kStatistics = 6, kStatisticBits = 7;
@@ -113,7 +113,7 @@ END_TARGET
 #undef USE_F16C
 #endif
 
-struct Clone {
+struct Capability {
   const char* name;
   bool runs_here;
   void (*run_block)(const Work&, int64_t, int64_t, double, double*);
@@ -127,8 +127,8 @@ bool has_f16c() {  // Clang 14 has no __builtin_cpu_supports("f16c")
 #endif
 
 // The fastest first.
-const std::vector<Clone>& clones() {
-  static const std::vector<Clone> all = {
+const std::vector<Capability>& capabilities() {
+  static const std::vector<Capability> all = {
 #if defined(__x86_64__)
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -141,20 +141,20 @@ const std::vector<Clone>& clones() {
   return all;
 }
 
-// The clone that runs; GRADES_KERNELS_CLONE asks for one by name.
-const Clone& current_clone() {
+// The CPU capability that runs; GRADES_KERNELS_CLONE asks for one by name.
+const Capability& current_capability() {
   const char* asked = std::getenv("GRADES_KERNELS_CLONE");
   std::string available;
-  for (const Clone& clone : clones()) {
-    if (!clone.runs_here) continue;
-    if (!asked || !*asked || !std::strcmp(clone.name, asked)) return clone;
-    available += std::string(available.empty() ? "" : ", ") + clone.name;
+  for (const Capability& capability : capabilities()) {
+    if (!capability.runs_here) continue;
+    if (!asked || !*asked || !std::strcmp(capability.name, asked)) return capability;
+    available += std::string(available.empty() ? "" : ", ") + capability.name;
   }
   STD_TORCH_CHECK(false, "GRADES_KERNELS_CLONE=", asked, " cannot run here; choose from ",
                   available);
 }
 
-std::string clone_name() { return current_clone().name; }
+std::string capability_name() { return current_capability().name; }
 
 Array array_of(const Tensor& x, const char* name, int64_t n_elements) {
   Array array;
@@ -228,7 +228,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
             const std::vector<int64_t>& rows, const std::vector<double>& hypers,
             double grad_scale) {
   const size_t n = params.size();
-  const auto run_block = current_clone().run_block;
+  const auto run_block = current_capability().run_block;
   STD_TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
                       steps.size() == n && tasks.size() == n && rows.size() == n,
                   "grads, exp_avgs, exp_avg_sqs, steps, tasks and rows must be as many as params");
@@ -283,7 +283,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
   struct Block {
     size_t k;       // of the tensor
     int64_t first;  // its first element there
-    int64_t place;  // and among the elements of all tensors
+    int64_t position;  // and among the elements of all tensors
   };
   std::vector<Block> blocks;
   int64_t n_elements = 0;
@@ -306,9 +306,9 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
   // torch's fused AdamW where this costs 1.0 to 1.2 (Zen 5, 2 threads, 25 M fp32).
   std::vector<double> partials(kSums * blocks.size());
   torch::stable::parallel_for(0, n_elements, 1, [&](int64_t begin, int64_t end) {
-    auto begins_before = [](const Block& block, int64_t place) { return block.place < place; };
+    auto begins_before = [](const Block& block, int64_t position) { return block.position < position; };
     size_t b = std::lower_bound(blocks.begin(), blocks.end(), begin, begins_before) - blocks.begin();
-    for (; b < blocks.size() && blocks[b].place < end; ++b) {
+    for (; b < blocks.size() && blocks[b].position < end; ++b) {
       const Work& work = works[blocks[b].k];
       const int64_t first = blocks[b].first, last = std::min(first + kBlock, work.n_elements);
       run_block(work, first, last, grad_scale, &partials[kSums * b]);
@@ -352,5 +352,5 @@ STABLE_TORCH_LIBRARY(grades_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(grades_kernels, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
 
 STABLE_TORCH_LIBRARY_IMPL(grades_kernels, CompositeExplicitAutograd, m) {
-  m.impl("clone", TORCH_BOX(&clone_name));
+  m.impl("clone", TORCH_BOX(&capability_name));
 }

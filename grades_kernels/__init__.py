@@ -1,10 +1,11 @@
 """AdamW that freezes each weight matrix when it has converged (GradES, arXiv 2509.01842)."""
 
-from .calibration import Calibration, calibrate
+from .freezing.param_groups import grades_param_groups
+from .freezing.table import FreezeEvent
 from .functional import grades_adamw
 from .optimizer import GradESAdamW
-from .report import FreezeEvent, FreezeReport
-from .units import grades_param_groups
+from .report.calibration import Calibration, calibrate
+from .report.report import FreezeReport
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""`python -m grades_kernels` is the command `grades-kernels`."""
+"""`python -m grades_kernels` runs the command `grades-kernels`."""
 
 import sys
 

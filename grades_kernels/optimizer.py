@@ -1,58 +1,32 @@
-"""GradESAdamW: the optimizer class. It validates, gathers and remembers; it computes nothing."""
+"""GradESAdamW: the arguments, `step()`, and what a caller reads and does."""
 
 from __future__ import annotations
 
-import math
-import warnings
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import chain
-from numbers import Real
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoint import FRESH
-from .distributed import Ranks, all_sharded, in_a_job, is_initialized, refuse_flat
-from .freezing import (
-    NEVER,
-    STATISTICS,
-    TIMINGS,
-    FreezeRule,
-    FreezeTable,
-    Unit,
-    exact_grace_steps,
-    noise_floor,
-)
-from .functional import choose
-from .gathering import GatheringAdamW, Layout
-from .reference import _single_tensor_grades_adamw
-from .report import FreezeEvent, FreezeReport, UnitReport
-from .savings import (
-    COMPILE_SEES_WAVES,
-    MOMENTS,
-    ReentrantWatch,
-    anything_compiled,
-    frozen_prefix,
-    memory_of,
-    nothing_held,
-    recompilations_left,
-    wrapped_anew,
-)
-from .units import canonical_name, place_of, unit_of
+from . import checkpoint
+from .freezer import Freezer
+from .freezing.config import check_group, make_config
+from .freezing.table import FreezeEvent
+from .freezing.unit_map import names_from_model
+from .release import frozen_prefix, memory_of, rewrapped
+from .report.report import FreezeReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .triton_kernels import Plan
 
-
-class GradESAdamW(GatheringAdamW):
+class GradESAdamW(AdamW):
     r"""AdamW that freezes each weight matrix when its gradient has stopped changing.
 
     A drop-in for `torch.optim.AdamW`: the same arguments in the same order, the same state and
@@ -66,9 +40,11 @@ class GradESAdamW(GatheringAdamW):
             and LoRA pairs freeze together. Without names every floating tensor of two or more
             dimensions in a group with `tau` is a unit of its own, `group{i}.param{j}`.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable:
-            As in `torch.optim.AdamW`. `differentiable` excludes `tau`.
-        fused: None chooses a fused implementation where there is one, else the reference; False is
-            the reference; True is a fused implementation or a RuntimeError that says why not.
+            As in `torch.optim.AdamW`. `differentiable` excludes `tau`; with `tau`, `step()` cannot
+            be captured in a CUDA graph.
+        fused: None chooses a fused backend where there is one, else the reference; False is the
+            reference; True is a fused backend or a RuntimeError that says why not. May differ per
+            parameter group.
         tau: Threshold of the statistic; may differ per parameter group and be changed between
             steps. None (default): not monitored. 0.0 measures and never freezes. "auto", for the
             statistic "signal" alone: 1.1 times its noise floor.
@@ -92,11 +68,11 @@ class GradESAdamW(GatheringAdamW):
             before it freezes. Default 0 (the paper): it freezes at once.
         max_frozen: Share of the monitored units, in (0, 1]. Once as many are decided, all others
             are decided with them. Default 1.0: each decides for itself.
-        stop_grad: Whether frozen tensors get `requires_grad=False`, so that backward skips their
-            gradient, and give up their moments: at the start of the step after, in at most six
-            waves a run. "auto" (default): where that is safe, which is on one process and with
-            DTensors. True: always, or a RuntimeError. False: never; the update alone is masked
-            (`apply_freezes` does the rest when it is called).
+        stop_grad: Whether frozen tensors are released: they get `requires_grad=False`, so that
+            backward skips their gradient, and give up their moments, at the start of the step
+            after, in at most six batches a run. "auto" (default): where that is safe, which is on
+            one process and with DTensors. True: always, or a RuntimeError. False: never; the update
+            alone is masked (`apply_freezes` does the rest when it is called).
 
     Attributes:
         process_group: The processes that step this optimizer and decide together. None (default):
@@ -105,7 +81,7 @@ class GradESAdamW(GatheringAdamW):
 
     Raises:
         ValueError: For a value out of range, naming the argument, the value and the range.
-        RuntimeError: For `fused=True` where no fused implementation can serve the parameters.
+        RuntimeError: For `fused=True` where no fused backend can serve the parameters.
 
     Example:
         >>> optimizer = GradESAdamW(model.named_parameters(), lr=2e-5, tau=1.8, total_steps=1000)
@@ -140,27 +116,22 @@ class GradESAdamW(GatheringAdamW):
         max_frozen: float = 1.0,
         stop_grad: bool | str = "auto",
     ) -> None:
-        _check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
-        _check_integer("total_steps", total_steps, 1, optional=True)
-        _check_integer("grace_steps", grace_steps, 0, optional=True)
-        _check_integer("check_every", check_every, 1)
-        _check_integer("patience", patience, 1)
-        _check_integer("cooldown", cooldown, 0)
-        _check_number("max_frozen", max_frozen, "(0, 1]", lambda x: 0 < x <= 1)
-        _check_choice("tau_per", tau_per, ("unit", "element"))
-        _check_choice("freeze_timing", freeze_timing, TIMINGS)
-        if not (isinstance(stop_grad, bool) or stop_grad == "auto"):
-            raise ValueError(f"Invalid stop_grad: {stop_grad!r} (choose 'auto', True or False)")
-        if grace_steps is None and total_steps is not None:
-            grace_steps = exact_grace_steps(alpha, total_steps)
-        self._rule = FreezeRule(
-            grace_steps, check_every, patience, freeze_timing, cooldown, max_frozen, tau_per
+        config = make_config(
+            alpha=alpha,
+            total_steps=total_steps,
+            grace_steps=grace_steps,
+            check_every=check_every,
+            patience=patience,
+            freeze_timing=freeze_timing,
+            cooldown=cooldown,
+            max_frozen=max_frozen,
+            tau_per=tau_per,
+            stop_grad=stop_grad,
         )
-        self._total_steps = total_steps
-        self._stop_grad = stop_grad
         self._own_defaults = {"tau": tau, "statistic": statistic}
-        self._check_own_settings(differentiable=differentiable, **self._own_defaults)
-        self._reset_freezing()
+        check_group(config, {**self._own_defaults, "differentiable": differentiable})
+        self._freezer = Freezer(config)
+        self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
         super().__init__(
             params,
             lr,
@@ -175,42 +146,23 @@ class GradESAdamW(GatheringAdamW):
             fused=fused,
         )
         self.defaults.update(self._own_defaults)
-        self._build()
-        _ = self.backend  # raises where fused=True is not possible
-
-    def _reset_freezing(self) -> None:
-        self._table = FreezeTable(self._rule)
-        self._rows: list[list[Unit | None]] = []
-        self._members: dict[Unit, list[Tensor]] = {}
-        self._built_for: tuple[list[Tensor], list[tuple[bool, str]]] | None = None
-        self._taus: list[float | None] = []
-        self._met_for: tuple[Any, ...] = (self, False, None)
-        self._attached: list[list[str]] | None = None
-        self._stopped: set[Tensor] = set()
-        self._learning: list[bool] = []
-        self._watch: ReentrantWatch | None = None
-        self._waves = 0
-        self._ddp_is_outdated = False
-        self._chosen: tuple[Any, ...] = (self, "")
-        self._plan: Plan | None = None
-        self._layout: Layout | None = None
-        self._planned: list[int] = []
-        self._outdated_plans: list[Plan] = []
-        self._warned: set[str] = set()
-        self._freeze_hooks: OrderedDict[int, Callable] = OrderedDict()
+        self._freezer.map_units(self)
+        self._freezer.backends(self, allow_meta=True)  # raises where fused=True is not possible
 
     # What the caller reads
 
     @property
     def backend(self) -> str:
-        """The implementation that the next step uses: "triton", "native" or "reference"."""
-        self._current_table()
-        return self._implementation()
+        """The backend that serves the monitored units: "triton", "native" or "reference".
+
+        Without units it is that of the first parameter group.
+        """
+        return self._freezer.backend_of_units(self)
 
     @property
     def monitored_units(self) -> list[str]:
         """Names of all units, frozen or not."""
-        return [unit.name for unit in self._current_table().units]
+        return [unit.name for unit in self._freezer.table.units]
 
     @property
     def frozen_units(self) -> list[str]:
@@ -220,7 +172,7 @@ class GradESAdamW(GatheringAdamW):
     @property
     def freeze_events(self) -> list[FreezeEvent]:
         """One event for every unit that is frozen now, by step."""
-        return self._exact_table().events
+        return self._exact().table.events
 
     @property
     def all_frozen(self) -> bool:
@@ -228,56 +180,21 @@ class GradESAdamW(GatheringAdamW):
 
         Never waits for the device, and so is at most one step late where that decides.
         """
-        if self._plan is not None and self._plan.captured:
-            self._plan.peek()
-        return self._current_table().all_frozen
+        return self._freezer.all_frozen
 
     def statistics(self) -> dict[str, float]:
         """The last statistic of every unit as it is compared with tau; NaN before the first."""
-        return {unit.name: unit.statistic for unit in self._exact_table().units}
+        return {unit.name: unit.value for unit in self._exact().table.units}
 
     def report(self) -> FreezeReport:
         """What froze when, with the history of every statistic."""
-        table = self._exact_table()
-        units = []
-        for unit in table.units:
-            layer, kind = place_of(unit.name)
-            units.append(
-                UnitReport(
-                    name=unit.name,
-                    layer=layer,
-                    kind=kind,
-                    n_elements=unit.n_elements,
-                    criterion=unit.criterion,
-                    tau=unit.tau,
-                    statistic=unit.statistic,
-                    hits=unit.hits,
-                    decided_at=unit.decided_at,
-                    frozen_at=unit.frozen_at,
-                )
-            )
-        named = [
-            (canonical_name(name), p, row)
-            for i, group in enumerate(self.param_groups)
-            for name, p, row in zip(
-                self._names(i) or (), group["params"], self._rows[i], strict=False
-            )
-        ]
-        frozen_blocks, trained_below = frozen_prefix(table.units, named)
-        return FreezeReport(
-            step=table.t,
-            total_steps=self._total_steps,
-            grace_steps=self._rule.grace_steps,
-            units=tuple(units),
-            events=tuple(table.events),
-            history=tuple(table.history),
-            n_trainable=(
-                sum(p.numel() for p in self._all_params())
-                if table.ranks is None
-                else table.ranks.n_trainable
-            ),
+        freezer = self._exact()
+        frozen_blocks, trained_below = frozen_prefix(freezer.table.units, freezer.unit_map)
+        return FreezeReport.from_table(
+            freezer.table,
+            n_trainable=freezer.n_elements,
             backend=self.backend,
-            memory=memory_of(self._all_params(), self.state, self._members, self._stopped),
+            memory=memory_of(freezer.unit_map, self.state, freezer.release.released),
             frozen_blocks=frozen_blocks,
             trained_below=trained_below,
         )
@@ -287,11 +204,11 @@ class GradESAdamW(GatheringAdamW):
     ) -> RemovableHandle:
         """Call `hook(optimizer, events)` after a step that froze units.
 
-        Where the device decides, the host learns of it, and calls, at the start of the next step,
-        or earlier when something exact is read.
+        Where the device decides, the host reads the decision back, and calls, at the start of the
+        next step, or earlier when something exact is read.
 
         Returns:
-            A handle whose `remove()` takes the hook away.
+            A handle whose `remove()` removes the hook.
         """
         handle = RemovableHandle(self._freeze_hooks)
         self._freeze_hooks[handle.id] = hook
@@ -305,21 +222,9 @@ class GradESAdamW(GatheringAdamW):
         Raises:
             ValueError: If a tensor of the optimizer is no parameter of the model.
         """
-        names: dict[Tensor, str] = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            # A tied tensor keeps the name that leaves it unmonitored, if it has one.
-            if p not in names or unit_of(name, p.shape, p.dtype) is None:
-                names[p] = name
-        for i, group in enumerate(self.param_groups):
-            missing = [j for j, p in enumerate(group["params"]) if p not in names]
-            if missing:
-                raise ValueError(
-                    f"attach(model): parameters {missing} of group {i} are not parameters of "
-                    f"{type(model).__name__}. Pass the model that the optimizer was built for."
-                )
-        self._write_state()
-        self._attached = [[names[p] for p in group["params"]] for group in self.param_groups]
-        self._build()
+        names = names_from_model(self.param_groups, model)
+        self._exact().write_state(self)
+        self._freezer.map_units(self, names)
 
     def thaw(self, units: str | Iterable[str] | None = None) -> None:
         """Let frozen units train again; None: all of them.
@@ -330,42 +235,16 @@ class GradESAdamW(GatheringAdamW):
         Raises:
             ValueError: For a name that is no monitored unit.
         """
-        table = self._exact_table()
-        self._leave_device()
-        if units is None:
-            units = self.monitored_units
-        names = [units] if isinstance(units, str) else list(units)
-        by_name = {unit.name: unit for unit in table.units}
-        unknown = [name for name in names if name not in by_name]
-        if unknown:
-            raise ValueError(
-                f"thaw(units): {unknown} are not monitored units. monitored_units lists all names."
-            )
-        for unit in map(by_name.__getitem__, names):
-            if unit.frozen_at != NEVER:
-                for p in self._members[unit]:
-                    self._forget_moments(p)
-                    p.requires_grad_(True)
-                    if p in self._stopped:
-                        self._stopped.discard(p)
-                        self._ddp_is_outdated = True
-            if unit.decided_at != NEVER:
-                unit.thaw()
-                self._write_unit(unit)
-        if self._ddp_is_outdated and self._why_not_stop():
-            self._warn_once(
-                "DistributedDataParallel does not know of the tensors that thaw() let train again "
-                "and would not average their gradients: go on with "
-                "ddp_model = optimizer.apply_freezes(ddp_model)."
-            )
+        freezer = self._exact()
+        freezer.thaw(self, freezer.table.named(units))
 
     def apply_freezes(self, model: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Turn everything frozen into savings now: no gradients, no moments, no launch.
 
-        `stop_grad` does this by itself, in waves, where that is safe. Under
+        `stop_grad` does this by itself, in batches, where that is safe. Under
         `DistributedDataParallel` it is not, since that waits for the gradient of every tensor which
         needed one when it was built; there, call this on every rank between two steps, now and
-        then, and go on with what it returns: `ddp_model = optimizer.apply_freezes(ddp_model)`.
+        then, and continue with what it returns: `ddp_model = optimizer.apply_freezes(ddp_model)`.
 
         Args:
             model: A `DistributedDataParallel` model. Not needed otherwise.
@@ -379,38 +258,35 @@ class GradESAdamW(GatheringAdamW):
             RuntimeError: In a job of several processes without their DDP model, and where reentrant
                 activation checkpointing is in use. Nothing has changed then.
         """
-        table = self._exact_table()
+        freezer = self._exact()
         ddp = model if isinstance(model, DistributedDataParallel) else None
-        reason = self._why_not_stop(within_ddp=ddp is not None)
-        if reason:
-            raise RuntimeError(f"apply_freezes(model): {reason}")
-        waiting = table.waiting
-        self._release(waiting)
+        changed = freezer.release_all(self, within_ddp=ddp is not None)
         if ddp is None or not (
-            self._ddp_is_outdated or (waiting and not ddp.find_unused_parameters)
+            freezer.release.rewrap_ddp or (changed and not ddp.find_unused_parameters)
         ):
             return model
-        self._ddp_is_outdated = False
-        return wrapped_anew(ddp)
+        freezer.release.rewrap_ddp = False
+        return rewrapped(ddp)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; it may bring its own `tau` and `statistic`."""
+        """Add a parameter group; it may bring its own `tau`, `statistic` and `fused`."""
         if isinstance(param_group, dict):
             for key, value in self._own_defaults.items():
                 param_group.setdefault(key, value)
-            self._check_own_settings(
-                param_group["tau"],
-                param_group["statistic"],
-                differentiable=param_group.get("differentiable", False),
-            )
+            check_group(self._freezer.config, param_group)
         super().add_param_group(param_group)
-        if self._built_for is not None:  # in the constructor all groups are there before the units
-            try:
-                self._fused()
-                self._current_table()
-            except ValueError:
-                self.param_groups.pop()
-                raise
+        if not self._freezer.is_mapped:  # in the constructor all groups come before the units
+            return
+        self._exact().write_state(self)
+        try:
+            self._freezer.map_units(self)
+            self._freezer.backends(self, allow_meta=True)
+        except (RuntimeError, ValueError):
+            self.param_groups.pop()
+            self._freezer.map_units(self)
+            raise
+
+    # A step
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -422,7 +298,8 @@ class GradESAdamW(GatheringAdamW):
         Raises:
             ValueError: If tau is set and no tensor of any group can be monitored, or a gradient
                 does not fit its parameter. Nothing has changed then.
-            RuntimeError: For a sparse gradient. Nothing has changed then.
+            RuntimeError: For a sparse gradient, and with tau for a step that is captured in a CUDA
+                graph. Nothing has changed then.
         """
         self._graph_capture_health_check()
         self._begin_step()
@@ -430,508 +307,33 @@ class GradESAdamW(GatheringAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        self._take_step()
         return loss
 
     @torch._disable_dynamo
     def _begin_step(self) -> None:
-        """Act on what the step before decided."""
-        self._current_table()
-        if self._monitors() and self._learning != [self._learns(p) for p in self._all_params()]:
-            self._write_state()
-            self._build()
-        if self._plan is not None and not self._capturing():
-            self._plan.absorb()
-        self._follow_taus()
-        self._meet_ranks()
-        table = self._table
-        if table.news:
-            self._publish()
-            self._stop(table.wave())
-            table.news = False
-
-    def _meet_ranks(self) -> None:
-        """Learn what the other ranks of the job hold, again after every change of the units."""
-        known, *job = self._met_for
-        if known is self._built_for and job == [is_initialized(), self.process_group]:
-            return
-        if self._monitors() and in_a_job(self.process_group, self._all_params()):
-            self._leave_device()
-            tensors = self._all_params()
-            on_device = self._choice() == "triton" and len({p.device for p in tensors}) == 1
-            ranks, units = Ranks.meet(
-                self._table, self._members, tensors, self.process_group, on_device=on_device
-            )
-            self._members = {unit: self._members.get(unit, []) for unit in units}
-            self._table = self._table.successor(units)
-            self._table.ranks = ranks
-        self._met_for = (self._built_for, is_initialized(), self.process_group)
+        """Act on what the step before decided, and on changes of the groups."""
+        if self._freezer.begin_step(self):
+            self._call_hooks()
+            self._freezer.release_batch(self)
 
     @torch._disable_dynamo
-    def _step(self) -> None:
-        table = self._table
-        self._check_monitored(table)
-        if self._watch is None:
-            self._before_first_step()
-        if self._total_steps is not None and table.t >= self._total_steps:
-            self._warn_once(
-                f"total_steps={self._total_steps} is exceeded: the optimizer goes on, but the "
-                "grace period was planned for fewer steps."
-            )
-        scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        if table.ranks is not None and scaling["found_inf"] is not None:
-            scaling["found_inf"] = table.ranks.found_anywhere(scaling["found_inf"])
-        backend = self._implementation()
-        grads = self._planned_gradients() if backend == "triton" else None
-        if backend == "triton" and grads is None:
-            self._chosen = (self, "")  # a parameter may have become a view with gaps
-            backend = self._implementation()
-        if backend == "triton":
-            self._step_on_device(grads, **scaling)
-            return
-        if self._plan is not None:
-            self._leave_device()
-        if self._is_at_rest() and scaling["found_inf"] is None:
-            table.begin_step()
-            return
-        groups = self._groups()
-        if backend == "native":
-            from .native import _fused_native_grades_adamw
+    def _take_step(self) -> None:
+        if self._freezer.take_step(self):
+            self._call_hooks()
 
-            _fused_native_grades_adamw(groups, table, **scaling)
-        else:
-            _single_tensor_grades_adamw(groups, table, **scaling)
-        self._publish()
+    def _exact(self) -> Freezer:
+        """The freezer with all that a device has decided; may wait for the device."""
+        if self._freezer.sync(self):
+            self._call_hooks()
+        return self._freezer
 
-    def _is_at_rest(self) -> bool:
-        """Whether all that a step can do is count: every tensor is frozen, and no rank listens."""
-        table = self._table
-        return table.ranks is None and table.all_frozen and not any(None in r for r in self._rows)
-
-    def _before_first_step(self) -> None:
-        reason = self._why_not_stop() if self._table.units else None
-        self._insist(reason)
-        may_stop = self._stop_grad is not False and reason is None
-        self._watch = ReentrantWatch(
-            chain.from_iterable(self._members.values()) if may_stop else ()
-        )
-
-    def _publish(self) -> None:
-        """Bring the state up to date with what a step decided, then tell the hooks."""
-        table = self._table
-        for unit in table.units:
-            if unit.decided_at != NEVER and not unit.announced:
-                self._write_unit(unit)
-        events = table.announce()
+    def _call_hooks(self) -> None:
+        """Write what was decided into the state, then call the hooks."""
+        events = self._freezer.publish(self)
         if events:
             for hook in tuple(self._freeze_hooks.values()):
                 hook(self, events)
-
-    def _step_on_device(
-        self,
-        grads: list[Tensor | None] | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        from .triton_kernels import Hyper, Plan, take_part
-
-        plan = self._plan
-        if plan is None or grads is None:
-            self._check_gradients()
-            if self._capturing():
-                raise RuntimeError(
-                    "step() cannot be captured in a CUDA graph before it has run with the same "
-                    "tensors: take a few steps on a side stream first, as torch.cuda.graph asks."
-                )
-            self._leave_device()
-            groups = [self._gather_all(i) for i in range(len(self.param_groups))]
-            if not any(group.params for group in groups):
-                take_part(self._table, self._all_params()[0].device)
-                self._table.begin_step()
-                return
-            plan = self._plan = Plan(groups, self._table)
-            self._layout = self._laid_out(groups)
-            self._planned = [_place(x) for x in self._held()]
-            grads = [p.grad for p in plan.flat_params]
-        hypers = [
-            Hyper(g["lr"], g["betas"][0], g["betas"][1], g["eps"], g["weight_decay"], g["maximize"])
-            for g in self.param_groups
-        ]
-        if self._capturing():
-            # What a replay writes to must outlive whatever becomes of the state.
-            plan.kept.append([dict(state) for state in self.state.values()])
-        plan.step(grads, hypers, grad_scale, found_inf)
-
-    def _planned_gradients(self) -> list[Tensor | None] | None:
-        """The gradients for the plan laid out earlier; None where it no longer fits."""
-        plan, layout = self._plan, self._layout
-        if plan is None or layout is None:
-            return None
-        grads = [p.grad for p in plan.flat_params]
-        fits = (
-            self._holds(layout)
-            and (layout.holds_prev_grads or not self._uses_prev())
-            and plan.fits(grads)
-            and self._state_stands()
-        )
-        return grads if fits else None
-
-    def _state_stands(self) -> bool:
-        """Whether the state lies where it lay when the plan was laid out, which knows addresses.
-
-        `state[p]["exp_avg"] = ...` and `x.data = ...` give it another place; the old memory may be
-        somebody else's by now.
-        """
-        held = self._held()
-        places = [_place(x) for x in held]
-        if places == self._planned:
-            return True
-        # An empty tensor stands for what a decision or a freeze has given up: the kernels do not
-        # touch it any more.
-        moved = (x for x, at, was in zip(held, places, self._planned, strict=False) if at != was)
-        if len(places) != len(self._planned) or any(x is None or x.numel() for x in moved):
-            return False
-        self._planned = places
-        return True
-
-    def _held(self) -> list[Tensor | None]:
-        keys = ("step", *MOMENTS, "prev_grad")
-        return [state.get(key) for state in self.state.values() for key in keys]
-
-    def _leave_device(self) -> None:
-        """Bring the table up to date, let go of the device's copy and of the tensors found."""
-        if self._plan is not None:
-            self._plan.sync()
-            if self._plan.captured:
-                warnings.warn(
-                    "the tensors of this optimizer have changed since step() was captured in a "
-                    "CUDA graph: capture it again, the old graph does not know of the change.",
-                    stacklevel=5,
-                )
-                self._outdated_plans.append(self._plan)  # a replay must not write into freed memory
-            self._plan = None
-        self._layout = None
-
-    def _capturing(self) -> bool:
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-    def _stop(self, units: list[Unit]) -> None:
-        """Spare backward the gradients of a wave of frozen units, where that is safe.
-
-        Called at the start of the step after: a fixed lag, the same on every device and after a
-        resume.
-        """
-        if not units or self._stop_grad is False:
-            return
-        reason = self._why_not_stop()
-        self._insist(reason)
-        if reason is None:
-            self._release(units)
-        else:
-            self._warn_once(f"frozen matrices go on receiving gradients: {reason}")
-
-    def _insist(self, reason: str | None) -> None:
-        """Raise if gradients must stop (`stop_grad=True`) and there is a reason against it."""
-        if reason is not None and self._stop_grad is True:
-            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
-
-    def _release(self, units: list[Unit]) -> None:
-        """Let go of gradients and moments of frozen units, one unit after the other."""
-        if not units:
-            return
-        for unit in units:
-            members = self._members[unit]
-            released = [
-                {
-                    key: nothing_held(p, x.dtype)
-                    for key, x in self.state[p].items()
-                    if key in MOMENTS
-                }
-                for p in members
-            ]
-            for p, placeholders in zip(members, released, strict=True):
-                p.requires_grad_(False)
-                p.grad = None
-                self.state[p].update(placeholders)
-            self._stopped.update(members)
-            if unit.stopped_at == NEVER:  # else a checkpoint says when it was
-                unit.stopped_at = self._table.t
-            self._write_unit(unit)
-        self._count_wave()
-
-    def _count_wave(self) -> None:
-        self._waves += 1
-        if not COMPILE_SEES_WAVES:
-            if anything_compiled():
-                self._warn_once(
-                    "torch.compile before torch 2.12 does not notice that frozen weights need no "
-                    "gradients and goes on computing them. Call torch.compiler.reset() after a "
-                    "freeze (in a freeze hook, say) to have the model compiled without them."
-                )
-            return
-        left = recompilations_left(self._waves)
-        told = any(message.startswith("torch.compile") for message in self._warned)
-        if left is not None and left <= 1 and not self._table.all_frozen and not told:
-            self._warn_once(
-                f"torch.compile is near its limit: {self._waves} times the tensors that need "
-                f"gradients have changed, and after {max(left, 0)} more recompilations the model "
-                "runs eagerly. Raise torch._dynamo.config.recompile_limit, or use stop_grad=False."
-            )
-
-    def _why_not_stop(self, *, within_ddp: bool = False) -> str | None:
-        """What keeps gradients from being stopped safely; None: nothing does."""
-        if self._watch is not None and self._watch.seen:
-            return (
-                "with reentrant activation checkpointing, a block none of whose inputs needs a "
-                "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
-            )
-        members = list(chain.from_iterable(self._members.values()))
-        if not in_a_job(self.process_group, members):
-            return None
-        if within_ddp:
-            ranks = self._table.ranks
-            if ranks is None or ranks.everywhere:
-                return None
-            return (
-                "each rank holds other tensors (ZeroRedundancyOptimizer), while the wrapper needs "
-                "the same ones to stop on all. For the saving, use fully_shard (FSDP2)."
-            )
-        if all_sharded(members, self.process_group):  # reduced tensor by tensor
-            return None
-        # After a change it trains one unsynchronised step, then raises.
-        return (
-            "DistributedDataParallel would wait for them. For the saving, call "
-            "ddp_model = optimizer.apply_freezes(ddp_model) now and then."
-        )
-
-    # Units
-
-    def _monitors(self) -> bool:
-        return any(group["tau"] is not None for group in self.param_groups)
-
-    def _all_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _fused(self) -> bool | None:
-        asked = {group["fused"] for group in self.param_groups}
-        if len(asked) > 1:
-            raise ValueError(
-                f"fused differs between parameter groups: {asked}. One implementation serves all "
-                "groups; give every group the same value."
-            )
-        return next(iter(asked), None)
-
-    def _implementation(self) -> str:
-        """As `backend`: what serves this rank, and in a job the other ranks too."""
-        name, ranks = self._choice(), self._table.ranks
-        if name != "triton" or ranks is None or ranks.on_device:
-            return name
-        if self._fused():
-            raise RuntimeError(
-                "fused=True is not possible: in a job of several processes the Triton kernels need "
-                "the same tensors on every rank, and each rank's on one device. Use fused=None."
-            )
-        return "reference"
-
-    def _choice(self) -> str:
-        """What can serve this rank; asked for in every step, so kept until something changes.
-
-        `model.to(...)` moves and casts the very tensors that the optimizer holds.
-        """
-        asked, params = self._fused(), self._all_params()
-        flags = {(group["differentiable"], group["foreach"]) for group in self.param_groups}
-        kinds = [p.device for p in params], [p.dtype for p in params]
-        if self._chosen[0] is not self._built_for or self._chosen[1:-1] != (asked, flags, kinds):
-            name = choose(
-                params,
-                asked,
-                differentiable=any(differentiable for differentiable, _ in flags),
-                foreach=any(foreach for _, foreach in flags),
-                units=self._members.values(),
-            )
-            self._chosen = (self._built_for, asked, flags, kinds, name)
-            self._layout = None
-        return self._chosen[-1]
-
-    def _current_table(self) -> FreezeTable:
-        """The freeze table, rebuilt if tensors, statistics or what is monitored have changed."""
-        self._adopt_state()
-        params, settings = self._all_params(), _settings(self.param_groups)
-        if self._built_for is not None:
-            same = len(params) == len(self._built_for[0])
-            if (
-                same
-                and all(map(is_, params, self._built_for[0]))
-                and settings == self._built_for[1]
-            ):
-                return self._table
-        self._write_state()
-        self._build()
-        return self._table
-
-    def _exact_table(self) -> FreezeTable:
-        """The freeze table with all that the device has decided; may wait for the device."""
-        table = self._current_table()
-        if self._plan is not None:
-            self._plan.sync()
-            if table.news:
-                self._publish()
-        self._follow_taus()
-        return table
-
-    def _follow_taus(self) -> None:
-        """Give every unit the threshold that its group has now.
-
-        Called once all decisions made with the former one are known: an event tells its own tau.
-        """
-        taus = [_tau_of(group) for group in self.param_groups]
-        if taus == self._taus:
-            return
-        new: dict[Unit, float] = {}
-        for group, row, tau in zip(self.param_groups, self._rows, taus, strict=True):
-            self._check_own_settings(
-                group["tau"], group["statistic"], differentiable=group["differentiable"]
-            )
-            for unit in row:
-                if unit is not None and tau is not None:
-                    alike = new.setdefault(unit, tau), unit.criterion
-                    _check_alike(unit.name, alike, (tau, unit.criterion))
-        for unit, tau in new.items():
-            unit.tau = tau
-        self._taus = taus
-        if self._table.ranks is not None and not self._table.ranks.everywhere:
-            # Other ranks hold units whose thresholds they have to tell.
-            self._leave_device()
-            self._met_for = (self, False, None)
-        elif self._plan is not None:
-            self._plan.retune()
-
-    def _build(self) -> None:
-        """Make the units from the groups as they are now, and their rows from the state."""
-        self._leave_device()
-        units: dict[str, Unit] = {}
-        members: dict[Unit, list[Tensor]] = {}
-        rows: list[list[Unit | None]] = []
-        seen: set[str] = set()
-        prefix = self._table.ranks.prefix if self._table.ranks is not None else ""
-        refuse_flat([p for g in self.param_groups if g["tau"] is not None for p in g["params"]])
-        for i, group in enumerate(self.param_groups):
-            tau, criterion = group["tau"], group["statistic"]
-            self._check_own_settings(tau, criterion, differentiable=group["differentiable"])
-            tau = _tau_of(group)
-            names = self._names(i)
-            rows.append([])
-            for j, p in enumerate(group["params"]):
-                watched = tau is not None and self._learns(p)
-                name = self._unit_name(p, names, f"{prefix}group{i}", j) if watched else None
-                if tau is None or name is None:
-                    rows[i].append(None)
-                    if self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER:
-                        raise ValueError(
-                            f"parameter {j} of group {i} is frozen but belongs to no monitored "
-                            f"unit (tau={tau}). Set its group's tau back, call thaw(), then take "
-                            "the tau away."
-                        )
-                    continue
-                full_name = canonical_name(names[j]) if names else name
-                if full_name in seen:
-                    raise ValueError(
-                        f"two parameters are called {full_name!r}: units need names of their own."
-                    )
-                seen.add(full_name)
-                unit = units.setdefault(name, Unit(name, criterion, tau, 0, 0))
-                _check_alike(name, (unit.tau, unit.criterion), (tau, criterion))
-                unit.n_elements += p.numel()
-                unit.n_tensors += 1
-                members.setdefault(unit, []).append(p)
-                rows[i].append(unit)
-
-        told = {unit.name for unit in self._table.units if unit.announced}
-        # What other ranks hold stays in the table until they tell it anew.
-        elsewhere = [unit for unit in self._table.units if self._members.get(unit) == []]
-        self._table = self._table.successor([*units.values(), *elsewhere])
-        members.update((unit, []) for unit in elsewhere)
-        self._rows, self._members = rows, members
-        for p, row in zip(self._all_params(), chain.from_iterable(rows), strict=True):
-            if row is None or row.criterion != "change":
-                self.state.get(p, {}).pop("prev_grad", None)
-        for unit in units.values():
-            self._read_unit(unit)
-            # Another tensor may bear the name of one that had been frozen.
-            unit.announced = unit.name in told and unit.frozen_at != NEVER
-        self._built_for = self._all_params(), _settings(self.param_groups)
-        self._learning = [self._learns(p) for p in self._all_params()]
-        self._taus = [_tau_of(group) for group in self.param_groups]
-
-    def _learns(self, p: Tensor) -> bool:
-        """Whether a tensor is to be watched: it needs a gradient, or it is frozen by us.
-
-        The base of a LoRA model and the adapters that are not active never give evidence; as units
-        they would keep `all_frozen` from ever coming true.
-        """
-        return p.requires_grad or self.state.get(p, FRESH).get("grades_frozen_at", NEVER) != NEVER
-
-    def _names(self, i: int) -> list[str] | None:
-        names: list[str] | None = self.param_groups[i].get("param_names")
-        if self._attached is not None and i < len(self._attached):
-            names = self._attached[i]
-        return names if names and len(names) == len(self.param_groups[i]["params"]) else None
-
-    @staticmethod
-    def _unit_name(p: Tensor, names: list[str] | None, group: str, j: int) -> str | None:
-        if names is not None:
-            return unit_of(names[j], p.shape, p.dtype)
-        can_be_monitored = p.is_floating_point() and p.dim() >= 2 and p.numel() > 0
-        return f"{group}.param{j}" if can_be_monitored else None
-
-    # Checks: each raises before anything has changed
-
-    def _check_own_settings(self, tau: Any, statistic: Any, *, differentiable: bool) -> None:
-        _check_choice("statistic", statistic, STATISTICS)
-        if tau is None:
-            return
-        if tau == "auto":
-            if statistic != "signal":
-                raise ValueError(
-                    f"tau='auto' needs statistic='signal', not {statistic!r}: no other statistic "
-                    "has a scale that is known beforehand. Observe it with tau=0.0, then choose."
-                )
-        else:
-            _check_number("tau", tau, "[0, inf], 'auto', or None: not monitored", lambda x: x >= 0)
-        if statistic == "weight_change" and self._rule.freeze_timing != "next_step":
-            raise ValueError(
-                "statistic='weight_change' needs freeze_timing='next_step': how far a weight moves "
-                "is known after the update, too late to leave it out."
-            )
-        if self._rule.grace_steps is None:
-            raise ValueError(
-                f"tau={tau} needs total_steps or grace_steps: the grace period (alpha * "
-                "total_steps, or grace_steps) keeps the small gradients of warm-up from freezing "
-                "everything."
-            )
-        if differentiable:
-            raise ValueError(
-                f"differentiable=True cannot be combined with tau={tau}: freezing is a decision, "
-                "which has no derivative. Use tau=None."
-            )
-
-    def _check_monitored(self, table: FreezeTable) -> None:
-        if table.units or not self._monitors():
-            return
-        seen = [
-            f"group {i} (tau={group['tau']}): "
-            + (
-                ", ".join(map(_describe, group["params"][:4], self._names(i) or []))
-                or ", ".join(f"{tuple(p.shape)}" for p in group["params"][:4])
-                or "empty"
-            )
-            for i, group in enumerate(self.param_groups)
-        ]
-        raise ValueError(
-            "tau is set but not one tensor can be monitored: units are floating tensors of two or "
-            "more dimensions, by name neither embedding, output head, norm nor bias. Seen: "
-            f"{'; '.join(seen)}. Pass the weight matrices, or tau=None."
-        )
 
     def _graph_capture_health_check(self) -> None:
         # Where torch has both names, the older one is an alias that warns.
@@ -940,58 +342,87 @@ class GradESAdamW(GatheringAdamW):
         else:
             self._cuda_graph_capture_health_check()
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=4)
+    # State and checkpoints
 
+    @torch._disable_dynamo
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """As `torch.optim.AdamW.state_dict`, with the freeze table as numbers in the state.
 
-def _tau_of(group: dict[str, Any]) -> float | None:
-    """The threshold of a parameter group as a number; "auto" is a tenth above the noise floor."""
-    if group["tau"] == "auto":
-        return 1.1 * noise_floor(float(group["betas"][0]))
-    return group["tau"]
+        A tensor monitored by "change" always has a `prev_grad` of its own shape here, zeros while
+        none is stored, and of a dtype that does not depend on the gradients seen: loading in place
+        (`torch.distributed.checkpoint`) takes keys, shapes and dtypes from the receiving side. The
+        released moments of a frozen tensor are zeros here too, as `thaw` would make them.
 
-
-def _settings(groups: list[dict[str, Any]]) -> list[tuple[bool, str]]:
-    """Of every group, what decides about its units: whether there are any, and what they measure.
-
-    The threshold is no part of it: it may change in every step.
-    """
-    return [(group["tau"] is not None, group["statistic"]) for group in groups]
-
-
-def _place(x: Tensor | None) -> int:
-    return -1 if x is None else x.data_ptr()
-
-
-def _describe(p: Tensor, name: str) -> str:
-    return f"{name} {tuple(p.shape)}"
-
-
-def _check_alike(name: str, one: tuple[Any, str], other: tuple[Any, str]) -> None:
-    if one != other:
-        raise ValueError(
-            f"the tensors of unit {name!r} lie in groups with different tau or statistic: "
-            f"{one} and {other}."
+        Args:
+            compact: Leave out what is not stored instead of writing zeros. Such a checkpoint loads
+                into GradESAdamW by `load_state_dict`, but neither into plain AdamW nor in place.
+        """
+        freezer = self._exact()
+        freezer.write_state(self)
+        return checkpoint.saved(
+            super().state_dict(), freezer.unit_map, self.state, self.param_groups, compact=compact
         )
 
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """A state dict for plain `torch.optim.AdamW`, without the keys that are ours.
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Invalid {name}: {value!r} (choose one of {', '.join(map(repr, choices))})"
-        )
+        Warns once if a unit is frozen: plain AdamW will move it again.
+        """
+        state_dict = self.state_dict()
+        n_frozen = len(self.freeze_events)
+        if n_frozen:
+            self._freezer.warn_once(
+                f"{n_frozen} frozen units will move again under torch.optim.AdamW, which knows no "
+                "frozen parameters."
+            )
+        return checkpoint.plain(state_dict)
 
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of GradESAdamW or of plain AdamW.
 
-def _check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Invalid {name}: {value!r} (must be an integer of at least {least})")
+        A plain one brings no freeze table: nothing is frozen, the count of steps continues from the
+        largest `step`, and `tau` and `statistic` stay as they are. For how prev_grad and the
+        counters travel, see `state_dict`.
 
+        Raises:
+            ValueError: If parameters were renamed, reordered or reshaped since; with both names.
+                Nothing has changed then.
+        """
+        prev_grads: dict[int, Tensor] = {}
+        names = self._freezer.unit_map.names
 
-def _check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or math.isnan(value) or not holds(value):
-        raise ValueError(f"Invalid {name}: {value!r} (must be a number in {wanted})")
+        def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            return checkpoint.prepared(incoming, prev_grads, self.param_groups, names, self.state)
+
+        # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
+        before = self.register_load_state_dict_pre_hook(prepare)
+        restore = functools.partial(self._freezer.restore, prev_grads=prev_grads)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        state, groups = self.state, self.param_groups
+        try:
+            with self._freezer.unchanged_on_error():
+                super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = state, groups
+            raise
+        finally:
+            before.remove()
+            after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        freezer = self._exact()
+        freezer.write_state(self)
+        own = {"_own_defaults": self._own_defaults, "_freezer": freezer.pickled()}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        freezer = state.pop("_freezer", None)
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self._own_defaults.items():
+                group.setdefault(key, value)
+        if freezer is not None:  # unpickled or deep-copied, rather than loaded
+            self._freeze_hooks = OrderedDict()
+            self._freezer = Freezer.from_pickle(self, freezer)
+            self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Read by `@triton.jit`, so before the kernels are imported: they run on CPU tensors then.
+    # `@triton.jit` reads this when the kernels are imported; they then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
 FUSED = {"reference": False, "native": None, "triton": True}
-"""The `fused` that chooses an implementation for CPU tensors here."""
+"""Implementation -> the value of `fused` that selects it for CPU tensors in these tests."""
 
 
 @pytest.fixture(scope="module", params=["reference", "native"])
 def backend(request):
-    """Tests that ask for it run on both CPU implementations."""
+    """Run a test on both CPU implementations, and skip one that is not built."""
     if request.param == "native":
-        from grades_kernels.native import why_not_loaded
+        from grades_kernels.backends.native import why_not_loaded
 
         reason = why_not_loaded()
         if reason is not None:
@@ -24,21 +24,21 @@ def backend(request):
 
 
 @pytest.fixture
-def without_pictures(request, monkeypatch):
-    """A picture takes longer than a run; a test that wants one asks for `picture`."""
-    if "picture" not in request.fixturenames:
+def without_plots(request, monkeypatch):
+    """Draw no plot, which takes longer than a run, unless the test uses the fixture `plot`."""
+    if "plot" not in request.fixturenames:
         from grades_kernels import FreezeReport
 
         monkeypatch.setattr(FreezeReport, "plot", lambda report, path: path)
 
 
 @pytest.fixture
-def picture():
-    """Asks for the picture."""
+def plot():
+    """Let `without_plots` draw the plot."""
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need a CUDA device."""
+    """Skip the tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,7 +1,7 @@
 """A whole GradESAdamW run in numpy float64, written from the definition alone.
 
 The definition (GradES, arXiv 2509.01842, Eq. 1, Eq. 3 and Algorithm 1, with this package's
-patience, cooldown, max_frozen and void checks) stands in comments beside the lines that do it.
+patience, cooldown, max_frozen and void checks) is given in comments beside the lines that do it.
 Nothing here comes from the package: the tests compare two independent readings of one text.
 """
 
@@ -55,7 +55,7 @@ class Oracle:
             maximize, tau (None: plain AdamW), statistic. All of them may be changed between steps.
         units: lists of tensor indices, each inside one group.
 
-    After every `step(grads)` the public attributes tell the state: params, exp_avg, exp_avg_sq,
+    After every `step(grads)` the public attributes are the state: params, exp_avg, exp_avg_sq,
     max_exp_avg_sq, count (per tensor), events, hits, statistics, decided, frozen (per unit).
     `closest` is the smallest relative distance |statistic - tau| / tau of all comparisons so far,
     `measured` holds (unit, statistic) of each, `seen` counts what happened, by rule.

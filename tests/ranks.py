@@ -1,12 +1,15 @@
-"""Processes of a job on this machine, started once and used for many cases.
+"""Process groups on this machine: pools that many tests share, and scripts that run on two ranks.
 
-A pool talks gloo over loopback and meets in a file, so it needs no port. Whatever a rank does, its
-processes end: with the pool, with a case that takes too long, and with the process that made them.
+A pool uses gloo over loopback with a file store, so it needs no port. Its processes are killed when
+the pool is closed, when a rank fails or exceeds the time limit, and when the parent process ends.
 """
 
 import atexit
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -20,11 +23,11 @@ _POOLS = {}
 
 
 class RankError(AssertionError):
-    """A rank failed; holds what each of them said."""
+    """A rank failed; the message contains the traceback or the result of every rank."""
 
 
 class Pool:
-    """`size` ranks that run functions of test modules."""
+    """A process group of `size` ranks that run functions of test modules."""
 
     def __init__(self, size):
         self.folder = tempfile.TemporaryDirectory()
@@ -42,7 +45,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function, *args):
-        """What `function(*args)` returns on every rank, by rank."""
+        """Run `function(*args)` on every rank and return the results by rank."""
         for pipe in self.pipes:
             pipe.send((function, args))
         answers = []
@@ -55,8 +58,8 @@ class Pool:
             if not answers[-1][0]:
                 break
         if not all(ok for ok, _ in answers):
-            self.close()  # the other ranks may wait for the one that failed
-            raise RankError("\n".join(f"rank {r}: {said}" for r, (_, said) in enumerate(answers)))
+            self.close()  # the other ranks may be blocked in a collective
+            raise RankError("\n".join(f"rank {r}: {text}" for r, (_, text) in enumerate(answers)))
         return [answer for _, answer in answers]
 
     def close(self):
@@ -70,10 +73,27 @@ class Pool:
 
 
 def run(size, function, *args):
-    """`function(*args)` on every rank of a job of `size` processes; the results by rank."""
+    """Run `function(*args)` on every rank of a shared pool and return the results by rank."""
     if size not in _POOLS:
         _POOLS[size] = Pool(size)
     return _POOLS[size].run(function, *args)
+
+
+def run_script(file, folder, *launcher):
+    """Run `file` as a script with the argument `folder`, in which it writes "rank{k}.json".
+
+    Args:
+        launcher: Options of the interpreter before the script, e.g. of torch.distributed.run.
+
+    Returns:
+        The contents of "rank0.json" and "rank1.json".
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    command = [sys.executable, *launcher, file, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @atexit.register
@@ -84,6 +104,10 @@ def close_all():
 
 def _serve(pipe, rank, size, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if os.environ.get("GRADES_FAULT"):
+        import faults
+
+        faults.apply_from_environment()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

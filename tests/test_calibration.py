@@ -1,35 +1,29 @@
-"""`calibrate`: the thresholds freeze, in a run of the same gradients, exactly what is forecast.
+"""`calibrate`: in a run of the same gradients, the thresholds freeze the forecast share.
 
-Small cases are worked out by hand; the whole way from an observing run through
-`grades_param_groups(taus=...)` to the frozen share is compared with real runs.
+Small cases are calculated by hand; others are compared with real runs, from an observing run
+through `grades_param_groups(taus=...)` to the frozen share.
 """
 
 import math
 import re
-import sys
 from dataclasses import replace
 
 import pytest
+import reports
 import torch
+from reports import NAN
 
-from grades_kernels import FreezeReport, GradESAdamW, grades_param_groups
-from grades_kernels.calibration import calibrate
-from grades_kernels.report import UnitReport
-
-NAN = math.nan
+from grades_kernels import GradESAdamW, calibrate, grades_param_groups
 
 
-def observed(rows, kinds=("q_proj", "q_proj", "v_proj", "v_proj"), criterion="change"):
+def observed(rows, kinds=("q_proj", "q_proj", "v_proj", "v_proj")):
     """A report of an observing run: `{step: statistics}`."""
-    units = tuple(
-        UnitReport(
-            f"layers.{k}.self_attn.{kind}.weight", k, kind, 4, criterion, 0.0, NAN, 0, -1, -1
-        )
+    units = [
+        reports.unit(f"layers.{k}.self_attn.{kind}.weight", layer=k, kind=kind, n=4, tau=0.0)
         for k, kind in enumerate(kinds)
-    )
-    last = max(rows, default=0)
-    return FreezeReport(
-        last, None, 0, units, (), tuple(rows.items()), 4 * len(units), backend="reference"
+    ]
+    return reports.report(
+        units, history=rows.items(), step=max(rows, default=0), total=None, grace=0
     )
 
 
@@ -56,20 +50,20 @@ FALLING = {
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
-def test_by_hand(arguments, taus):
+def test_thresholds_by_hand(arguments, taus):
     result = calibrate(observed(FALLING), **arguments)
     assert result.taus == pytest.approx({r"\bq_proj\b": taus[0], r"\bv_proj\b": taus[1]})
 
 
-def test_one_tau_for_all():
+def test_per_all_gives_one_tau():
     result = calibrate(observed(FALLING), share=0.75, per="all")
     assert result.taus == pytest.approx({".": math.sqrt(30 * 70)})
     assert result.curves == {"all": (2.0, 3.0, 30.0, 70.0)}
     assert result.forecast == ((1, 0.5), (2, 0.75), (3, 0.75), (4, 0.75))
 
 
-def test_one_tau_per_unit():
-    """Each unit freezes at the same fraction of its own median: 2/4.5, 3/6.5, 30/50, 70/80."""
+def test_per_unit_gives_the_same_fraction_of_each_median():
+    """The critical values relative to the medians are 2/4.5, 3/6.5, 30/50 and 70/80."""
     result = calibrate(observed(FALLING), share=0.5, per="unit")
     fraction = math.sqrt(3 / 6.5 * 30 / 50)
     names = [f"^layers\\.{k}\\.self_attn\\.{kind}_proj\\.weight$" for k, kind in enumerate("qqvv")]
@@ -80,14 +74,14 @@ def test_one_tau_per_unit():
 
 
 def test_equal_statistics_freeze_together():
-    """Between equal values there is no room: tau lies above them, by as little as there is."""
+    """tau is the next number above equal values."""
     result = calibrate(observed({1: (2.0, 2.0, 0.0, 0.0)}), share=0.5)
     assert list(result.taus.values()) == [math.nextafter(2.0, 3), math.nextafter(0.0, 1)]
     assert result.forecast == ((1, 1.0),)
 
 
 def test_a_kind_that_is_part_of_another_gets_exact_names():
-    """ "c_proj" would also find "attn.c_proj"; the patterns part the units nonetheless."""
+    r"""`\bc_proj\b` would also match the units of kind "attn.c_proj"."""
     report = observed({1: (1.0, 2.0)}, kinds=("c_proj", "attn.c_proj"))
     patterns = list(calibrate(report).taus)
     for pattern, unit in zip(patterns, report.units, strict=True):
@@ -95,7 +89,7 @@ def test_a_kind_that_is_part_of_another_gets_exact_names():
 
 
 class Model(torch.nn.Module):
-    """Six blocks of two kinds, with an embedding that nothing monitors."""
+    """Six blocks with two kinds of matrices, and an embedding that is not monitored."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +101,7 @@ class Model(torch.nn.Module):
 
 
 def run(steps, tau=0.0, taus=None, **options):
-    """Train on gradients that depend on nothing but the seed."""
+    """Train on gradients that depend only on the seed."""
     torch.manual_seed(0)
     model = Model()
     optimizer = GradESAdamW(grades_param_groups(model, tau=tau, taus=taus), **options)
@@ -132,10 +126,10 @@ def run(steps, tau=0.0, taus=None, **options):
         (1.0, 40, 2, 1, "signal"),
     ],
 )
-def test_a_real_run_freezes_what_is_forecast(share, by_step, patience, check_every, statistic, per):
-    """The share at every check equals the forecast; by the wanted step it is the wanted one.
+def test_a_real_run_freezes_as_forecast(share, by_step, patience, check_every, statistic, per):
+    """The share at every check equals the forecast, and the wanted share is frozen by `by_step`.
 
-    Per kind the share holds within each kind.
+    With `per="kind"` the wanted share of each kind is frozen.
     """
     options = {"grace_steps": 4, "check_every": check_every, "statistic": statistic}
     report, _ = run(40, **options)
@@ -150,8 +144,8 @@ def test_a_real_run_freezes_what_is_forecast(share, by_step, patience, check_eve
 
 
 @pytest.mark.parametrize("wrong", ["lower taus", "more patience"])
-def test_another_run_freezes_less(wrong):
-    """Negative control: the comparison above notices other thresholds and another rule."""
+def test_lower_taus_or_more_patience_freeze_less(wrong):
+    """Negative control of the comparison above."""
     options = {"grace_steps": 4, "statistic": "norm"}
     result = calibrate(run(40, **options)[0], 0.5, 30, patience=2)
     factor, patience = (0.7, 2) if wrong == "lower taus" else (1.0, 6)
@@ -160,14 +154,7 @@ def test_another_run_freezes_less(wrong):
     assert shares[30] < 0.5
 
 
-def test_a_saved_report_calibrates_alike(tmp_path):
-    report, _ = run(12, grace_steps=1)
-    loaded = FreezeReport.load(report.save(tmp_path / "observed.json"))
-    assert calibrate(loaded) == calibrate(report)
-
-
-def test_text():
-    """The curve as a table: one row per kind, the threshold of every share, the forecast."""
+def test_text_has_the_forecast_and_the_threshold_of_every_share():
     text = str(calibrate(observed(FALLING), share=0.5))
     assert text.splitlines() == [
         "To freeze 50% of every kind of matrix by step 4 (patience 1)",
@@ -181,7 +168,7 @@ def test_text():
     ]
 
 
-def test_a_share_out_of_reach_is_shown_as_such():
+def test_an_unreachable_share_is_a_dash_in_the_text_and_an_error_as_an_argument():
     report = observed({1: (1.0, NAN), 2: (2.0, NAN)}, kinds=("q_proj", "q_proj"))
     result = calibrate(report, share=0.5)
     assert str(result).splitlines()[-1].split() == ["q_proj", "2", *["1.01"] * 3, *"---", "1.01"]
@@ -190,18 +177,12 @@ def test_a_share_out_of_reach_is_shown_as_such():
 
 
 @pytest.mark.parametrize("per", ["kind", "unit", "all"])
-def test_picture(tmp_path, per):
+def test_plot_writes_a_picture(tmp_path, per):
     pytest.importorskip("matplotlib")
     result = calibrate(observed(FALLING), per=per)
     path = result.plot(tmp_path / "new" / "curve")
     assert path == tmp_path / "new" / "curve.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_picture_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'grades-kernels\[demo\]'"):
-        calibrate(observed(FALLING)).plot(tmp_path / "curve.png")
 
 
 @pytest.mark.parametrize(
@@ -217,22 +198,16 @@ def test_picture_without_matplotlib(tmp_path, monkeypatch):
         ({"by_step": 5}, r"Invalid by_step: 5 \(the report's last measurement is of step 4"),
         ({"by_step": 0}, "no measurement in steps 1 to 0"),
         ({"grace_steps": 4}, "no measurement in steps 5 to 4"),
+        ({"report": observed({}, kinds=())}, "the report has no monitored unit"),
+        ({"report": observed({})}, "no measurement in steps 1 to 0"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_errors_state_the_argument_or_the_missing_measurements(arguments, message):
     with pytest.raises(ValueError, match=message):
-        calibrate(observed(FALLING), **arguments)
+        calibrate(**{"report": observed(FALLING), **arguments})
 
 
-def test_reports_that_say_nothing():
-    with pytest.raises(ValueError, match="the report has no monitored unit"):
-        calibrate(observed({}, kinds=()))
-    with pytest.raises(ValueError, match="no measurement in steps 1 to 0"):
-        calibrate(observed({}))
-
-
-def test_one_tau_for_two_statistics():
-    """They share no scale; each unit by its own median does."""
+def test_units_of_two_statistics_need_a_tau_per_unit():
     report = observed(FALLING)
     units = (replace(report.units[0], criterion="norm"), *report.units[1:])
     report = replace(report, units=units)

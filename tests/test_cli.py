@@ -1,163 +1,114 @@
-"""The command line: flags reach the job, mistakes end with status 2 and a sentence on stderr."""
+"""The command line: flags are passed on, errors exit with status 2 and a sentence on stderr."""
 
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
 import grades_kernels
-from grades_kernels import cli, demo, functional
+from grades_kernels import GradESAdamW, cli
 from grades_kernels.cli import main
+from grades_kernels.demo.model import QUICK, Plan
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def planned(monkeypatch):
-    """What the demo would have run."""
-    calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda plan, out: calls.append((plan, str(out))))
-    return calls
+    """Records the demos that would have run."""
+    run_demo = Mock()
+    monkeypatch.setattr(cli.job, "run_demo", run_demo)
+    return run_demo
 
 
-def test_demo_defaults(planned):
-    assert main(["demo"]) == 0
-    assert planned == [(demo.Plan(), "grades-demo-output")]
-
-
-def test_demo_flags(planned, tmp_path):
-    flags = ["--steps", "123", "--seed", "7", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["demo", *flags]) == 0
-    assert planned == [(demo.Plan(steps=123, seed=7), str(tmp_path))]
-
-
-def test_demo_quick(planned):
-    assert main(["demo", "--quick"]) == 0
-    assert planned[0][0] == demo.QUICK
-    assert main(["demo", "--quick", "--steps", "77"]) == 0
-    assert planned[1][0].steps == 77
-    assert planned[1][0].dim == demo.QUICK.dim < demo.Plan().dim
+@pytest.mark.parametrize(
+    ("flags", "plan"),
+    [
+        ("", Plan()),
+        ("--steps 123 --seed 7 --device cpu", Plan(steps=123, seed=7)),
+        ("--quick", QUICK),
+        ("--quick --steps 77", replace(QUICK, steps=77)),
+    ],
+)
+def test_demo_flags_determine_the_plan(flags, plan, planned):
+    assert main(["demo", *flags.split()]) == 0
+    assert main(["demo", *flags.split(), "--out", "elsewhere"]) == 0
+    folders = Path("grades-demo-output"), Path("elsewhere")
+    assert planned.call_args_list == [call(plan, folder) for folder in folders]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["demo", "--steps", "59"], r"--steps: '59' must be a whole number, 60 or more"),
-        (["demo", "--steps", "many"], r"--steps: 'many' must be a whole number"),
-        (["demo", "--seed", "-1"], r"--seed: '-1' must be a whole number, 0 or more"),
-        (["demo", "--seed", str(2**63)], r"--seed: .* must be a whole number"),
-        (
-            ["demo", "--device", "abacus"],
-            r"--device: 'abacus' cannot be used here .*\"cpu\" always",
-        ),
-        (["demo", "--device", "meta"], r"--device: 'meta' cannot be used here"),
-        (["validate", "--trials", "0"], r"--trials: '0' must be a whole number, 1 or more"),
-        (["validate", "--seed", "-1"], r"--seed: '-1' must be a whole number, 0 or more"),
-        (["validate", "--backend", "abacus"], r"--backend: invalid choice: 'abacus'"),
-        (["validate", "--device", "abacus"], r"--device: 'abacus' cannot be used here"),
-        (["demo", "--stepps", "100"], r"unrecognized arguments: --stepps"),
-        (["dance"], r"invalid choice: 'dance'"),
-        ([], r"required: command"),
+        ("demo --steps 59", r"--steps: '59' must be a whole number, 60 or more"),
+        ("demo --steps many", r"--steps: 'many' must be a whole number"),
+        (f"demo --seed {2**63}", r"--seed: .* must be a whole number"),
+        ("demo --device abacus", r"--device: 'abacus' cannot be used here .*\"cpu\" always"),
+        ("validate --trials 0", r"--trials: '0' must be a whole number, 1 or more"),
+        ("validate --backend abacus", r"--backend: invalid choice: 'abacus'"),
+        ("demo --stepps 100", r"unrecognized arguments: --stepps"),
+        ("dance", r"invalid choice: 'dance'"),
+        ("", r"required: command"),
     ],
 )
-def test_bad_arguments(argv, message, planned, capsys):
+def test_invalid_arguments_exit_with_2(argv, message, planned, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(argv)
+        main(argv.split())
     assert caught.value.code == 2
     assert re.search(message, capsys.readouterr().err)
-    assert planned == []
+    planned.assert_not_called()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_absent_device(planned, capsys):
-    with pytest.raises(SystemExit):
-        main(["demo", "--device", "cuda"])
-    assert "'cuda' cannot be used here" in capsys.readouterr().err
-
-
-def test_out_is_a_file(tmp_path, capsys):
+def test_an_output_folder_that_is_a_file_exits_with_2(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert "grades-kernels demo: [Errno 17] File exists" in capsys.readouterr().err
 
 
-def test_missing_package(monkeypatch, capsys):
-    def fail(plan, out):
-        raise ImportError("pip install 'grades-kernels[demo]'")
-
-    monkeypatch.setattr(demo, "run_demo", fail)
-    assert main(["demo"]) == 2
-    assert capsys.readouterr().err == "grades-kernels demo: pip install 'grades-kernels[demo]'\n"
-
-
-def test_faults_of_our_own_keep_their_traceback(monkeypatch):
-    def fail(plan, out):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(demo, "run_demo", fail)
+def test_exceptions_in_a_command(monkeypatch, capsys):
+    """A missing package and an interrupt are reported; others keep their traceback."""
+    missing = ImportError("pip install 'grades-kernels[demo]'")
+    for error, status, message in (
+        (missing, 2, "pip install 'grades-kernels[demo]'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        monkeypatch.setattr(cli.job, "run_demo", Mock(side_effect=error))
+        assert main(["demo"]) == status
+        assert capsys.readouterr().err == f"grades-kernels demo: {message}\n"
+    monkeypatch.setattr(cli.job, "run_demo", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["demo"])
 
 
-def test_interrupted(monkeypatch, capsys):
-    def interrupt(plan, out):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "run_demo", interrupt)
-    assert main(["demo"]) == 130
-    assert capsys.readouterr().err == "grades-kernels demo: interrupted\n"
-
-
-def test_info(capsys, monkeypatch):
+def test_info_shows_versions_and_implementations(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert f"grades-kernels  {grades_kernels.__version__}" in out
     assert torch.__version__ in out
-    assert re.search(
-        r"^cpu \(.+\)\n  fused=None uses the \w+ implementation\n  fused=True ", out, re.M
-    )
+    assert re.search(r"^cpu \(.+\)\n  fused=None uses the \w+ impl.*\n  fused=True ", out, re.M)
 
 
-def test_info_tells_why_there_is_no_fused_implementation(capsys, monkeypatch):
-    def choose(params, fused):
-        if fused:
-            raise RuntimeError("fused=True is not possible: no luck. Use fused=None.")
-        return "reference"
-
-    monkeypatch.setattr(functional, "choose", choose)
-    assert main(["info"]) == 0
-    assert "  fused=True is not possible: no luck\n" in capsys.readouterr().out
-
-
-def test_info_tells_which_instructions_the_native_op_uses(monkeypatch, capsys):
-    monkeypatch.setattr(cli.native, "why_not_loaded", lambda: None)
-    monkeypatch.setattr(cli.native, "clone", lambda: "avx2")
-    assert main(["info"]) == 0
-    assert re.search(r"^native op +built, runs its avx2 code$", capsys.readouterr().out, re.M)
-    monkeypatch.setattr(cli.native, "why_not_loaded", lambda: "the native op is not built")
-    assert main(["info"]) == 0
-    assert re.search(r"^native op +the native op is not built$", capsys.readouterr().out, re.M)
-
-
-def test_info_without_triton(monkeypatch, capsys):
+def test_info_without_triton_and_fused_implementation(capsys, monkeypatch):
+    error = RuntimeError("fused=True is not possible: no luck. Use fused=None.")
+    monkeypatch.setattr(cli, "choose", Mock(side_effect=["reference", error] * 9))
     monkeypatch.setattr(cli.metadata, "packages_distributions", dict)
+    monkeypatch.setattr(cli.native, "cpu_capability", lambda: "avx2")
+    monkeypatch.setattr(cli.native, "why_not_loaded", lambda: None)
     assert main(["info"]) == 0
-    assert re.search(r"^triton +not installed$", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    assert "  fused=True is not possible: no luck\n" in out
+    assert re.search(r"^triton +not installed$", out, re.M)
+    assert re.search(r"^native op +built, runs its avx2 code$", out, re.M)
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--version"])
-    assert caught.value.code == 0
-    assert capsys.readouterr().out == f"grades-kernels {grades_kernels.__version__}\n"
-
-
-def test_import_needs_torch_alone():
+def test_the_command_needs_neither_rich_nor_matplotlib():
     code = (
         "import sys; sys.modules.update(rich=None, matplotlib=None)\n"
         "from grades_kernels.cli import main; sys.exit(main(['info']))"
@@ -165,13 +116,13 @@ def test_import_needs_torch_alone():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_whole_demo_as_a_module(tmp_path):
-    """The command as users type it, in a process of its own and without a terminal."""
+def test_the_demo_runs_as_a_module(tmp_path):
+    """The command in a process of its own, without a terminal."""
     command = [sys.executable, "-m", "grades_kernels", "demo", "--quick", "--steps", "60"]
     done = subprocess.run(
         [*command, "--out", "results"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},  # nothing need be installed
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # the package need not be installed
         capture_output=True,
         text=True,
     )
@@ -182,44 +133,25 @@ def test_whole_demo_as_a_module(tmp_path):
     assert names == {"report.json", "report.png", "runs.json", "runs.png"}
 
 
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [("kernels", "bench_kernels"), ("step", "bench_step"), ("codegen", "codegen")],
-)
-def test_bench_runs_the_checkout_and_passes_its_status_on(name, module, monkeypatch):
-    """Arguments go through untouched, and a benchmark that fails makes the command fail."""
-    calls = []
-
-    def run(command, **options):
-        calls.append(command[1:])
-        return subprocess.CompletedProcess(command, 3)
-
+@pytest.mark.parametrize(("name", "module"), cli.BENCHMARKS.items())
+def test_bench_passes_arguments_and_status_on(name, module, monkeypatch):
+    assert (ROOT / "benchmarks" / f"{module}.py").is_file()
+    run = Mock(return_value=subprocess.CompletedProcess([], 3))
     monkeypatch.setattr(cli.subprocess, "run", run)
     assert main(["bench", name, "--device", "cpu"]) == 3
-    assert calls == [["-m", f"benchmarks.{module}", "--device", "cpu"]]
+    assert run.call_args.args[0][1:] == ["-m", f"benchmarks.{module}", "--device", "cpu"]
 
 
-def test_bench_without_a_checkout(monkeypatch, tmp_path, capsys):
-    """An installed wheel has no benchmarks: the way out is named."""
+def test_bench_without_a_checkout_explains_how_to_get_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "grades_kernels" / "cli.py"))
     assert main(["bench", "step"]) == 2
     assert "clone the repository" in capsys.readouterr().err
 
 
 def test_info_shows_a_saved_report(tmp_path, capsys):
-    import torch
-
-    from grades_kernels import GradESAdamW
-
-    w = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = GradESAdamW([("w", w)], tau=9.0, grace_steps=0, statistic="norm")
-    for _ in range(2):
-        w.grad = torch.ones_like(w)
-        optimizer.step()
+    optimizer = GradESAdamW([torch.nn.Parameter(torch.ones(2, 2))], tau=9.0, grace_steps=0)
     path = optimizer.report().save(tmp_path / "report.json")
     assert main(["info", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.strip() == str(optimizer.report())
-    assert "released so far" in printed
+    assert capsys.readouterr().out.strip() == str(optimizer.report())
     assert main(["info", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err

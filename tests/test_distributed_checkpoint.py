@@ -1,8 +1,8 @@
-"""Checkpoints of jobs by torch.distributed.checkpoint: saved by one job, resumed by another.
+"""Checkpoints of torch.distributed.checkpoint, saved by one job and resumed by another.
 
-A resumed run ends with the same events and the same frozen units, hits and `requires_grad` flags as
-the run that was never interrupted. On as many ranks as before its weights are the same bit for bit;
-on more or fewer they are as near as sums in another order allow.
+A resumed run ends with the same events, frozen units, hits and `requires_grad` flags as the run
+that was never interrupted. On as many ranks as before its weights are the same bit for bit; on more
+or fewer they differ by less than 1e-4, because sums are added in another order.
 """
 
 import warnings
@@ -25,8 +25,7 @@ from test_distributed import (
 )
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
+    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -37,77 +36,63 @@ SEED = 3
 OWN = {
     "change": {"statistic": "change", "tau": 4.0, "patience": 2},
     "momentum-cooldown": {"statistic": "momentum", "tau": 3.0, "cooldown": 3},
-    "weight_change": {
-        "statistic": "weight_change",
-        "tau": 0.4,
-        "freeze_timing": "next_step",
-    },
+    "weight_change": {"statistic": "weight_change", "tau": 0.4, "freeze_timing": "next_step"},
 }
 
 
-def build(kind, own, seed):
-    net, mine = Net(seed), slice(None)
-    model = net
-    if kind != "alone":
-        model, mine = parallel(kind, net)
-    own = {**ADAMW, "fused": False, "foreach": False, "grace_steps": 3, **own}
-    return net, model, mine, GradESAdamW(net.named_parameters(), **own)
-
-
-def options(form):
-    return StateDictOptions(flatten_optimizer_state_dict=form == "flat")
-
-
-def take(model, optimizer, form):
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options(form)),
-    }
+def states(model, optimizer, form):
+    options = StateDictOptions(
+        flatten_optimizer_state_dict=form == "flat",
+        full_state_dict=form == "full",
+        cpu_offload=form == "full",
+    )
+    found = get_state_dict(model, optimizer, options=options)
+    return dict(zip(("model", "optimizer"), found, strict=True))
 
 
 def save(folder, model, optimizer, form):
-    if form == "full":  # one file, written by the first rank
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        states = [
-            get_model_state_dict(model, options=whole),
-            get_optimizer_state_dict(model, optimizer, options=whole),
-        ]
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            torch.save(states, f"{folder}/full.pt")
+    """Save in one of four forms: "nested" and "flat" state, one "full" file, or "async"."""
+    found = states(model, optimizer, form)
+    alone = not dist.is_initialized()
+    if form == "full":
+        if alone or dist.get_rank() == 0:
+            torch.save(found, f"{folder}/full.pt")
         return None
-    if form == "async":  # written while the next step runs, among ranks of its own
+    if form == "async":  # written during the next step, by a process group of its own
         group = dist.new_group(backend="gloo")
-        return dcp.async_save(
-            take(model, optimizer, form), checkpoint_id=folder, process_group=group
-        )
-    dcp.save(take(model, optimizer, form), checkpoint_id=folder, no_dist=not dist.is_initialized())
+        return dcp.async_save(found, checkpoint_id=folder, process_group=group)
+    dcp.save(found, checkpoint_id=folder, no_dist=alone)
 
 
 def load(folder, model, optimizer, form):
+    alone = not dist.is_initialized()
     if form == "full":
-        whole = StateDictOptions(
-            full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), cpu_offload=True
+        options = StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=not alone, cpu_offload=True
         )
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        states = torch.load(f"{folder}/full.pt", weights_only=True) if first else [{}, {}]
-        set_model_state_dict(model, states[0], options=whole)
-        set_optimizer_state_dict(model, optimizer, states[1], options=whole)
-        return
-    target = take(model, optimizer, form)
-    dcp.load(target, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_model_state_dict(model, target["model"])
-    set_optimizer_state_dict(model, optimizer, target["optimizer"], options=options(form))
+        found = {"model": {}, "optimizer": {}}
+        if alone or dist.get_rank() == 0:
+            found = torch.load(f"{folder}/full.pt", weights_only=True)
+    else:
+        options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+        found = states(model, optimizer, form)
+        dcp.load(found, checkpoint_id=folder, no_dist=alone)
+    set_model_state_dict(model, found["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, found["optimizer"], options=options)
 
 
 def run(kind, own, folder=None, form="nested", split=None, resume=None):
     """A run that saves after step `split`, or one that loads and goes on from there.
 
     Args:
-        resume: None saves; "new" loads into a new model and optimizer; "same" goes back in those
+        resume: None saves; "new" loads into a new model and optimizer; "same" loads into those
             that have trained to the end.
     """
     warnings.simplefilter("ignore")
-    net, model, mine, optimizer = build(kind, own, SEED + (resume == "new"))
+    net = Net(SEED + (resume == "new"))
+    model, mine = (net, slice(None)) if kind == "alone" else parallel(kind, net)
+    options = {**ADAMW, "fused": False, "foreach": False, "grace_steps": 3, **own}
+    optimizer = GradESAdamW(net.named_parameters(), **options)
     saving = None
 
     def train(first):
@@ -135,70 +120,60 @@ def run(kind, own, folder=None, form="nested", split=None, resume=None):
     return found
 
 
-def on(size, *args, **kwargs):
+def on(size, *args):
     """The results by rank; of this process where `size` is 1."""
-    return [run(*args, **kwargs)] if size == 1 else ranks.run(size, call, args, kwargs)
+    return [run(*args)] if size == 1 else ranks.run(size, run, *args)
 
 
-def call(args, kwargs):
-    return run(*args, **kwargs)
+def check(saver, loader, own, folder, form, split, resume="new"):
+    """Compare the resumed with the uninterrupted run; some units freeze after the checkpoint."""
+    uninterrupted, *_ = on(*saver, own, str(folder), form, split)
+    resumed = on(*loader, own, str(folder), form, split, resume)
+    assert same_on_all(resumed)
+    assert max(event.step for event in uninterrupted["events"]) > split
+    assert decisions(resumed[0]) == decisions(uninterrupted)
+    assert resumed[0]["hits"] == uninterrupted["hits"]
+    if saver == loader:
+        assert resumed[0] == uninterrupted
+    assert distance(resumed[0], uninterrupted) < 1e-4
 
 
+TWO, DDP = (2, "fsdp2"), (2, "ddp")
 JOBS = [
-    ((2, "fsdp2"), (2, "fsdp2")),
-    ((2, "fsdp2"), (1, "alone")),
-    ((2, "fsdp2"), (4, "fsdp2")),
-    ((2, "fsdp2"), (4, "hsdp")),
-    ((4, "fsdp2+tp"), (2, "fsdp2")),
-    ((1, "alone"), (2, "fsdp2")),
-    ((2, "ddp"), (2, "ddp")),
-    ((2, "ddp"), (2, "fsdp2")),
-    ((2, "fsdp2"), (2, "ddp")),
+    *((TWO, loader) for loader in (TWO, (1, "alone"), (4, "fsdp2"), (4, "hsdp"), DDP)),
+    *((saver, TWO) for saver in ((4, "fsdp2+tp"), (1, "alone"), DDP)),
+    (DDP, DDP),
 ]
 IDS = [f"{n}-{a}-to-{m}-{b}" for (n, a), (m, b) in JOBS]
 
 
 @pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 @pytest.mark.parametrize(("saver", "loader"), JOBS, ids=IDS)
-def test_resumed_by_another_job(saver, loader, own, tmp_path):
-    """In place, as DCP loads, after some units have frozen and before others have."""
+def test_another_job_resumes_a_checkpoint(saver, loader, own, tmp_path):
+    """Some units have frozen before the checkpoint, others freeze after it."""
     check(saver, loader, own, tmp_path, "nested", 7)
 
 
 @pytest.mark.parametrize("form", ["flat", "full", "async"])
 @pytest.mark.parametrize("split", [2, 5, 7])
 @pytest.mark.parametrize("loader", [(2, "fsdp2"), (1, "alone")], ids=["to-2", "to-1"])
-def test_forms_of_a_checkpoint(form, split, loader, tmp_path):
+def test_every_form_of_a_checkpoint_can_be_resumed(form, split, loader, tmp_path):
     check((2, "fsdp2"), loader, OWN["change"], tmp_path, form, split)
 
 
 @pytest.mark.parametrize("form", ["nested", "flat", "full"])
-def test_back_to_a_checkpoint_in_the_same_process(form, tmp_path):
-    """Whatever has frozen since then trains again."""
+def test_units_that_froze_after_the_checkpoint_train_again_when_it_is_loaded(form, tmp_path):
     check((2, "fsdp2"), (2, "fsdp2"), OWN["change"], tmp_path, form, 5, resume="same")
 
 
-def check(saver, loader, own, folder, form, split, resume="new"):
-    uninterrupted = on(*saver, own, str(folder), form, split)
-    resumed = on(*loader, own, str(folder), form, split, resume=resume)
-    assert same_on_all(resumed)
-    before = [e for e in uninterrupted[0]["events"] if e.step <= split]
-    assert len(uninterrupted[0]["events"]) > len(before)
-    assert decisions(resumed[0]) == decisions(uninterrupted[0])
-    assert resumed[0]["hits"] == uninterrupted[0]["hits"]
-    if saver == loader:
-        assert resumed[0] == uninterrupted[0]
-    assert distance(resumed[0], uninterrupted[0]) < 1e-4
-
-
 def test_without_the_freeze_table_a_resumed_run_differs(tmp_path):
-    """Negative control: the same checkpoint less the keys that are ours."""
+    """Negative control: the same checkpoint without the keys that GradESAdamW adds."""
     saver = (2, "fsdp2", OWN["change"], str(tmp_path), "full", 7)
     uninterrupted = on(*saver)
-    model, optimizer = torch.load(tmp_path / "full.pt", weights_only=True)
-    for state in optimizer["state"].values():
+    checkpoint = torch.load(tmp_path / "full.pt", weights_only=True)
+    for state in checkpoint["optimizer"]["state"].values():
         for key in [key for key in state if key.startswith("grades_")]:
             del state[key]
-    torch.save([model, optimizer], tmp_path / "full.pt")
-    resumed = on(*saver, resume="new")
+    torch.save(checkpoint, tmp_path / "full.pt")
+    resumed = on(*saver, "new")
     assert decisions(resumed[0]) != decisions(uninterrupted[0])

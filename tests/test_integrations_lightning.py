@@ -1,18 +1,15 @@
-"""Lightning: callback, log, resume and two processes, with real runs against a plain loop."""
-
-from __future__ import annotations
+"""Runs of a small network in Lightning, compared with a plain loop."""
 
 import csv
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
+from tiny import assert_same_run, assert_same_weights, regression_data, tiny_network
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from grades_kernels import FreezeReport, GradESAdamW
 from grades_kernels.integrations import measurements
@@ -26,47 +23,40 @@ from grades_kernels.integrations import lightning as integration  # noqa: E402
 from grades_kernels.integrations.lightning import GradESCallback  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("without_pictures"),
+    pytest.mark.usefixtures("without_plots"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
 
 EPOCHS, BATCHES, BATCH = 3, 6, 4
+DATA = regression_data(BATCHES * BATCH)
+LOADER = DataLoader(DATA, batch_size=BATCH)
 # Chosen so that of the three matrices two freeze, one after the other.
 OPTIONS = {"tau": 0.047, "tau_per": "element", "alpha": 0.25}
 
 
 class Regression(lightning.LightningModule):
-    """A small network that configures its optimizer as the documentation says."""
+    """A small network that configures its optimizer as the documentation shows."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options):
         super().__init__()
         self.options = {**OPTIONS, **options}
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)
-        )
+        self.net = tiny_network()
 
-    def training_step(self, batch, batch_idx):
-        x, y = batch
+    def loss(self, x, y):
         return nn.functional.mse_loss(self.net(x), y)
 
-    def configure_optimizers(self):
-        steps = self.trainer.estimated_stepping_batches
+    def training_step(self, batch, batch_idx):
+        return self.loss(*batch)
+
+    def make_optimizer(self, steps):
         return GradESAdamW(self.named_parameters(), lr=1e-2, total_steps=steps, **self.options)
 
-
-def dataset() -> TensorDataset:
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCHES * BATCH, 8, generator=g)
-    return TensorDataset(x, torch.randn(BATCHES * BATCH, 2, generator=g))
+    def configure_optimizers(self):
+        return self.make_optimizer(self.trainer.estimated_stepping_batches)
 
 
-def loader() -> DataLoader:
-    return DataLoader(dataset(), batch_size=BATCH)
-
-
-def make_trainer(folder, *callbacks, **changes):
+def fit(folder, model=None, *callbacks, resume=None, **changes):
     settings = {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
@@ -79,128 +69,99 @@ def make_trainer(folder, *callbacks, **changes):
         "default_root_dir": folder,
         "callbacks": [GradESCallback(), *callbacks],
     }
-    return lightning.Trainer(**{**settings, **changes})
+    trainer = lightning.Trainer(**{**settings, **changes})
+    trainer.fit(model or Regression(), LOADER, ckpt_path=resume)
+    return trainer
 
 
-def run(folder, *callbacks, resume=None, options=None, **changes):
-    trainer = make_trainer(folder, *callbacks, **changes)
-    model = Regression(**(options or {}))
-    trainer.fit(model, loader(), ckpt_path=resume)
-    return trainer, model, trainer.optimizers[0]
-
-
-def plain_loop(*, accumulate=1, clip=None, **options) -> tuple[nn.Module, GradESAdamW]:
+def plain_loop(*, accumulate=1, clip=None, **options):
     model = Regression(**options)
-    optimizer = GradESAdamW(
-        model.named_parameters(),
-        lr=1e-2,
-        total_steps=EPOCHS * BATCHES // accumulate,
-        **model.options,
-    )
-    for _ in range(EPOCHS):
-        for k, (x, y) in enumerate(loader(), start=1):
+    optimizer = model.make_optimizer(EPOCHS * BATCHES // accumulate)
+    for k, batch in enumerate([batch for _ in range(EPOCHS) for batch in LOADER], start=1):
 
-            def closure(x=x, y=y):
-                # Inside of step(), as Lightning does it: what froze in the step before has no
-                # gradient any more, and so no part in the norm that is clipped.
-                (nn.functional.mse_loss(model.net(x), y) / accumulate).backward()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+        def closure(batch=batch):
+            # Lightning calls it in step(), after the release of matrices that froze in the step
+            # before: these have no gradient any more, and clipping does not count them.
+            (model.loss(*batch) / accumulate).backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
 
-            if k % accumulate == 0:
-                optimizer.step(closure)
-                optimizer.zero_grad()
-            else:
-                closure()
-            if optimizer.all_frozen:
-                return model, optimizer
+        if k % accumulate == 0:
+            optimizer.step(closure)
+            optimizer.zero_grad()
+        else:
+            closure()
+        if optimizer.all_frozen:
+            break
     return model, optimizer
-
-
-def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
-    theirs = dict(b.named_parameters())
-    assert all(torch.equal(p, theirs[name]) for name, p in a.named_parameters())
 
 
 @pytest.mark.parametrize(
     ("changes", "loop", "tau"),
     [
-        pytest.param({}, {}, 0.047, id="fp32"),
-        pytest.param({"accumulate_grad_batches": 2}, {"accumulate": 2}, 0.034, id="accumulation"),
-        pytest.param({"gradient_clip_val": 0.3}, {"clip": 0.3}, 0.0105, id="clipping"),
+        ({}, {}, 0.047),
+        ({"accumulate_grad_batches": 2}, {"accumulate": 2}, 0.034),
+        ({"gradient_clip_val": 0.3}, {"clip": 0.3}, 0.0105),
     ],
+    ids=["fp32", "accumulation", "clipping"],
 )
-def test_trainer_freezes_what_a_plain_loop_freezes(tmp_path, changes, loop, tau):
-    """Same batches, same events, and bit for bit the same end."""
-    _, model, trained = run(tmp_path, options={"tau": tau}, **changes)
-    expected, plain = plain_loop(tau=tau, **loop)
-    assert trained.freeze_events and not trained.all_frozen  # the comparison has something to say
-    assert trained.freeze_events == plain.freeze_events
-    ours, theirs = trained.report().to_dict(), plain.report().to_dict()
-    assert ours["history"] == theirs["history"]
-    assert_same_weights(model, expected)
+def test_trainer_equals_a_plain_loop_bit_for_bit(tmp_path, changes, loop, tau):
+    model = Regression(tau=tau)
+    trained = fit(tmp_path, model, **changes).optimizers[0]
+    assert trained.freeze_events and not trained.all_frozen
+    assert_same_run((model, trained), plain_loop(tau=tau, **loop))
 
 
-def test_another_threshold_is_noticed(tmp_path):
-    """Negative control of the comparison above."""
-    _, _, trained = run(tmp_path)
-    _, plain = plain_loop(tau=0.5 * OPTIONS["tau"])
-    assert trained.freeze_events != plain.freeze_events
+def read_log(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def read_log(folder) -> list[dict[str, str]]:
-    with open(Path(folder) / "metrics.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["grades/frozen_share"]]
-
-
-def test_stops_and_logs_when_all_is_frozen(tmp_path, picture):
-    """The run ends in the step in which all is frozen; log and files tell of it."""
-    trainer, _, optimizer = run(tmp_path, options={"max_frozen": 0.3}, log_every_n_steps=2)
+def test_trainer_stops_and_logs_when_all_units_are_frozen(tmp_path, plot):
+    trainer = fit(tmp_path, Regression(max_frozen=0.3), log_every_n_steps=2)
+    (optimizer,) = trainer.optimizers
     last = max(event.step for event in optimizer.freeze_events)
     assert optimizer.all_frozen and trainer.global_step == last < EPOCHS * BATCHES
-    rows = read_log(tmp_path)
+    rows = [row for row in read_log(tmp_path) if row["grades/frozen_share"]]
     assert [int(row["step"]) for row in rows] == sorted({*range(2, last, 2), last})
     assert float(rows[0]["grades/frozen_share"]) == 0
+    assert float(rows[-1]["grades/frozen_share"]) == 1
     for name, value in measurements(optimizer).items():
         assert float(rows[-1][name]) == pytest.approx(value)
-    assert float(rows[-1]["grades/frozen_share"]) == 1
     assert FreezeReport.load(tmp_path / "grades_report.json") == optimizer.report()
     assert (tmp_path / "grades_report.png").stat().st_size > 0
 
 
-def test_runs_to_the_end_if_nobody_stops_it(tmp_path, monkeypatch):
-    """Negative control: it is the callback that stops the run above."""
+def test_without_the_stop_of_the_callback_the_run_goes_on(tmp_path, monkeypatch):
+    """Negative control: no other code stops the run above."""
     monkeypatch.setattr(integration, "is_finished", lambda optimizer: False)
-    trainer, _, optimizer = run(tmp_path, options={"max_frozen": 0.3})
-    assert optimizer.all_frozen and trainer.global_step == EPOCHS * BATCHES
+    trainer = fit(tmp_path, Regression(max_frozen=0.3))
+    assert trainer.optimizers[0].all_frozen and trainer.global_step == EPOCHS * BATCHES
 
 
-def test_resume_is_bit_identical(tmp_path):
-    """From the checkpoint of every epoch, the same end."""
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
+    """From the checkpoint of every epoch."""
     keep = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1)
-    _, expected, whole = run(tmp_path, keep, enable_checkpointing=True)
+    expected = Regression()
+    (whole,) = fit(tmp_path, expected, keep, enable_checkpointing=True).optimizers
+    assert whole.freeze_events
     for epoch in range(EPOCHS - 1):
-        folder = tmp_path / f"from{epoch}"
-        trainer, model, resumed = run(folder, resume=tmp_path / "kept" / f"epoch={epoch}.ckpt")
+        model = Regression()
+        kept = tmp_path / "kept" / f"epoch={epoch}.ckpt"
+        trainer = fit(tmp_path / f"from{epoch}", model, resume=kept)
         assert trainer.global_step == EPOCHS * BATCHES
-        assert resumed.freeze_events == whole.freeze_events != []
-        assert resumed.report().to_dict()["units"] == whole.report().to_dict()["units"]
-        assert_same_weights(model, expected)
+        assert_same_run((model, trainer.optimizers[0]), (expected, whole), history=False)
 
 
 class TwoOptimizers(Regression):
-    """Manual optimization, one optimizer for each half of the network."""
+    """Manual optimization with one optimizer for each half of the network."""
 
-    automatic_optimization = False
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = nn.functional.mse_loss(self.net(x), y)
-        self.manual_backward(loss)
+        self.manual_backward(self.loss(*batch))
         for optimizer in self.optimizers():
             optimizer.step()
             optimizer.zero_grad()
@@ -212,19 +173,16 @@ class TwoOptimizers(Regression):
         ]
 
 
-def test_several_optimizers_stop_together(tmp_path):
-    """The run goes on until each has frozen all it monitors; numbers and reports are kept apart."""
-    trainer = make_trainer(tmp_path)
-    trainer.fit(TwoOptimizers(), loader())
-    assert trainer.optimizers[0].freeze_events[0].step == 2
-    assert trainer.optimizers[1].freeze_events[0].step == 4
-    assert trainer.optimizers[0].report().step == 4
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    assert last["grades/frozen_share/optimizer0"] == last["grades/frozen_share/optimizer1"] == "1.0"
-    for k in (0, 1):
-        report = FreezeReport.load(tmp_path / f"optimizer{k}" / "grades_report.json")
-        assert report == trainer.optimizers[k].report()
+def test_training_stops_when_every_optimizer_has_frozen_all_its_units(tmp_path):
+    """Numbers and reports of the optimizers are logged and saved separately."""
+    optimizers = fit(tmp_path, TwoOptimizers()).optimizers
+    assert [optimizer.freeze_events[0].step for optimizer in optimizers] == [2, 4]
+    last = read_log(tmp_path)[-1]
+    for k, optimizer in enumerate(optimizers):
+        assert optimizer.report().step == 4
+        assert last[f"grades/frozen_share/optimizer{k}"] == "1.0"
+        saved = FreezeReport.load(tmp_path / f"optimizer{k}" / "grades_report.json")
+        assert saved == optimizer.report()
 
 
 class Plain(Regression):
@@ -233,105 +191,86 @@ class Plain(Regression):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("make_model", "changes", "message"),
     [
-        (Plain, r"no optimizer .* is a GradESAdamW.*\['AdamW'\]"),
-        (lambda: Regression(tau=None), r"monitors something.*\['GradESAdamW'\]"),
+        (Plain, {}, r"no optimizer .* is a GradESAdamW.*\['AdamW'\]"),
+        (lambda: Regression(tau=None), {}, r"monitors a unit.*\['GradESAdamW'\]"),
+        (Regression, {"max_epochs": -1}, "Invalid total_steps: inf"),  # Lightning's estimate
     ],
-    ids=["AdamW", "tau-None"],
+    ids=["AdamW", "no-tau", "endless"],
 )
-def test_a_callback_without_our_optimizer_is_refused_before_the_first_step(
-    tmp_path, model, message
+def test_a_run_that_cannot_freeze_is_refused_before_the_first_step(
+    tmp_path, make_model, changes, message
 ):
-    trainer = make_trainer(tmp_path)
+    model = make_model()
     with pytest.raises(ValueError, match=message):
-        trainer.fit(model(), loader())
-    assert trainer.global_step == 0
-
-
-def test_an_endless_run_has_no_length(tmp_path):
-    """Lightning estimates infinity; the optimizer says what it needs."""
-    trainer = make_trainer(tmp_path, max_epochs=-1)
-    with pytest.raises(ValueError, match=r"Invalid total_steps: inf"):
-        trainer.fit(Regression(), loader())
+        fit(tmp_path, model, **changes)
+    assert_same_weights(model, Regression())
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_flat_shards_are_refused_before_the_first_step(tmp_path, monkeypatch, name):
-    """Neither can be started on one CPU: an object of that class stands in the trainer's place."""
+def test_flattened_parameters_are_refused_before_the_first_step(monkeypatch, name):
+    """Neither can be started on one CPU, so the Trainer gets an object that was not initialised."""
     strategy = object.__new__(getattr(lightning.strategies, name))
-    trainer = make_trainer(tmp_path)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     monkeypatch.setattr(type(trainer), "strategy", strategy)
     with pytest.raises(ValueError, match=rf"{name}.*ModelParallelStrategy"):
         GradESCallback().setup(trainer, Regression(), "fit")
 
 
-DDP = """
-import json, os, sys
-sys.path.insert(0, {tests!r})
-import test_integrations_lightning as here
-here.FreezeReport.plot = lambda report, path: path
+TWO_RANKS = {"tau": 0.036, "max_frozen": 0.6}
 
-folder = {folder!r}
-trainer, model, optimizer = here.run(
-    folder, devices=2, strategy="ddp", use_distributed_sampler=True, options={options!r}
-)
-found = dict(
-    events=[[event.step, event.unit] for event in optimizer.freeze_events],
-    statistics=optimizer.statistics(),
-    steps=trainer.global_step,
-    weights=[p.double().sum().item() for p in model.parameters()],
-)
-with open(f"{{folder}}/rank{{trainer.global_rank}}.json", "w") as file:
-    json.dump(found, file)
-"""
+
+def train_one_rank(folder):
+    FreezeReport.plot = lambda report, path: path
+    model = Regression(**TWO_RANKS)
+    trainer = fit(folder, model, devices=2, strategy="ddp", use_distributed_sampler=True)
+    (optimizer,) = trainer.optimizers
+    found = {
+        "events": [event[:2] for event in optimizer.freeze_events],
+        "statistics": optimizer.statistics(),
+        "steps": trainer.global_step,
+        "weights": [p.double().sum().item() for p in model.parameters()],
+    }
+    with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
+        json.dump(found, file)
 
 
 def joined_batches():
-    """What both ranks together see in every step: Lightning shuffles what it distributes."""
-    x, y = dataset().tensors
+    """The batches of both ranks together; Lightning shuffles what it distributes."""
     for epoch in range(EPOCHS):
         shares = []
         for rank in (0, 1):
-            sampler = DistributedSampler(dataset(), 2, rank, shuffle=True, seed=0)
+            sampler = DistributedSampler(DATA, 2, rank, shuffle=True, seed=0)
             sampler.set_epoch(epoch)
             shares.append(torch.tensor(list(sampler)).view(-1, BATCH))
         for rows in torch.cat(shares, dim=1):
-            yield x[rows], y[rows]
+            yield DATA[rows]
 
 
-def test_two_processes_decide_and_stop_together(tmp_path):
-    """DDP over gloo: the events of a plain loop over the joined batches, on both ranks."""
-    options = {"tau": 0.036, "max_frozen": 0.6}
-    script = tmp_path / "train.py"
-    tests = os.fspath(Path(__file__).parent)
-    script.write_text(DDP.format(tests=tests, folder=os.fspath(tmp_path), options=options))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.fspath(Path(tests).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1))
+def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
+    """DDP over gloo, compared with a loop over the joined batches."""
+    first, second = ranks.run_script(__file__, tmp_path)
     assert first == second
 
-    model = Regression(**options)
+    model = Regression(**TWO_RANKS)
     length = EPOCHS * BATCHES // 2
-    optimizer = GradESAdamW(model.named_parameters(), lr=1e-2, total_steps=length, **model.options)
-    steps = 0
-    for x, y in joined_batches():
+    optimizer = model.make_optimizer(length)
+    for batch in joined_batches():
         optimizer.zero_grad()
-        nn.functional.mse_loss(model.net(x), y).backward()
+        model.loss(*batch).backward()
         optimizer.step()
-        steps += 1
         if optimizer.all_frozen:
             break
-    assert optimizer.all_frozen and steps < length
-    assert first["events"] == [[event.step, event.unit] for event in optimizer.freeze_events]
-    assert first["steps"] == steps
+    assert optimizer.all_frozen
+    assert first["events"] == [list(event[:2]) for event in optimizer.freeze_events]
+    assert first["steps"] == optimizer.report().step < length
     assert first["statistics"] == pytest.approx(optimizer.statistics(), rel=1e-4)
-    assert first["weights"] == pytest.approx(
-        [p.double().sum().item() for p in model.parameters()], rel=1e-4
-    )
+    weights = [p.double().sum().item() for p in model.parameters()]
+    assert first["weights"] == pytest.approx(weights, rel=1e-4)
     report = FreezeReport.load(tmp_path / "grades_report.json")
-    assert [[event.step, event.unit] for event in report.events] == first["events"]
+    assert [list(event[:2]) for event in report.events] == first["events"]
+
+
+if __name__ == "__main__":
+    train_one_rank(sys.argv[1])

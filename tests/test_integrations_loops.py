@@ -1,14 +1,10 @@
-"""Loops written by hand as the documentation shows them: Accelerate alone, and plain PyTorch."""
-
-from __future__ import annotations
-
-import subprocess
-import sys
+"""Loops written by hand as the documentation shows them: plain PyTorch, and Accelerate."""
 
 import pytest
 import torch
+from tiny import assert_same_run, regression_data, tiny_network
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from grades_kernels import GradESAdamW
 from grades_kernels.integrations import unwrap_optimizer
@@ -18,119 +14,59 @@ STEPS, ACCUMULATE, CLIP = 12, 2, 0.3
 OPTIONS = {"tau": 0.0085, "tau_per": "element", "alpha": 0.25}
 
 
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)
-    )
-
-
-def make_loader() -> DataLoader:
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(STEPS * ACCUMULATE * 4, 8, generator=g)
-    return DataLoader(TensorDataset(x, torch.randn(len(x), 2, generator=g)), batch_size=4)
-
-
-def make_optimizer(model: nn.Module, **options) -> GradESAdamW:
+def make_parts(**options):
+    """The model, its optimizer, a schedule and the batches."""
+    model = tiny_network()
     settings = {**OPTIONS, **options}
-    return GradESAdamW(model.named_parameters(), lr=1e-2, total_steps=STEPS, **settings)
-
-
-def recipe(
-    *, stop_after: int | None = None, checkpoint: dict | None = None, **options
-) -> tuple[nn.Module, GradESAdamW, dict]:
-    """A loop as recipes have it: accumulation, clipping, a schedule, a log, a checkpoint."""
-    model = make_model()
-    optimizer = make_optimizer(model, **options)
+    optimizer = GradESAdamW(model.named_parameters(), lr=1e-2, total_steps=STEPS, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    start = 0
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        start = checkpoint["step"]
+    loader = DataLoader(regression_data(STEPS * ACCUMULATE * 4), batch_size=4)
+    return model, optimizer, schedule, loader
 
-    log = []
-    for k, (x, y) in enumerate(make_loader()):
-        if k < start * ACCUMULATE:
+
+def plain(folder=None, *, save_at=None, resume_at=0, load=("model", "optimizer"), **options):
+    """A loop with accumulation, clipping, a schedule and a checkpoint."""
+    model, optimizer, schedule, loader = make_parts(**options)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if resume_at:
+        states = torch.load(folder / "step.pt", weights_only=True)
+        for name in (*load, "schedule"):
+            parts[name].load_state_dict(states[name])
+    for k, (x, y) in enumerate(loader, start=1):
+        if k <= resume_at * ACCUMULATE:
             continue
         (nn.functional.mse_loss(model(x), y) / ACCUMULATE).backward()
-        if (k + 1) % ACCUMULATE:
+        if k % ACCUMULATE:
             continue
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        log.append(len(optimizer.frozen_units))
-        step = (k + 1) // ACCUMULATE
-        if optimizer.all_frozen or step == stop_after:
+        if optimizer.all_frozen or k == ACCUMULATE * (save_at or 0):
             break
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "step": step,
-        "log": log,
-    }
-    return model, optimizer, state
+    if save_at:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(states, folder / "step.pt")
+    return model, optimizer
 
 
-def assert_same(a: tuple, b: tuple) -> None:
-    assert a[1].freeze_events == b[1].freeze_events
-    assert a[1].statistics() == b[1].statistics()
-    theirs = dict(b[0].named_parameters())
-    assert all(torch.equal(p, theirs[name]) for name, p in a[0].named_parameters())
-
-
-def test_recipe_stops_when_all_is_frozen():
-    _, optimizer, state = recipe(max_frozen=0.3)
-    assert optimizer.all_frozen
-    assert state["step"] == max(event.step for event in optimizer.freeze_events) < STEPS
-    assert state["log"][-1] == 3 and state["log"][:3] == [0, 0, 0]
-
-
-@pytest.mark.parametrize("cut", [2, 8], ids=["in-grace", "some-frozen"])
-def test_recipe_resumes_bit_identically(tmp_path, cut):
-    whole = recipe()
-    assert 0 < len(whole[1].frozen_units) < 3
-    torch.save(recipe(stop_after=cut)[2], tmp_path / "step.pt")
-    assert_same(recipe(checkpoint=torch.load(tmp_path / "step.pt", weights_only=True)), whole)
-
-
-def test_a_resume_without_the_optimizer_is_noticed(tmp_path):
-    """Negative control of the comparison above."""
-    whole = recipe()
-    state = recipe(stop_after=8)[2]
-    fresh = make_model()
-    with torch.no_grad():
-        state["optimizer"] = make_optimizer(fresh).state_dict()
-    with pytest.raises(AssertionError):
-        assert_same(recipe(checkpoint=state), whole)
-
-
-def accelerated(folder=None, *, save_at=None, resume=False, bf16=False, **options):
-    """The same loop under Accelerate, which counts the accumulation and wraps the optimizer."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)  # one accelerator per run, in one process
-    GradientState._reset_state()
-    accelerator = Accelerator(
+def accelerated(folder=None, *, save_at=None, resume_at=0, bf16=False, **options):
+    """The same loop with Accelerate, which counts the accumulation and wraps the optimizer."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # one accelerator per run, in one process
+    accelerate.state.GradientState._reset_state()
+    accelerator = accelerate.Accelerator(
         cpu=True,
         gradient_accumulation_steps=ACCUMULATE,
         mixed_precision="bf16" if bf16 else "no",
         step_scheduler_with_optimizer=False,
     )
-    bare = make_model()
-    optimizer = make_optimizer(bare, **options)  # keep it: the wrapper hides `all_frozen`
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    model, wrapped, batches, schedule = accelerator.prepare(
-        bare, optimizer, make_loader(), schedule
-    )
+    bare, optimizer, *others = make_parts(**options)
+    model, wrapped, schedule, batches = accelerator.prepare(bare, optimizer, *others)
     assert unwrap_optimizer(wrapped) is optimizer and not hasattr(wrapped, "all_frozen")
-    if resume:
+    if resume_at:
         accelerator.load_state(folder)
-        batches = accelerator.skip_first_batches(batches, save_at * ACCUMULATE)
+        batches = accelerator.skip_first_batches(batches, resume_at * ACCUMULATE)
     for x, y in batches:
         with accelerator.accumulate(model):
             accelerator.backward(nn.functional.mse_loss(model(x), y))
@@ -140,50 +76,55 @@ def accelerated(folder=None, *, save_at=None, resume=False, bf16=False, **option
             if accelerator.sync_gradients:
                 schedule.step()
             wrapped.zero_grad()
-        steps = optimizer.report().step
-        if optimizer.all_frozen or (steps == save_at and not resume):
+        if optimizer.all_frozen or optimizer.report().step == save_at:
             break
-    if save_at is not None and not resume:
+    if save_at:
         accelerator.save_state(folder)
     return bare, optimizer
 
 
-def test_accelerate_freezes_what_a_plain_loop_freezes():
-    pytest.importorskip("accelerate")
-    plain = recipe()
-    assert plain[1].freeze_events
-    assert_same(accelerated(), plain)
+both_loops = pytest.mark.parametrize("loop", [plain, accelerated])
 
 
-def test_accelerate_stops_when_all_is_frozen():
-    pytest.importorskip("accelerate")
-    assert_same(accelerated(max_frozen=0.3), recipe(max_frozen=0.3))
+@both_loops
+def test_the_loop_stops_when_all_units_are_frozen(loop):
+    _, optimizer = loop(max_frozen=0.3)
+    assert optimizer.all_frozen and len(optimizer.frozen_units) == 3
+    steps = [event.step for event in optimizer.freeze_events]
+    assert 3 < min(steps) < optimizer.report().step == max(steps) < STEPS
 
 
-def test_accelerate_in_bf16_freezes():
-    pytest.importorskip("accelerate")
+@pytest.mark.parametrize("options", [{}, {"max_frozen": 0.3}], ids=["whole", "stopped"])
+def test_accelerate_equals_a_plain_loop_bit_for_bit(options):
+    expected = plain(**options)
+    assert expected[1].freeze_events
+    assert_same_run(accelerated(**options), expected)
+
+
+def test_bf16_under_accelerate_freezes():
     _, optimizer = accelerated(bf16=True, tau=1e9)
     assert optimizer.report().step == 4 and optimizer.all_frozen
 
 
+@both_loops
 @pytest.mark.parametrize("cut", [2, 8], ids=["in-grace", "some-frozen"])
-def test_accelerate_resumes_bit_identically(tmp_path, cut):
-    pytest.importorskip("accelerate")
-    whole = accelerated()
-    accelerated(tmp_path, save_at=cut)
-    assert_same(accelerated(tmp_path, save_at=cut, resume=True), whole)
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, loop, cut):
+    whole = loop()
+    assert 0 < len(whole[1].frozen_units) < 3
+    loop(tmp_path, save_at=cut)
+    assert_same_run(loop(tmp_path, resume_at=cut), whole, history=False)
 
 
-def test_unwrapping_says_what_it_found():
-    parameters = [nn.Parameter(torch.zeros(2, 2))]
+def test_a_resume_without_the_optimizer_differs(tmp_path):
+    """Negative control of all comparisons by `assert_same_run`."""
+    plain(tmp_path, save_at=8)
+    with pytest.raises(AssertionError):
+        assert_same_run(plain(tmp_path, resume_at=8, load=["model"]), plain(), history=False)
+
+
+def test_unwrapping_another_optimizer_is_an_error_that_names_it():
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(2, 2))])
     with pytest.raises(ValueError, match=r"no GradESAdamW but SGD.*Train with"):
-        unwrap_optimizer(torch.optim.SGD(parameters))
+        unwrap_optimizer(sgd)
     with pytest.raises(ValueError, match=r"optimizer=NoneType"):
         unwrap_optimizer(None)
-
-
-def test_importing_the_package_needs_torch_alone():
-    wanted = "{'transformers', 'accelerate', 'peft', 'lightning', 'matplotlib', 'rich'}"
-    code = f"import sys, grades_kernels.integrations; print(sorted({wanted} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -7,19 +7,27 @@ threads and every instruction set. test_semantics.py and test_oracle.py run on i
 """
 
 import copy
+import functools
 import importlib.metadata
 import itertools
 import math
 import os
 import shutil
 
+import harness
 import pytest
 import torch
+from harness import SHAPES, assert_same
+from harness import fading_gradient as gradient
 from torch import nn
 from torch.optim.adamw import adamw
 
-from grades_kernels import GradESAdamW, grades_adamw, native
-from grades_kernels.freezing import STATISTICS, FreezeRule, FreezeTable, Unit
+from grades_kernels import GradESAdamW, grades_adamw
+from grades_kernels.backends import native, select
+from grades_kernels.backends.tasks import KEEP, STATISTIC_BITS, UPDATE
+from grades_kernels.freezing.config import TIMINGS
+from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
 
 if native.why_not_loaded():  # excused by these reasons alone: elsewhere it must be there
     if shutil.which("c++") is None:
@@ -30,14 +38,12 @@ if native.why_not_loaded():  # excused by these reasons alone: elsewhere it must
         pytest.skip("the package is not installed, so nothing built it", allow_module_level=True)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TIMINGS = ("same_step", "next_step")
 PAIRS = [
     (statistic, timing)
     for statistic in STATISTICS
     for timing in TIMINGS
     if (statistic, timing) != ("weight_change", "same_step")
 ]
-SHAPES = ((17, 23), (3, 5), (7,))
 CHUNK, BLOCK = 768, 32768  # where the op begins a new loop and a new sum
 SIZES = (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
 HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
@@ -46,60 +52,13 @@ FREEZING = {"tau": 50.0, "grace_steps": 2}
 TAUS = {"signal": 0.7, "weight_change": 3.3}
 
 
-def gradient(t, i, p):
-    """The gradient of tensor `i` at step `t`: noise that dies away, with weight on both ends."""
-    g = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * t + i))
-    if p.numel() > 1:
-        g.view(-1)[0], g.view(-1)[-1] = 5.0 + i, -7.0 - t
-    return (g * 0.65**t).to(p.dtype)
-
-
-class Run:
-    """An optimizer with its parameters, and its own count of steps."""
-
-    def __init__(self, fused, shapes=SHAPES, dtype=torch.float32, params=None, **options):
-        generator = torch.Generator().manual_seed(0)
-        self.params = params or [
-            nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes
-        ]
-        self.opt = GradESAdamW(self.params, fused=fused, **{**HYPER, **FREEZING, **options})
-        self.t = 0
-
-    def steps(self, n, grads=gradient):
-        for _ in range(n):
-            self.t += 1
-            for i, p in enumerate(self.params):
-                p.grad = grads(self.t, i, p)
-            self.opt.step()
-        return self
-
-    @property
-    def events(self):
-        return [(e.step, e.unit, e.decided_at, e.n_elements) for e in self.opt.freeze_events]
-
-    def tensors(self):
-        """All that a step may change, by name."""
-        tensors = {f"parameter {i}": p.detach() for i, p in enumerate(self.params)}
-        for i, p in enumerate(self.params):
-            for key, value in self.opt.state[p].items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{key} of {i}"] = value
-        return tensors
+def make_run(fused, shapes=SHAPES, dtype=torch.float32, params=None, **options):
+    options = {**HYPER, **FREEZING, **options}
+    return harness.Run(fused, shapes, dtype=dtype, params=params, **options)
 
 
 def pair(*args, **options):
-    return Run(None, *args, **options), Run(False, *args, **options)
-
-
-def assert_same_decisions(got, want, rel=1e-6):
-    assert (got.opt.backend, want.opt.backend) == ("native", "reference")
-    assert got.events == want.events
-    assert got.opt.report().step == want.opt.report().step
-    assert got.opt.statistics() == pytest.approx(want.opt.statistics(), rel=rel, nan_ok=True)
-    mine, theirs = got.opt.report().history, want.opt.report().history
-    assert [t for t, _ in mine] == [t for t, _ in theirs]
-    for (t, a), (_, b) in zip(mine, theirs, strict=True):
-        assert a == pytest.approx(b, rel=rel, nan_ok=True), f"statistics of step {t}"
+    return make_run(None, *args, **options), make_run(False, *args, **options)
 
 
 def assert_close(got, want, ulps=64):
@@ -108,25 +67,26 @@ def assert_close(got, want, ulps=64):
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         assert mine[name].dtype == value.dtype, name
-        room = ulps * torch.finfo(value.dtype).eps
-        atol = room * float(value.abs().max()) if value.numel() else 0.0
+        limit = ulps * torch.finfo(value.dtype).eps
+        atol = limit * float(value.abs().max()) if value.numel() else 0.0
         torch.testing.assert_close(
-            mine[name], value, rtol=room, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            mine[name], value, rtol=limit, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
+def assert_equal_runs(ours, theirs, n, grads=None, rel=1e-6):
+    """`n` steps of a native run and a run of the reference, which agree after each of them."""
+    assert (ours.opt.backend, theirs.opt.backend) == ("native", "reference")
+    for _ in range(n):
+        ours.steps(1, grads)
+        theirs.steps(1, grads)
+        harness.assert_same_decisions(ours, theirs, rel)
+        assert_close(ours, theirs)
+
+
 def assert_same_bits(got, want):
-    mine, theirs = got.tensors(), want.tensors()
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert same_bits(mine[name], value), name
-    assert str(got.opt.statistics()) == str(want.opt.statistics())
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
-    )
+    assert_same(got.tensors(), want.tensors())
+    assert_same(got.opt.statistics(), want.opt.statistics())
 
 
 # It is built, and runs what this machine can run
@@ -134,51 +94,51 @@ def same_bits(a, b):
 
 def test_it_is_built_where_there_is_a_compiler():
     assert native.why_not_loaded() is None
-    assert Run(None).opt.backend == "native"
+    assert make_run(None).opt.backend == "native"
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
-def clone(request, monkeypatch):
+def capability(request, monkeypatch):
     monkeypatch.setenv("GRADES_KERNELS_CLONE", request.param)
     try:
-        assert native.clone() == request.param
+        assert native.cpu_capability() == request.param
     except RuntimeError:
         pytest.skip(f"this machine has no {request.param}")
     return request.param
 
 
-def test_the_best_clone_that_this_machine_has_runs(monkeypatch):
+def test_the_best_cpu_capability_of_this_machine_is_used(monkeypatch):
     monkeypatch.delenv("GRADES_KERNELS_CLONE", raising=False)
     if not os.path.exists("/proc/cpuinfo"):
         pytest.skip("there is no /proc/cpuinfo")
     with open("/proc/cpuinfo") as lines:
         flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     if {"avx512f", "avx512vl", "avx512bw", "avx512dq"} <= flags:
-        assert native.clone() == "avx512"
+        assert native.cpu_capability() == "avx512"
     else:
-        assert native.clone() == ("avx2" if {"avx2", "f16c"} <= flags else "portable")
+        assert native.cpu_capability() == ("avx2" if {"avx2", "f16c"} <= flags else "portable")
 
 
-def test_an_unknown_clone_is_refused(monkeypatch):
+def test_an_unknown_cpu_capability_is_refused(monkeypatch):
     monkeypatch.setenv("GRADES_KERNELS_CLONE", "sse9")
     with pytest.raises(
         RuntimeError, match=r"GRADES_KERNELS_CLONE=sse9 cannot run here; .*portable"
     ):
-        native.clone()
-    run = Run(None)
+        native.cpu_capability()
+    run = make_run(None)
     with pytest.raises(RuntimeError, match="sse9"):
         run.steps(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_clone_gives_the_same_bits(clone, dtype, monkeypatch):
+def test_every_cpu_capability_gives_the_same_bits(capability, dtype, monkeypatch):
     options = {"shapes": ((3, BLOCK), (70, 9)), "dtype": dtype, "amsgrad": True}
     for (statistic, timing), betas in zip(PAIRS, itertools.cycle([(0.8, 0.97), (0.3, 0.5)])):
         kind = {"statistic": statistic, "freeze_timing": timing, "betas": betas, "tau": 0.0}
-        here = Run(None, **options, **kind).steps(5)
+        here = make_run(None, **options, **kind).steps(5)
         with monkeypatch.context() as patch:
             patch.setenv("GRADES_KERNELS_CLONE", "portable")
-            portable = Run(None, **options, **kind).steps(5)
+            portable = make_run(None, **options, **kind).steps(5)
         assert_same_bits(here, portable)
 
 
@@ -193,14 +153,9 @@ def test_every_clone_gives_the_same_bits(clone, dtype, monkeypatch):
     ids=["plain", "amsgrad", "maximize", "patience"],
 )
 def test_a_run_equals_the_reference(statistic, timing, flags, dtype):
-    tau = TAUS.get(statistic, FREEZING["tau"])
-    options = {"statistic": statistic, "freeze_timing": timing, "dtype": dtype, "tau": tau, **flags}
-    ours, theirs = pair(**options)
-    for _ in range(14):
-        ours.steps(1)
-        theirs.steps(1)
-        assert_same_decisions(ours, theirs, rel=1e-5)
-        assert_close(ours, theirs)
+    options = {"statistic": statistic, "freeze_timing": timing, "dtype": dtype, **flags}
+    options["tau"] = TAUS.get(statistic, FREEZING["tau"])
+    assert_equal_runs(*pair(**options), 14, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
@@ -208,8 +163,8 @@ def test_a_run_equals_the_reference(statistic, timing, flags, dtype):
 def test_half_precision_is_computed_in_fp32_and_rounded_once(statistic, timing, dtype):
     """One step from the same state: the reference in fp32, then rounded to nearest even."""
     options = {"statistic": statistic, "freeze_timing": timing, "tau": 0.0, "amsgrad": True}
-    ours = Run(None, shapes=((70, 30), (5,)), dtype=dtype, **options)
-    wide = Run(False, shapes=((70, 30), (5,)), dtype=torch.float32, **options)
+    ours = make_run(None, shapes=((70, 30), (5,)), dtype=dtype, **options)
+    wide = make_run(False, shapes=((70, 30), (5,)), dtype=torch.float32, **options)
     for _ in range(6):
         for p, q in zip(ours.params, wide.params, strict=True):
             q.data.copy_(p.data)
@@ -239,15 +194,14 @@ def test_nothing_outside_a_tensor_is_written(size, offset, dtype):
 
     def inside(value):
         buffer = torch.full((value.numel() + 40 + offset,), 77.0, dtype=value.dtype)
-        view = buffer[20 + offset : 20 + offset + value.numel()].view(value.shape)
-        view.copy_(value)
         buffers.append((buffer, value.numel()))
-        return view
+        view = buffer[20 + offset : 20 + offset + value.numel()].view(value.shape)
+        return view.copy_(value)
 
     buffers = []
     start = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    run = Run(None, params=[nn.Parameter(inside(start))], amsgrad=True, tau=0.0)
-    plain = Run(None, params=[nn.Parameter(start.clone())], amsgrad=True, tau=0.0)
+    run = make_run(None, params=[nn.Parameter(inside(start))], amsgrad=True, tau=0.0)
+    plain = make_run(None, params=[nn.Parameter(start.clone())], amsgrad=True, tau=0.0)
     for t in range(1, 6):
         run.steps(1, lambda t, i, p: inside(gradient(t, i, p)))
         plain.steps(1)
@@ -263,7 +217,7 @@ def test_nothing_outside_a_tensor_is_written(size, offset, dtype):
 
 def test_a_write_outside_would_be_noticed():
     buffer = torch.full((10,), 77.0)
-    Run(None, params=[nn.Parameter(buffer[2:8].view(2, 3))]).steps(1)
+    make_run(None, params=[nn.Parameter(buffer[2:8].view(2, 3))]).steps(1)
     assert buffer[:2].eq(77.0).all() and not buffer[2:8].eq(77.0).any()
 
 
@@ -275,20 +229,23 @@ LAYOUTS = {
 }
 
 
+def assert_same_in_a_layout(start, of_param, of_grad):
+    """Tensors and gradients in another layout give the bits of contiguous ones."""
+    options = {"tau": 0.0, "amsgrad": True}
+    run = make_run(None, params=[nn.Parameter(of_param(start))], **options)
+    plain = make_run(None, params=[nn.Parameter(start)], **options).steps(5)
+    run.steps(5, lambda t, i, p: of_grad(gradient(t, i, p)))
+    assert_same(run.tensors(), plain.tensors())
+    # In another order, sums differ in their last digits.
+    assert run.opt.statistics() == pytest.approx(plain.opt.statistics(), rel=1e-12)
+
+
 @pytest.mark.parametrize("of_grad", LAYOUTS)
 @pytest.mark.parametrize("of_param", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layout_does_not_matter(of_param, of_grad, dtype):
     start = torch.randn(300, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
-    options = {"tau": 0.0, "amsgrad": True}
-    run = Run(None, params=[nn.Parameter(LAYOUTS[of_param](start))], **options)
-    plain = Run(None, params=[nn.Parameter(start)], **options)
-    run.steps(5, lambda t, i, p: LAYOUTS[of_grad](gradient(t, i, p)))
-    plain.steps(5)
-    for name, value in plain.tensors().items():
-        assert same_bits(run.tensors()[name], value), name
-    # In another order, sums differ in their last digits.
-    assert run.opt.statistics() == pytest.approx(plain.opt.statistics(), rel=1e-12)
+    assert_same_in_a_layout(start, LAYOUTS[of_param], LAYOUTS[of_grad])
 
 
 def test_expanded_and_negated_gradients():
@@ -298,32 +255,23 @@ def test_expanded_and_negated_gradients():
     negated = lambda t, i, p: (numbers * t).conj().imag  # noqa: E731
     assert negated(1, 0, None).is_neg()
     for grads, shapes in ((expanded, SHAPES), (negated, SHAPES[:1])):
-        ours, theirs = pair(shapes, tau=0.0)
-        ours.steps(4, grads)
-        theirs.steps(4, grads)
-        assert_same_decisions(ours, theirs)
-        assert_close(ours, theirs)
+        assert_equal_runs(*pair(shapes, tau=0.0), 4, grads)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (2, 0, 4), (2, 3, 4, 5)], ids=str)
 def test_unusual_shapes(shape):
     ours, theirs = pair([(3, 5), shape, (4, 4)], tau=0.0)
-    for run in (ours, theirs):
-        run.steps(4)
-    assert_same_decisions(ours, theirs)
-    assert_close(ours, theirs)
+    assert_equal_runs(ours, theirs, 4)
     assert [int(ours.opt.state[p]["step"]) for p in ours.params] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("of_grad", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_channels_last(of_grad):
     start = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
-    last = nn.Parameter(start.to(memory_format=torch.channels_last))
-    run, plain = Run(None, params=[last], tau=0.0), Run(None, params=[nn.Parameter(start)], tau=0.0)
-    run.steps(4, lambda t, i, p: gradient(t, i, p).contiguous(memory_format=of_grad))
-    plain.steps(4)
-    for name, value in plain.tensors().items():
-        assert same_bits(run.tensors()[name], value), name
+    last, other = (
+        functools.partial(torch.clone, memory_format=x) for x in (torch.channels_last, of_grad)
+    )
+    assert_same_in_a_layout(start, last, other)
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
@@ -340,7 +288,7 @@ def test_any_mixture_of_dtypes(dtype, grad_dtype, timing):
     p, g, prev = draw().to(dtype), draw().to(grad_dtype), draw().to(grad_dtype)
     m, v, step = torch.full((70, 9), 0.1), torch.full((70, 9), 0.2), torch.tensor(3.0)
     unit = Unit("w", "change", 0.0, p.numel(), prev_step=6)
-    table = FreezeTable(FreezeRule(0, freeze_timing=timing), [unit], t=6)
+    table = FreezeTable(FreezeConfig(0, freeze_timing=timing), [unit], t=6)
     q, wide_m, wide_v = (x.to(wide, copy=True) for x in (p, m, v))
     change = (g.double() - prev.double()).abs().sum().item()
     hyper = {"beta1": 0.9, "beta2": 0.99, "lr": 0.1, "weight_decay": 0.1, "eps": 1e-8}
@@ -349,8 +297,8 @@ def test_any_mixture_of_dtypes(dtype, grad_dtype, timing):
     grades_adamw(
         [p], [g], [m], [v], [], [step], prev_grads=[prev], units=[unit], table=table, **hyper
     )
-    assert unit.statistic == pytest.approx(change, rel=1e-6 if wide is torch.float32 else 1e-12)
-    assert same_bits(prev, g) and step == 4
+    assert unit.value == pytest.approx(change, rel=1e-6 if wide is torch.float32 else 1e-12)
+    assert_same([prev, step], [g, torch.tensor(4.0)])
     torch.testing.assert_close(p, q.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     torch.testing.assert_close(m, wide_m.float())
     torch.testing.assert_close(v, wide_v.float())
@@ -412,25 +360,12 @@ def test_every_operation_rounds_as_in_torchs_reference(dtype, beta1, sign, flags
     hypers = [lr, beta1, beta2, eps, decay, sign]
     maxs, steps = [largest] if flags else [], [torch.tensor(step - 1.0)]
     call([p], [g], [m], [v], tasks=[8 | flags], max_exp_avg_sqs=maxs, steps=steps, hypers=hypers)
-    wanted = {"p": new_p, "m": new_m, "v": new_v, "largest": new_largest if flags else largest}
-    for (name, value), got in zip(wanted.items(), (p, m, v, largest), strict=True):
-        assert same_bits(got, value.to(dtype)), name
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_moments_may_lie_as_their_parameter_does(layout, dtype):
-    """Also where that leaves gaps, which optimizers' own moments do not have."""
-    generator = torch.Generator().manual_seed(8)
-    plain = [torch.rand(30, 8, generator=generator).to(dtype) for _ in range(4)]
-    alike = [LAYOUTS[layout](x.clone()) for x in plain]
-    for tensors in (plain, alike):
-        call(*([x] for x in tensors))
-    assert all(map(same_bits, alike, plain))
+    wanted = [new_p, new_m, new_v, new_largest if flags else largest]
+    assert_same([p, m, v, largest], [value.to(dtype) for value in wanted])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
-def test_every_half_precision_number_is_read_right(clone, dtype):
+def test_every_half_precision_number_is_read_right(capability, dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
     for wide in (torch.float32, torch.float64):
         got = convert(every, wide)
@@ -439,7 +374,7 @@ def test_every_half_precision_number_is_read_right(clone, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
-def test_rounding_is_to_nearest_even(clone, dtype):
+def test_rounding_is_to_nearest_even(capability, dtype):
     """Every representable number, its neighbours in fp32, and the ties between two of them."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
     bits = every.view(torch.int32)
@@ -457,65 +392,22 @@ def test_rounding_is_to_nearest_even(clone, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 0.0], ids=str)
 def test_frozen_tensors_keep_every_bit(poison, dtype):
-    run = Run(None, [(40, 30), (33, 9), (8, 8)], dtype=dtype, stop_grad=False, tau=80.0)
+    run = make_run(None, [(40, 30), (33, 9), (8, 8)], dtype=dtype, stop_grad=False, tau=80.0)
     run.steps(6)
-    frozen = {e.unit for e in run.opt.freeze_events}
-    assert frozen and len(frozen) < 3, "some are frozen and some are not"
-    places = [i for i in range(3) if f"group0.param{i}" in frozen]
+    frozen = [i for i in range(3) if f"group0.param{i}" in run.opt.frozen_units]
+    assert 0 < len(frozen) < 3, "some are frozen and some are not"
     before = copy.deepcopy(run.tensors())
-    run.steps(1, lambda t, i, p: torch.full_like(p, poison if i in places else 1.0))
+    run.steps(1, lambda t, i, p: torch.full_like(p, poison if i in frozen else 1.0))
     for name, value in run.tensors().items():
-        if int(name[-1]) in places:
-            assert same_bits(value, before[name]), name
+        if int(name[-1]) in frozen:
+            assert_same(value, before[name])
         elif name.startswith("parameter"):
             assert not value.equal(before[name]), "the others go on"
 
 
-@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, None], ids=str)
-def test_void_checks(statistic, timing, bad):
-    """What is no evidence on the reference is none here, and leaves the same trail."""
-
-    def grads(t, i, p):
-        if t == 4 and i == 0:
-            return None if bad is None else torch.full_like(p, bad)
-        return gradient(t, i, p)
-
-    options = {"statistic": statistic, "freeze_timing": timing, "patience": 2}
-    ours, theirs = pair(tau=TAUS.get(statistic, 50.0), **options)
-    ours.steps(9, grads)
-    theirs.steps(9, grads)
-    assert_same_decisions(ours, theirs, rel=1e-5)
-    for p, q in zip(ours.params, theirs.params, strict=True):
-        mine, wanted = ours.opt.state[p], theirs.opt.state[q]
-        assert {k: v for k, v in mine.items() if k == "grades_hits"} == {
-            k: v for k, v in wanted.items() if k == "grades_hits"
-        }
-        assert p.isfinite().equal(q.isfinite())
-
-
-@pytest.mark.parametrize("statistic", ["momentum", "signal"])
-def test_the_first_check_with_a_moment_is_the_first_that_counts(statistic):
-    ours, theirs = pair(statistic=statistic, grace_steps=0, tau=1e9)
-    for _ in range(3):
-        ours.steps(1)
-        theirs.steps(1)
-        assert_same_decisions(ours, theirs, rel=1e-5)
-    assert [decided_at for _, _, decided_at, _ in ours.events] == [2, 2]
-
-
 def test_amsgrad_keeps_nan():
-    ours, theirs = pair(amsgrad=True, tau=None)
-    for run in (ours, theirs):
-        run.steps(2)
-        run.steps(1, lambda t, i, p: torch.full_like(p, math.nan))
-        run.steps(2)
-        assert all(s["max_exp_avg_sq"].isnan().all() for s in run.opt.state.values())
-
-
-def test_amsgrad_keeps_a_nan_where_the_second_moment_is_finite():
-    ours, theirs = pair(amsgrad=True, tau=None)
-    for run in (ours, theirs):
+    """One that a gradient brings, and one where the second moment is finite."""
+    for run in pair(amsgrad=True, tau=None):
         run.steps(2)
         for state in run.opt.state.values():
             state["max_exp_avg_sq"].view(-1)[::2] = math.nan
@@ -524,13 +416,8 @@ def test_amsgrad_keeps_a_nan_where_the_second_moment_is_finite():
             is_nan = state["max_exp_avg_sq"].view(-1).isnan()
             assert is_nan[::2].all() and not is_nan[1::2].any()
             assert state["exp_avg_sq"].isfinite().all()
-
-
-def test_where_all_is_frozen_the_op_is_not_called(monkeypatch):
-    run = Run(None, [(3, 5), (4, 4)], tau=math.inf, stop_grad=False).steps(5)
-    assert run.opt.all_frozen
-    monkeypatch.setattr(torch, "empty", None)  # the sums are made just before the call
-    run.steps(1, lambda t, i, p: p.detach())
+        run.steps(1, lambda t, i, p: torch.full_like(p, math.nan)).steps(2)
+        assert all(s["max_exp_avg_sq"].isnan().all() for s in run.opt.state.values())
 
 
 # Threads
@@ -549,7 +436,7 @@ def test_any_number_of_threads_gives_the_same_bits(statistic, timing, dtype, sha
     try:
         for n in (1, 2, 4):
             torch.set_num_threads(n)
-            runs.append(Run(None, shapes, **options).steps(5))
+            runs.append(make_run(None, shapes, **options).steps(5))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -573,9 +460,9 @@ def test_a_checkpoint_goes_on_with_the_other_implementation(statistic, timing, o
     """Saved with half-counted patience and a stored previous gradient."""
     options = {"statistic": statistic, "freeze_timing": timing, "patience": 3, "amsgrad": True}
     options["tau"] = TAUS.get(statistic, 50.0)
-    whole = Run(order[0], **options).steps(12)
-    first = Run(order[0], **options).steps(5)
-    resumed = Run(order[1], **options)
+    whole = make_run(order[0], **options).steps(12)
+    first = make_run(order[0], **options).steps(5)
+    resumed = make_run(order[1], **options)
     for p, q in zip(resumed.params, first.params, strict=True):
         p.data.copy_(q.data)
     resumed.opt.load_state_dict(copy.deepcopy(first.opt.state_dict()))
@@ -589,24 +476,21 @@ def test_a_checkpoint_goes_on_with_the_other_implementation(statistic, timing, o
 def test_amp_scaling_inside_the_step(own, monkeypatch):
     """fused=True unscales in place, and does nothing at all where infinities were found."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    ours = Run(True, tau=0.0, grace_steps=0, **own)
+    ours = make_run(True, tau=0.0, grace_steps=0, **own)
     assert ours.opt.backend == "native" and ours.opt._step_supports_amp_scaling
-    plain = Run(None, tau=0.0, grace_steps=0, **own)
+    plain = make_run(None, tau=0.0, grace_steps=0, **own)
     for t, found in enumerate([0.0, 0.0, 1.0, 0.0], start=1):
         scale = torch.tensor(2.0**t)
         grads = [gradient(t, i, p) for i, p in enumerate(ours.params)]
-        for p, g in zip(ours.params, grads, strict=True):
-            p.grad = g * scale
+        scaled = [g * scale for g in grads]
         ours.opt.grad_scale, ours.opt.found_inf = scale, torch.tensor([found])
         before = copy.deepcopy(ours.tensors())
-        ours.opt.step()
+        ours.step(*copy.deepcopy(scaled))
+        assert_same([p.grad for p in ours.params], scaled if found else grads)
         if found:
-            assert all(same_bits(value, before[name]) for name, value in ours.tensors().items())
-            assert all(p.grad.equal(g * scale) for p, g in zip(ours.params, grads, strict=True))
-            continue
-        assert all(p.grad.equal(g) for p, g in zip(ours.params, grads, strict=True))
-        plain.steps(1, lambda t, i, p, grads=grads: grads[i].clone())
-        assert_same_bits(ours, plain)
+            assert_same(ours.tensors(), before)
+        else:
+            assert_same_bits(ours, plain.step(*grads))
     assert ours.opt.report().step == 3
 
 
@@ -623,27 +507,7 @@ def test_what_is_measured_kept_and_used_is_the_unscaled_gradient_as_stored(dtype
         tasks = [1 | 8 | 16 | unscale]
         sums = call([p], [grad], [m], [v], prev_grads=[prev], tasks=tasks, grad_scale=3.1)
         results.append([sums, grad, p, m, v, prev])
-    assert all(map(same_bits, *results))
-
-
-def test_grad_scaler_as_with_torchs_fused_adamw(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    results = []
-    for make in (
-        lambda p: GradESAdamW(p, lr=0.1, fused=True),
-        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
-    ):
-        w = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
-        opt, scaler = make([w]), torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-        for t in range(6):
-            opt.zero_grad()
-            loss = (w * (math.inf if t == 2 else t + 1.0)).square().sum()
-            scaler.scale(loss).backward()
-            scaler.step(opt)
-            scaler.update()
-        results.append((w.detach(), scaler.get_scale(), float(opt.state[w]["step"])))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
-    assert results[0][2] == 5
+    assert_same(*results)
 
 
 def test_autograd_notices_the_update():
@@ -660,9 +524,8 @@ def test_autograd_notices_the_update():
 
 def test_tensor_hyper_parameters():
     lr, betas = torch.tensor(0.03), (torch.tensor(0.8), torch.tensor(0.97))
-    ours = Run(None, lr=lr, betas=betas).steps(5)
-    plain = Run(None, lr=float(lr), betas=tuple(map(float, betas))).steps(5)
-    assert_same_bits(ours, plain)
+    plain = make_run(None, lr=float(lr), betas=tuple(map(float, betas))).steps(5)
+    assert_same_bits(make_run(None, lr=lr, betas=betas).steps(5), plain)
 
 
 def test_steps_in_fp64():
@@ -671,30 +534,21 @@ def test_steps_in_fp64():
         run.steps(1)
         for state in run.opt.state.values():
             state["step"] = state["step"].double()
-        run.steps(3)
+    assert_equal_runs(ours, theirs, 3)
+    for run in (ours, theirs):
         assert {state["step"].dtype for state in run.opt.state.values()} == {torch.float64}
-    assert_close(ours, theirs)
 
 
 def test_groups_and_cooldown():
     """Each group its own numbers; the ramp reaches unmonitored tensors once all are decided."""
-
-    def make(fused):
-        run = Run(fused)
-        groups = [
-            {"params": run.params[:1], "lr": 0.5, "amsgrad": True, "maximize": True},
-            {"params": run.params[1:2], "weight_decay": 0.7, "betas": (0.2, 0.5)},
-            {"params": run.params[2:], "eps": 1e-2},
-        ]
-        run.opt = GradESAdamW(groups, fused=fused, cooldown=3, **HYPER, **FREEZING)
-        return run
-
-    ours, theirs = make(None), make(False)
-    for _ in range(16):
-        ours.steps(1)
-        theirs.steps(1)
-        assert_same_decisions(ours, theirs)
-        assert_close(ours, theirs)
+    own = [
+        {"lr": 0.5, "amsgrad": True, "maximize": True},
+        {"weight_decay": 0.7, "betas": (0.2, 0.5)},
+        {"eps": 1e-2},
+    ]
+    groups = lambda params: [{"params": [p], **x} for p, x in zip(params, own, strict=True)]  # noqa: E731
+    ours, theirs = pair(groups=groups, cooldown=3)
+    assert_equal_runs(ours, theirs, 16)
     assert ours.opt.all_frozen
 
 
@@ -717,22 +571,18 @@ def test_fused_true_says_why_not(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(native, "why_not_loaded", lambda: "the native op is not built")
     with pytest.raises(RuntimeError, match="fused=True is not possible: the native op is not"):
-        Run(True)
-    assert Run(None).opt.backend == "reference"
+        make_run(True)
+    assert make_run(None).opt.backend == "reference"
 
 
 # The op itself
 
 
-def arguments(amsgrad=True):
+def arguments():
     make = lambda: [torch.rand(70, 9), torch.rand(5)]  # noqa: E731
     torch.manual_seed(0)
-    return {
-        "params": make(),
-        "grads": make(),
-        "exp_avgs": make(),
-        "exp_avg_sqs": make(),
-        "max_exp_avg_sqs": make() if amsgrad else [],
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+    return {name: make() for name in names} | {
         "prev_grads": make()[:1],
         "steps": [torch.tensor(3.0), torch.tensor(7.0)],
         "sums": torch.zeros(2, 3, dtype=torch.float64),
@@ -745,21 +595,6 @@ def arguments(amsgrad=True):
 
 def test_opcheck():
     torch.library.opcheck(torch.ops.grades_kernels.adamw_.default, (), arguments())
-
-
-def test_a_wrong_schema_would_be_noticed():
-    """Negative control: the same function under a schema without mutations."""
-    library = torch.library.Library("grades_kernels_test", "DEF")
-    schema = str(torch.ops.grades_kernels.adamw_.default._schema)
-    silent = schema.replace("grades_kernels::adamw_", "silent")
-    for letter in "abcdefgh":
-        silent = silent.replace(f"({letter}!)", "")
-    library.define(silent)
-    library.impl("silent", torch.ops.grades_kernels.adamw_.default, "CPU")
-    with pytest.raises(Exception, match="mutated"):
-        torch.library.opcheck(
-            torch.ops.grades_kernels_test.silent.default, (), arguments(), test_utils="test_schema"
-        )
 
 
 @pytest.mark.parametrize(
@@ -783,38 +618,29 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change, message)
     before = copy.deepcopy(given)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.grades_kernels.adamw_(**given)
-    for key, value in given.items():
-        for a, b in zip(
-            *(x if isinstance(x, list) else [x] for x in (value, before[key])), strict=True
-        ):
-            assert a.equal(b) if isinstance(a, torch.Tensor) else a == b, key
-
-
-def test_a_skipped_step_counts_for_nothing_when_all_is_frozen():
-    """GradScaler's found_inf, where there is nothing to do but to count."""
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    opt = GradESAdamW([p], tau=math.inf, grace_steps=0, statistic="norm", stop_grad=False)
-    for found_inf, steps in [(0.0, 1), (0.0, 2), (1.0, 2), (0.0, 3)]:
-        p.grad, opt.found_inf = torch.ones_like(p), torch.tensor(found_inf)
-        opt.step()
-        assert opt.all_frozen and opt.report().step == steps
+    assert_same(given, before)
 
 
 # Negative controls: the comparisons above notice a fault in what is handed to the op
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"),
+    "change",
     [
-        ("_hyper", lambda real: lambda group, factor: [*real(group, factor)[:-2], 0.0, 1.0]),
-        ("_keeping", lambda real: lambda groups: [0 for group in groups for _ in group.params]),
-        ("_measuring", lambda real: lambda groups, t: [code and 2 for code in real(groups, t)]),
-        ("_updating", lambda real: lambda *a: ([8] * len(real(*a)[0]), *real(*a)[1:])),
+        lambda t, g: t & ~KEEP,
+        lambda t, g: t & ~STATISTIC_BITS | (t & STATISTIC_BITS and 2),
+        lambda t, g: t if g is None else t | UPDATE,
     ],
-    ids=["no weight decay", "keeps nothing", "measures the norm", "updates what is frozen"],
+    ids=["keeps nothing", "measures the norm", "updates what is frozen"],
 )
-def test_a_fault_is_noticed(name, fault, monkeypatch):
-    monkeypatch.setattr(native, name, fault(getattr(native, name)))
+def test_a_fault_is_noticed(change, monkeypatch):
+    real = select.RUN_TASKS["native"]
+
+    def faulty(tensors, tasks, *rest):
+        changed = [change(t, g) for t, g in zip(tasks, tensors.grads, strict=True)]
+        return real(tensors, changed, *rest)
+
+    monkeypatch.setitem(select.RUN_TASKS, "native", faulty)
     # A frozen tensor has given its moments back: the op refuses to update it.
     with pytest.raises((AssertionError, RuntimeError)):
         test_a_run_equals_the_reference("change", "next_step", {}, torch.float32)

@@ -7,21 +7,34 @@ import math
 
 import pytest
 import torch
+from harness import feed
 
-from grades_kernels import GradESAdamW
-from grades_kernels.freezing import noise_floor
+from grades_kernels import GradESAdamW, grades_adamw
+from grades_kernels.backends.tasks import STATISTIC_CODES
+from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
+
+NEXT_STEP = {"freeze_timing": "next_step"}
 
 
-def observe(statistic, gradients, *, lr=0.0, **options):
+def noise_floor(beta1):
+    """The mean of |m| / sqrt(v) for normal gradients and a second moment that has converged."""
+    return math.sqrt(2 / math.pi * (1 - beta1) / (1 + beta1))
+
+
+def monitored(statistic, shape=(4, 4), lr=0.0, **options):
+    """A matrix of ones and its optimizer."""
+    w = torch.nn.Parameter(torch.ones(shape))
+    own = {"tau": 0.0, "grace_steps": 0, "statistic": statistic, **options}
+    return w, GradESAdamW([("w", w)], lr, **own)
+
+
+def observe(statistic, gradients, **options):
     """Statistics of one matrix that gets these gradients, one list entry per step."""
-    w = torch.nn.Parameter(torch.ones(gradients[0].shape))
-    opt = GradESAdamW(
-        [("w", w)], lr, tau=options.pop("tau", 0.0), grace_steps=0, statistic=statistic, **options
-    )
+    _, opt = monitored(statistic, gradients[0].shape, **options)
     seen = []
     for g in gradients:
-        w.grad = g.clone()
-        opt.step()
+        feed(opt, g.clone())
         seen.append(opt.statistics()["w"])
     return seen
 
@@ -75,82 +88,63 @@ def test_auto_freezes_noise_and_keeps_what_still_learns():
 
 
 def test_auto_follows_beta1():
-    w = torch.nn.Parameter(torch.zeros(4, 4))
-    opt = GradESAdamW([("w", w)], statistic="signal", tau="auto", grace_steps=0)
-    assert opt.report().units[0].tau == pytest.approx(1.1 * noise_floor(0.9))
-    opt.param_groups[0]["betas"] = (0.5, 0.999)
-    assert opt.report().units[0].tau == pytest.approx(1.1 * noise_floor(0.5))
+    # new behaviour: a reading shows a changed group after the next step
+    _, opt = monitored("signal", tau="auto")
+    for beta1 in (0.9, 0.5):
+        opt.param_groups[0]["betas"] = (beta1, 0.999)
+        feed(opt, 1.0)
+        assert opt.report().units[0].tau == pytest.approx(1.1 * noise_floor(beta1))
 
 
 @pytest.mark.parametrize("statistic", ["change", "norm", "momentum", "weight_change"])
 def test_auto_needs_signal(statistic):
     with pytest.raises(ValueError, match=r"tau='auto' needs statistic='signal'.*tau=0\.0"):
-        observe(statistic, noise(1), tau="auto", freeze_timing="next_step")
+        monitored(statistic, tau="auto", **NEXT_STEP)
 
 
 def test_weight_change_is_what_the_update_moved():
-    w = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))
-    opt = GradESAdamW(
-        [("w", w)],
-        lr=0.01,
-        tau=0.0,
-        grace_steps=0,
-        statistic="weight_change",
-        freeze_timing="next_step",
-    )
+    w, opt = monitored("weight_change", (8, 8), lr=0.01, **NEXT_STEP)
     for g in noise(4, (8, 8)):
         before = w.detach().clone()
-        w.grad = g
-        opt.step()
+        feed(opt, g)
         moved = (w.detach().double() - before.double()).abs().sum().item()
         assert opt.statistics()["w"] == pytest.approx(moved, rel=1e-6)
 
 
 def test_weight_change_of_zero_is_no_evidence():
-    """A learning rate of zero, the first step of a warm-up, says nothing about convergence."""
-    seen = observe("weight_change", noise(3), lr=0.0, tau=1e9, freeze_timing="next_step")
+    """A learning rate of zero, the first step of a warm-up, is no sign of convergence."""
+    seen = observe("weight_change", noise(3), tau=1e9, **NEXT_STEP)
     assert all(map(math.isnan, seen))
 
 
 def test_weight_change_needs_next_step():
     with pytest.raises(ValueError, match="needs freeze_timing='next_step'"):
-        observe("weight_change", noise(1))
-    w = torch.nn.Parameter(torch.zeros(4, 4))
-    opt = GradESAdamW([("w", w)], tau=0.0, grace_steps=0)
+        monitored("weight_change")
+    _, opt = monitored("change")
+    group = {"params": [("v", torch.nn.Parameter(torch.zeros(4, 4)))]}
     with pytest.raises(ValueError, match="needs freeze_timing='next_step'"):
-        opt.add_param_group(
-            {"params": [("v", torch.nn.Parameter(torch.zeros(4, 4)))], "statistic": "weight_change"}
-        )
+        opt.add_param_group({**group, "statistic": "weight_change"})
 
 
-def test_a_wrong_bias_correction_would_be_noticed(monkeypatch):
-    """Negative control: without the corrections a constant gradient is not 1."""
-    import grades_kernels.reference as reference
-
-    wrong = {"sqrt": staticmethod(lambda x: 1.0), "inf": math.inf, "nan": math.nan}
-    monkeypatch.setattr(reference, "math", type("", (), wrong))
-    seen = observe("signal", [torch.ones(3, 4)] * 3, fused=False)
-    assert seen[1:] != pytest.approx([1.0] * 2, rel=1e-5)
+def test_a_wrong_bias_correction_would_be_noticed():
+    """Negative control: with corrections of a late step a constant gradient is not 1."""
+    w, opt = monitored("signal", fused=False)
+    feed(opt, 1.0)
+    opt.state[w]["step"].fill_(1e6)
+    feed(opt, 1.0)
+    assert opt.statistics()["w"] != pytest.approx(1.0, rel=1e-5)
 
 
 def test_the_functional_form_refuses_weight_change_before_the_update():
-    from grades_kernels import grades_adamw
-    from grades_kernels.freezing import FreezeRule, FreezeTable, Unit
-
     unit = Unit("w", "weight_change", 1.0, 4)
     columns = [[torch.zeros(2, 2)] for _ in range(4)]
+    table = FreezeTable(FreezeConfig(grace_steps=0), [unit])
+    hyper = {"beta1": 0.9, "beta2": 0.999, "lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
+    flags = {"amsgrad": False, "maximize": False}
     with pytest.raises(ValueError, match=r"unit 'w' measures 'weight_change'.*next_step"):
-        grades_adamw(
-            *columns,
-            [],
-            [torch.tensor(0.0)],
-            units=[unit],
-            table=FreezeTable(FreezeRule(grace_steps=0), [unit]),
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=0.1,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
+        grades_adamw(*columns, [], [torch.tensor(0.0)], units=[unit], table=table, **hyper, **flags)
+
+
+def test_every_statistic_has_the_code_of_its_position():
+    assert list(STATISTIC_CODES) == list(STATISTICS)
+    assert list(STATISTIC_CODES.values()) == list(range(1, len(STATISTICS) + 1))

@@ -1,11 +1,10 @@
 """What only a GPU can show: graphs, synchronisation, rounding, several devices, large tensors.
 
-Contract: step() never waits for the device, a captured step decides inside its replays as an eager
-one does, and storage in low precision is rounded to nearest. tests/test_triton.py runs the kernels
-themselves on a GPU too. `make gpu` runs both.
+Contract: step() never waits for the device, storage in low precision is rounded to nearest, and a
+step can be captured in a CUDA graph where nothing is monitored. The other files of the Triton tests
+run the kernels themselves on a GPU too. `make gpu` runs all of them.
 """
 
-import copy
 import math
 import os
 import shutil
@@ -15,21 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_triton import (
-    HYPER,
-    NEXT_STEP,
-    PAIRS,
-    SHAPES,
-    TAUS,
-    TIMINGS,
-    WEIGHT_CHANGE,
-    Run,
-    assert_bits,
-    assert_same,
-    bits,
-    gradient,
-    low_precision_runs,
-)
+import triton_runs as tr
+from harness import SHAPES, fading_gradient, parameters, values
 from torch import nn
 
 from grades_kernels import GradESAdamW
@@ -37,161 +23,80 @@ from grades_kernels import GradESAdamW
 pytestmark = pytest.mark.gpu
 
 
-# Captured steps -------------------------------------------------------------------------------
+# CUDA graphs ----------------------------------------------------------------------------------
 
 
-class Captured:
-    """A run whose step is captured after `warm_up` eager ones and replayed from then on."""
-
-    def __init__(self, warm_up=3, **options):
-        self.lr = torch.tensor(HYPER["lr"], device="cuda")
-        self.run = Run(True, capturable=True, stop_grad=False, lr=self.lr, **options)
-        self.grads = [torch.zeros_like(p) for p in self.run.params]
-        self.warm_up, self.graph = warm_up, None
-
-    def step(self, lr):
-        run = self.run
-        run.t += 1
-        self.lr.fill_(lr)
-        for i, (p, g) in enumerate(zip(run.params, self.grads, strict=True)):
-            g.copy_(gradient(run.t, i, p))
-            p.grad = g
-        if run.t <= self.warm_up:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run.opt.step()
-            torch.cuda.current_stream().wait_stream(stream)
-        else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    run.opt.step()
-            self.graph.replay()
+def test_a_step_with_tau_cannot_be_captured():
+    """A RuntimeError names the way out; nothing has changed then, and eager steps go on."""
+    run, other = (tr.start(capturable=True).steps(3) for _ in range(2))
+    message = "cannot be captured in a CUDA graph"
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run.opt.step()  # the device may not have finished the step before
+    tr.assert_same_bits(run.steps(5), other.steps(5))
+    assert len(run.events) == 2
 
 
-def warmed_lr(t):
-    return 0.03 * 0.9**t
-
-
-CAPTURES = {
-    "captured in the grace period": {"grace_steps": 5},
-    "captured during the checks": {"grace_steps": 1},
-    "every second step": {"check_every": 2, "patience": 2, "grace_steps": 4},
-    "cooldown": {"cooldown": 3, "grace_steps": 4},
-    "max_frozen": {"max_frozen": 0.5, "grace_steps": 4},
-    "momentum": {"statistic": "momentum"},
-    "norm, per element": {"statistic": "norm", "tau_per": "element", "tau": 0.2},
-    "amsgrad, maximize": {"amsgrad": True, "maximize": True},
-    "observe only": {"tau": 0.0},
-    "signal": {"statistic": "signal", "tau": 0.7},
-    "signal, auto": {"statistic": "signal", "tau": "auto", "betas": (0.6, 0.97)},
-}
-
-
-@pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("name", CAPTURES)
-def test_freezes_happen_inside_replays(name, timing):
-    """A captured step, with lr as a tensor, equals the eager run: same events at the same steps."""
-    compare_replays({**CAPTURES[name], "freeze_timing": timing})
-
-
-def test_replays_measure_how_far_weights_move():
-    """ "weight_change", in the one timing that it has."""
-    compare_replays(WEIGHT_CHANGE)
-
-
-def compare_replays(options):
-    captured, eager = Captured(**options), Run(True, stop_grad=False, **options)
-    for t in range(1, 15):
-        captured.step(warmed_lr(t))
-        eager.opt.param_groups[0]["lr"] = warmed_lr(t)
-        eager.step()
-    assert captured.run.events == eager.events
-    assert captured.run.opt.report().step == eager.opt.report().step == 14
-    if options.get("tau") != 0.0:
-        assert max(step for step, *_ in eager.events) > 3, "a unit freezes in a replay"
-        assert captured.run.opt.all_frozen == eager.opt.all_frozen
-    for p, q in zip(captured.run.params, eager.params, strict=True):
-        assert (p - q).abs().max() <= 1e-6 * (1 + q.abs().max())
-    got, want = (run.opt.state_dict()["state"] for run in (captured.run, eager))
-    for i in want:
-        for key in ("step", "grades_frozen_at", "grades_decided_at", "grades_hits"):
-            assert got[i][key] == want[i][key], f"{key} of {i}"
-
-
-def test_replays_compare_with_a_tau_that_is_lowered():
-    """A new tau reaches the graph with the next reading of the optimizer; nothing is laid out."""
-    captured = Captured(tau=0.0, grace_steps=4)
-    for t in range(1, 8):
-        captured.step(warmed_lr(t))
-    run = captured.run
-    plan = run.opt._plan
-    run.opt.param_groups[0]["tau"] = math.inf
-    assert run.opt.report().units[0].tau == math.inf
-    captured.step(warmed_lr(8))
-    assert [(event.step, event.tau) for event in run.opt.freeze_events] == [(8, math.inf)] * 2
-    assert run.opt._plan is plan
-
-
-def test_frozen_tensors_keep_every_bit_in_replays():
-    """The graph still launches their programs, whatever the gradient buffers hold."""
-    captured = Captured(grace_steps=4)
-    for t in range(1, 13):
-        captured.step(warmed_lr(t))
-    run = captured.run
-    assert "group0.param1" in run.opt.frozen_units
-    before = copy.deepcopy((run.params[1].detach(), run.opt.state[run.params[1]]["exp_avg"]))
-    for value in (math.nan, math.inf, 1.0):
-        captured.grads[1].fill_(value)
-        captured.graph.replay()
-    after = (run.params[1].detach(), run.opt.state[run.params[1]]["exp_avg"])
-    assert_bits(after, before)
-
-
-def test_all_frozen_shows_during_replays_without_waiting():
-    """It reads the pinned mirror, which replays copy to; exact once the device has caught up."""
-    captured = Captured(tau=math.inf, grace_steps=5)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}], ids=str)
+def test_a_captured_step_without_tau_equals_adamw(options):
+    """capturable=True: torch's own operations, with lr as a tensor that changes between replays."""
+    runs = []
+    for make in (GradESAdamW, torch.optim.AdamW):
+        params = parameters(*SHAPES, device="cuda")
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        lr = torch.tensor(0.03, device="cuda")
+        runs.append(
+            (params, lr, make(params, **{**tr.HYPER, "lr": lr}, capturable=True, **options))
+        )
+    graphs = []
     for t in range(1, 9):
-        captured.step(warmed_lr(t))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        assert captured.run.opt.all_frozen
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_capture_without_warm_up_is_refused():
-    """State made during capture would be lost: an error says to take a few steps first."""
-    captured = Captured(warm_up=0)
-    with pytest.raises(RuntimeError, match="captured"):
-        captured.step(0.1)
+        for k, (params, lr, opt) in enumerate(runs):
+            lr.fill_(0.03 * 0.9**t)
+            for i, p in enumerate(params):
+                p.grad.copy_(fading_gradient(t, i, p))
+            if t <= 3:
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    opt.step()
+                torch.cuda.current_stream().wait_stream(stream)
+                continue
+            if len(graphs) <= k:
+                graphs.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(graphs[k]):
+                    opt.step()
+            graphs[k].replay()
+    tr.assert_same_bits(*(values(params) for params, _, _ in runs))
 
 
 # Synchronisation ------------------------------------------------------------------------------
 
 
+def gradients(run, steps):
+    """The gradients of these steps, each at an address of its own; copying them waits."""
+    grads = [[fading_gradient(t, i, p) for i, p in enumerate(run.params)] for t in steps]
+    for n in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(n)
+    return grads
+
+
 @pytest.mark.parametrize("lr", ["number", "tensor"])
-@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
+@pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
 def test_step_never_waits_for_the_device(statistic, timing, lr):
     """torch's sync debug mode is silent over checks, freezes, drops, moved gradients and a tau that
-    changes in every step.
+    changes in every step; with lr as a tensor on the host.
 
-    That mode sees calls of torch, not event waits; the lagged read of the mirror is meant.
+    That mode sees calls of torch, not event waits: reading back the step before is one.
     """
-    options = {"lr": torch.tensor(0.03, device="cuda")} if lr == "tensor" else {}
-    tau = TAUS.get(statistic, 50.0)
-    run = Run(True, statistic=statistic, freeze_timing=timing, tau=tau, **options).steps(3)
-    grads = [
-        [gradient(t, i, p) for i, p in enumerate(run.params)] for t in range(4, 10)
-    ]  # each step has gradients at new addresses
-    torch.cuda.synchronize()
+    options = {"lr": torch.tensor(0.03)} if lr == "tensor" else {}
+    tau = tr.TAUS.get(statistic, 50.0)
+    run = tr.start(statistic=statistic, freeze_timing=timing, tau=tau, **options).steps(3)
+    grads = gradients(run, range(4, 10))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for row in grads:
             run.opt.param_groups[0]["tau"] = tau = tau * 1.001
-            run.step(row)
+            run.step(*row)
             assert run.opt.all_frozen in (True, False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -200,13 +105,11 @@ def test_step_never_waits_for_the_device(statistic, timing, lr):
 
 def test_the_host_runs_ahead():
     """step() returns while the device is still busy with what came before."""
-    run = Run(True, tau=0.0).steps(4)
-    grads = [
-        gradient(5, i, p) for i, p in enumerate(run.params)
-    ]  # copied to the device: that waits
-    torch.cuda.synchronize()
+    run = tr.start(tau=0.0).steps(4)
+    run.opt.report()  # the step before has been read back
+    (grads,) = gradients(run, [5])
     torch.cuda._sleep(1_000_000_000)  # about half a second of cycles
-    run.step(grads)
+    run.step(*grads)
     done = torch.cuda.Event()
     done.record()
     assert not done.query()
@@ -215,26 +118,26 @@ def test_the_host_runs_ahead():
 
 def test_gradients_stop_one_step_after_the_freeze():
     """A fixed lag: requires_grad is off from the start of the step after the decisive one."""
-    run = Run(True).steps(3)
+    run = tr.start().steps(3)
     assert [p.requires_grad for p in run.params] == [True, True, True]
-    run.step()
+    run.steps(1)
     assert [p.requires_grad for p in run.params] == [True, False, True]
     assert run.opt.frozen_units == ["group0.param1"]
 
 
-@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("timing", tr.TIMINGS)
 def test_all_frozen_is_at_most_one_step_late(timing):
     """It never waits, is True after the next step at the latest, and exact after other readings."""
-    late, exact = (Run(True, tau=math.inf, freeze_timing=timing).steps(3) for _ in range(2))
+    late, exact = (tr.start(tau=math.inf, freeze_timing=timing).steps(3) for _ in range(2))
     assert exact.opt.freeze_events and exact.opt.all_frozen
-    late.step()
+    late.steps(1)
     torch.cuda.synchronize()
     assert late.opt.all_frozen
 
 
 def test_memory_of_previous_gradients_comes_with_the_checks():
     """No prev_grad is allocated in the grace period; those of frozen units are given back."""
-    run = Run(True, ((1024, 1024), (1024, 1024)), tau=1e-9, grace_steps=4, stop_grad=False)
+    run = tr.start(True, ((1024, 1024), (1024, 1024)), tau=1e-9, grace_steps=4, stop_grad=False)
 
     def used(n):
         run.steps(n)
@@ -259,10 +162,10 @@ def test_storage_is_rounded_to_nearest(dtype):
     """The first step from given numbers: fp32 results rounded once, so the bits of the reference
     in fp32 after rounding, save where those lie within fp32's own error of a tie."""
     shapes = ((257, 1031),)
-    ours, _, exact = low_precision_runs(dtype, dtype, n=1, shapes=shapes, eps=1e-4)
+    ours, _, exact = tr.low_precision_runs(dtype, dtype, n=1, shapes=shapes, eps=1e-4)
     pairs = [(ours.params[0], exact.params[0])]
     states = ours.opt.state[ours.params[0]], exact.opt.state[exact.params[0]]
-    pairs += [(states[0][key], states[1][key]) for key in ("exp_avg", "exp_avg_sq")]
+    pairs += [(states[0][key], states[1][key]) for key in tr.MOMENTS]
     for got, want in pairs:
         rounded = want.detach().to(dtype)
         wrong = (got != rounded).float().mean().item()
@@ -274,12 +177,13 @@ def test_storage_is_rounded_to_nearest(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_close_to_torchs_fused_adamw(dtype):
     """20 steps with nothing monitored: as near to the fp32 run as torch's fused AdamW is."""
-    ours, _, exact = low_precision_runs(dtype, dtype, n=20, tau=None, eps=1e-4, statistic="norm")
-    theirs = [nn.Parameter(p.detach().to(dtype)) for p in exact.start]
-    opt = torch.optim.AdamW(theirs, fused=True, **{**HYPER, "eps": 1e-4})
+    shapes, options = ((17, 23), (1, 1025)), {"tau": None, "eps": 1e-4, "statistic": "norm"}
+    ours, _, exact = tr.low_precision_runs(dtype, dtype, n=20, shapes=shapes, **options)
+    theirs = [nn.Parameter(p.to(dtype)) for p in parameters(*shapes, device="cuda")]
+    opt = torch.optim.AdamW(theirs, fused=True, **{**tr.HYPER, "eps": 1e-4})
     for t in range(1, 21):
         for i, (p, x) in enumerate(zip(theirs, exact.params, strict=True)):
-            p.grad = gradient(t, i, x, dtype)
+            p.grad = fading_gradient(t, i, x).to(dtype)
         opt.step()
     for p, q, x in zip(ours.params, theirs, exact.params, strict=True):
         error, bound = (p.float() - x).abs().mean(), (q.float() - x).abs().mean()
@@ -289,58 +193,36 @@ def test_close_to_torchs_fused_adamw(dtype):
 # Devices, sizes, compiled models --------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_device_that_is_not_current():
-    """Each launch goes to the device of its tensors."""
-    runs = []
-    for fused in (True, False):
-        run = Run(fused)
-        run.params = [nn.Parameter(p.detach().to("cuda:1")) for p in run.params]
-        run.finish(fused)
-        for t in range(1, 9):
-            run.step([gradient(t, i, p).to("cuda:1") for i, p in enumerate(run.params)])
-        runs.append(run)
-    assert_same(*runs)
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def spread(fused, devices, **options):
+    """A run whose tensors are on these devices in turn."""
+    made = parameters(*SHAPES, device="cuda")
+    params = [nn.Parameter(p.detach().to(devices[i % len(devices)])) for i, p in enumerate(made)]
+    return tr.start(fused, params=params, **options)
 
 
-@TWO
-@pytest.mark.parametrize("options", [{}, NEXT_STEP, {"max_frozen": 0.5}, {"cooldown": 2}], ids=str)
-def test_tensors_on_two_devices(options):
-    """One optimizer over both: events, statistics and parameters of the reference."""
-    runs = []
-    for fused in (True, False):
-        run = Run(fused)
-        run.params = [
-            nn.Parameter(p.detach().to(f"cuda:{i % 2}")) for i, p in enumerate(run.params)
-        ]
-        run.finish(fused, options=options)
-        for t in range(1, 11):
-            run.step([gradient(t, i, p).to(p.device) for i, p in enumerate(run.params)])
-        runs.append(run)
-    assert_same(*runs)
-    assert len(runs[0].opt._plan.parts) == 2
+@two_devices
+@pytest.mark.parametrize("devices", [("cuda:1",), ("cuda:0", "cuda:1")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, tr.NEXT_STEP, {"max_frozen": 0.5}, {"cooldown": 2}], ids=str
+)
+def test_other_devices(options, devices):
+    """Each launch goes to the device of its tensors: the run is that of the reference."""
+    runs = [spread(fused, devices, **options).steps(10) for fused in (True, False)]
+    tr.assert_same(*runs)
+    assert len(runs[0].opt._freezer.engines) == len(devices)
 
 
-@TWO
+@two_devices
 def test_two_devices_never_wait_for_each_other():
-    """The host tells each what the other has decided without a synchronisation."""
-    run = Run(True)
-    run.params = [nn.Parameter(p.detach().to(f"cuda:{i % 2}")) for i, p in enumerate(run.params)]
-    run.finish(True, options={"max_frozen": 0.5})
-    grads = [
-        [gradient(t, i, p).to(p.device) for i, p in enumerate(run.params)] for t in range(1, 9)
-    ]
-    for row in grads[:3]:
-        run.step(row)
-    torch.cuda.synchronize(0)
-    torch.cuda.synchronize(1)
+    run = spread(True, ("cuda:0", "cuda:1"), max_frozen=0.5).steps(3)
+    grads = gradients(run, range(4, 9))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for row in grads[3:]:
-            run.step(row)
+        for row in grads:
+            run.step(*row)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(run.events) == 2
@@ -361,7 +243,7 @@ for statistic in ("change", "signal", "weight_change"):
 """
 
 
-# What is cached by torch belongs to no tensor and yet may be touched, as far as the tool can see.
+# With torch's cache the tool cannot see accesses to memory that is cached but belongs to no tensor.
 UNCACHED = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
     "compute-sanitizer", path="/usr/local/cuda/bin"
@@ -406,7 +288,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 def test_a_model_may_move_after_the_optimizer_was_made():
-    """model.cuda() swaps the storage of the very tensors that the optimizer holds."""
+    """model.cuda() replaces the storage of the very tensors that the optimizer refers to."""
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
     opt = GradESAdamW(model.named_parameters(), tau=0.0, grace_steps=0, statistic="norm")
@@ -490,11 +372,11 @@ def test_a_run_larger_than_the_device_twice():
     """Many programs in flight, units of many sizes: two runs have the same bits, and the events
     of the reference."""
     shapes = (*((64 * k, 512) for k in range(1, 40)), *SHAPES)
-    runs = [Run(fused, shapes, tau=20000.0) for fused in (True, True, False)]
-    for t in range(1, 9):
-        grads = [gradient(t, i, p) for i, p in enumerate(runs[0].params)]
+    runs = [tr.start(fused, shapes, tau=20000.0) for fused in (True, True, False)]
+    for _ in range(8):
+        grads = tr.usual(runs[0])
         for run in runs:
-            run.step(grads)
-    assert_bits(bits(runs[0]), bits(runs[1]))
-    assert_same(runs[0], runs[2])
+            run.step(*grads)
+    tr.assert_same_bits(runs[0], runs[1])
+    tr.assert_same(runs[0], runs[2])
     assert len(runs[2].events) > 5

@@ -1,7 +1,7 @@
 """torch's own table of AdamW inputs, so that a new torch version adds cases.
 
-torch's module asks for expecttest, which torch does not bring. Where that is missing there is no
-table, and the tests that read it are skipped.
+torch's module imports expecttest, which torch does not install. Without it the tests that read the
+table are skipped.
 """
 
 import pytest

@@ -1,0 +1,255 @@
+"""The step of the backends that the host drives: measure, decide, update, keep.
+
+Every rule of a step is written here once, as tasks for a backend's `run_tasks`; the Triton engine
+takes the same tasks. What the measured sums lead to is decided by the freeze table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..distributed import Ranks
+from ..freezing.table import NEVER, FreezeTable, Unit
+from .step_tensors import (
+    Groups,
+    Layout,
+    Outcome,
+    State,
+    Units,
+    keep_tasks,
+    kept_units,
+    measure_tasks,
+    update_tasks,
+    uses_prev_grads,
+)
+from .tasks import (
+    STATISTIC_BITS,
+    UNSCALE,
+    RunTasks,
+    StepTensors,
+)
+
+
+class Engine(Protocol):
+    """Takes the steps of the tensors of one backend (and, on Triton, of one device).
+
+    Attributes:
+        runs_ahead: Whether a step returns before the host knows what it did.
+        unscales: Whether it takes part in GradScaler's protocol for fused optimizers.
+        pending: The step that `sync` would read back; None where there is none.
+    """
+
+    runs_ahead: bool
+    unscales: bool
+    pending: Any
+
+    def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
+        """Whether devices, dtypes, flags and addresses are those that the engine was made for."""
+
+    def step(self, table: FreezeTable, ranks: Ranks | None, grad_scale: Tensor | None,
+             found_inf: Tensor | None) -> None:  # fmt: skip
+        """Take the step that `table` has begun, with the tensors that `is_valid` found."""
+
+    def sync(self) -> Outcome | None:
+        """Wait for the step under way; None where nothing is to be read back."""
+
+
+class HostEngine:
+    """An engine for the backends that the host drives.
+
+    Args:
+        run_tasks: The backend.
+        tensors: The tensors of the first step.
+        units: The unit of each of them, None where it is not monitored.
+        layout: The positions of the tensors; None where a single step is taken.
+        decides: Whether the units of the freeze table are measured here.
+        unscales: Whether the backend divides gradients by `grad_scale`.
+    """
+
+    runs_ahead, pending = False, None
+
+    def __init__(
+        self,
+        run_tasks: RunTasks,
+        tensors: StepTensors,
+        units: Units,
+        layout: Layout | None = None,
+        *,
+        decides: bool = True,
+        unscales: bool = False,
+    ) -> None:
+        self.run_tasks, self.units, self.layout = run_tasks, units, layout
+        self.decides, self.unscales = decides, unscales
+        self.tensors: StepTensors | None = tensors
+
+    def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
+        self.tensors = None
+        assert self.layout is not None
+        if self.layout.is_valid(groups, state):
+            self.tensors = self.layout.collect(groups, state, prev_grads=uses_prev_grads(table))
+        return self.tensors is not None
+
+    def step(
+        self,
+        table: FreezeTable,
+        ranks: Ranks | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        tensors, self.tensors = self.tensors, None
+        assert tensors is not None
+        decides = self.decides
+        host_step(self.run_tasks, tensors, self.units, table, ranks, grad_scale, decides=decides)
+
+    def sync(self) -> None:
+        return None
+
+
+def host_step(
+    run_tasks: RunTasks,
+    tensors: StepTensors,
+    units: Units,
+    table: FreezeTable,
+    ranks: Ranks | None,
+    grad_scale: Tensor | None,
+    *,
+    decides: bool = True,
+) -> None:
+    """Algorithm 1 of the paper for the step that `table` has begun.
+
+    Args:
+        run_tasks: The backend.
+        tensors: The tensors of the step.
+        units: The unit of each of them, None where it is not monitored.
+        ranks: The other processes of the job, all of which call this together.
+        grad_scale: Gradients are divided by it first, in place, those of frozen tensors excepted.
+        decides: Whether the units of `table` are measured here.
+    """
+    config, t = table.config, table.t
+    check = decides and config.is_check(t)
+    same_step = config.freeze_timing == "same_step"
+    unscale = 0 if grad_scale is None else UNSCALE
+    measured = measure_tasks(tensors, units, table) if check else []
+    if check and same_step:
+        first = [task and task | unscale for task in measured]
+        sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
+        _decide(table, ranks, units, measured, sums)
+
+    tasks, lr_factors = update_tasks(tensors, units, table)
+    if check and not same_step:
+        tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
+    if config.is_check(t + 1):
+        kept = keep_tasks(tensors, units)
+        tasks = [a | b for a, b in zip(tasks, kept, strict=True)]
+    if unscale:
+        done = measured if check and same_step else [0] * len(tasks)
+        tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
+    sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
+
+    if check and not same_step:
+        _decide(table, ranks, units, measured, sums)
+    if config.is_check(t + 1):
+        for unit in kept_units(units, tasks):
+            if not unit.is_decided:
+                unit.prev_step = t
+
+
+def take_step(
+    engines: Sequence[Engine],
+    table: FreezeTable,
+    ranks: Ranks | None,
+    grad_scale: Tensor | None,
+    found_inf: Any,
+) -> None:
+    """Count a step and take it with every engine; nothing happens where `found_inf` is not zero.
+
+    An engine that runs ahead finds that out on its device, and `read_back` brings it to the host.
+
+    Raises:
+        AssertionError: If gradients are scaled and a backend does not unscale them, as torch's
+            AdamW without `fused`.
+    """
+    scaled = grad_scale is not None or found_inf is not None
+    if scaled and not all(engine.unscales for engine in engines):
+        raise AssertionError("Expected grad_scale and found_inf to be None")
+    runs_ahead = bool(engines) and all(engine.runs_ahead for engine in engines)
+    if found_inf is not None and not runs_ahead and float(found_inf) != 0:
+        return
+    table.begin_step()
+    for engine in engines:
+        engine.step(table, ranks, grad_scale, found_inf)
+
+
+def read_back(engines: Sequence[Engine], table: FreezeTable, ranks: Ranks | None) -> None:
+    """Bring the table up to date with the step that the engines have under way.
+
+    Raises:
+        RuntimeError: If the ranks took that step with different tables, or if a device decided
+            otherwise than the table does with the same statistics.
+    """
+    outcomes = [outcome for engine in engines if (outcome := engine.sync()) is not None]
+    if not outcomes:
+        return
+    if ranks is not None and not all(outcome.ranks_agree for outcome in outcomes):
+        ranks.raise_difference(table)
+    if not all(outcome.happened for outcome in outcomes):
+        table.undo_begin_step()
+        return
+    values: dict[Unit, float] = {}
+    for outcome in outcomes:
+        values.update(outcome.values)
+    table.decide(values)
+    for outcome in outcomes:
+        decided = {unit for unit in outcome.values if unit.decided_at != NEVER}
+        for unit in decided ^ outcome.decided:
+            raise RuntimeError(
+                f"step {table.t}: the device and the host decided differently about unit "
+                f"{unit.name!r} with statistic {unit.value} and tau {unit.tau}. Please report "
+                "this, with the output of `grades-kernels info`."
+            )
+        for unit in outcome.kept:
+            if unit.decided_at == NEVER:
+                unit.prev_step = table.t
+
+
+def _decide(
+    table: FreezeTable,
+    ranks: Ranks | None,
+    units: Units,
+    tasks: Sequence[int],
+    sums: Tensor | None,
+) -> None:
+    """Turn the sums of every tensor into the statistic of every unit, and decide.
+
+    In a job of several processes all of them call this together.
+    """
+    rows: dict[Unit, list[list[float]]] = {}
+    if sums is not None:
+        for unit, task, row in zip(units, tasks, sums.tolist(), strict=True):
+            if unit is not None and task & STATISTIC_BITS:
+                rows.setdefault(unit, []).append(row)
+    if ranks is None:
+        table.decide(_values(rows))
+    else:
+        table.decide(ranks.largest_values(table, _values(ranks.sum_shards(rows))))
+
+
+def _values(rows: Mapping[Unit, list[list[float]]]) -> dict[Unit, float]:
+    """The statistic of every unit whose check is not void."""
+    values = {}
+    for unit, own in rows.items():
+        if len(own) != unit.n_tensors:
+            continue
+        numerators, denominators, magnitudes = zip(*own, strict=True)
+        value = sum(numerators)
+        if unit.statistic == "signal":
+            value = value / sum(denominators) if sum(denominators) else math.nan
+        # A NaN makes each of these false.
+        evidence = value < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0
+        if evidence and (unit.statistic != "weight_change" or value > 0):
+            values[unit] = value
+    return values

@@ -1,0 +1,178 @@
+"""The tasks of a step in plain PyTorch: the fallback, and what every other backend must agree with.
+
+The arithmetic of the update is torch's own `torch.optim.adamw.adamw`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .tasks import KEEP, STATISTIC_BITS, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
+
+_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE = STATISTIC_CODES.values()
+
+
+def run_tasks(
+    tensors: StepTensors, tasks: list[int], lr_factors: list[float], grad_scale: Tensor | None
+) -> Tensor | None:
+    """As `tasks` describes. Reads the sums back from the device, which is a synchronisation."""
+    sums: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    weights: dict[int, Tensor] = {}
+    first = 0
+    for options, n in tensors.groups:
+        for i in range(first, first + n):
+            statistic = tasks[i] & STATISTIC_BITS
+            if statistic == _WEIGHT_CHANGE:
+                weights[i] = tensors.params[i].detach().clone()
+            elif statistic:
+                sums[i] = _measure(tensors, i, statistic, options)
+        chosen = [i for i in range(first, first + n) if tasks[i] & UPDATE]
+        if chosen:
+            _update(tensors, options, chosen, lr_factors, grad_scale)
+        first += n
+    for i, before in weights.items():
+        p, grad = tensors.params[i].detach(), tensors.grads[i]
+        change = _abs_sum(_widened(_local(p, p)) - _widened(_local(before, p)))
+        sums[i] = change, torch.zeros_like(change), _abs_sum(_widened(_local(grad, p)))
+    for task, prev_grad, grad in zip(tasks, tensors.prev_grads, tensors.grads, strict=True):
+        if task & KEEP and prev_grad is not None and grad is not None:
+            prev_grad.copy_(grad)
+    if not sums:
+        return None
+    device = next(iter(sums.values()))[0].device
+    measured = torch.stack([x.to(device) for row in sums.values() for x in row]).cpu().view(-1, 3)
+    result = torch.zeros((len(tasks), 3), dtype=torch.float64, device="cpu")
+    result[list(sums)] = measured
+    return result
+
+
+def _measure(
+    tensors: StepTensors, i: int, statistic: int, options: GroupOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerator, denominator and sum of |g| of a statistic that is known before the update."""
+    # Half precision is widened before the difference, and every sum runs in float64: over 1e8
+    # elements a float32 sum would depend on how it is split.
+    p = tensors.params[i]
+    grad = _widened(_local(tensors.grads[i], p))
+    magnitude = _abs_sum(grad)
+    zero = torch.zeros_like(magnitude)
+    if statistic == _NORM:
+        return magnitude, zero, magnitude
+    if statistic == _CHANGE:
+        return _abs_sum(grad - _widened(_local(tensors.prev_grads[i], p))), zero, magnitude
+    step = tensors.state_steps[i].item()
+    if step == 0:
+        return torch.full_like(zero, math.nan), zero, magnitude
+    m = _widened(_local(tensors.exp_avgs[i], p))
+    if statistic == _MOMENTUM:
+        return _abs_sum((-grad if options.maximize else grad) - m), zero, magnitude
+    root = _abs_sum(_widened(_local(tensors.exp_avg_sqs[i], p)).sqrt())
+    bias_correction1 = 1 - float(options.beta1) ** step
+    bias_correction2 = 1 - float(options.beta2) ** step
+    return _abs_sum(m) / bias_correction1, root / math.sqrt(bias_correction2), magnitude
+
+
+def _update(
+    tensors: StepTensors,
+    options: GroupOptions,
+    chosen: list[int],
+    lr_factors: list[float],
+    grad_scale: Tensor | None,
+) -> None:
+    """AdamW on the chosen tensors of a group, those of one learning-rate factor together."""
+    by_factor: dict[float, list[int]] = {}
+    for i in chosen:
+        by_factor.setdefault(lr_factors[i], []).append(i)
+    for factor, alike in by_factor.items():
+        lr = options.lr if factor == 1.0 else options.lr * factor
+        mixed = [i for i in alike if _dtype(tensors.grads[i]) != tensors.params[i].dtype]
+        plain = [i for i in alike if i not in mixed] if mixed else alike
+        if plain:
+            _adamw(options, lr, grad_scale, *_columns(tensors, options, plain))
+        for i in mixed:
+            _adamw_mixed(tensors, options, lr, i)
+
+
+def _adamw_mixed(tensors: StepTensors, options: GroupOptions, lr: float | Tensor, i: int) -> None:
+    """AdamW in the wider dtype for a gradient whose dtype is not its parameter's.
+
+    torch's own AdamW raises a dtype mismatch here (an fp32 gradient on a bf16 parameter).
+    """
+    columns = _columns(tensors, options, [i])
+    dtype = torch.promote_types(tensors.params[i].dtype, _dtype(tensors.grads[i]))
+    *wide, steps = [[x.to(dtype) for x in column] for column in columns[:-1]] + [columns[-1]]
+    _adamw(options, lr, None, *wide, steps)
+    for column, wide_column in zip(columns, wide, strict=False):
+        for x, wide_x in zip(column, wide_column, strict=True):
+            if x is not tensors.grads[i]:
+                x.copy_(wide_x)
+
+
+def _adamw(
+    options: GroupOptions, lr: float | Tensor, grad_scale: Tensor | None, *columns: list[Tensor]
+) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = columns
+    # In a CUDA graph many small kernels would be replayed: there torch chooses, as its AdamW does.
+    foreach = options.foreach if options.capturable else bool(options.foreach)
+    fused = options.fused if options.capturable else False
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        state_steps,
+        foreach=foreach,
+        capturable=options.capturable,
+        differentiable=options.differentiable,
+        fused=fused,
+        grad_scale=grad_scale,
+        has_complex=any(map(torch.is_complex, params)),
+        amsgrad=options.amsgrad,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        lr=lr,
+        weight_decay=options.weight_decay,
+        eps=options.eps,
+        maximize=options.maximize,
+    )
+
+
+def _columns(tensors: StepTensors, options: GroupOptions, chosen: list[int]) -> list[list[Any]]:
+    """The tensor lists that AdamW takes, for the chosen positions."""
+    columns: list[list[Any]] = [
+        tensors.params,
+        tensors.grads,
+        tensors.exp_avgs,
+        tensors.exp_avg_sqs,
+        tensors.max_exp_avg_sqs if options.amsgrad else [],
+        tensors.state_steps,
+    ]
+    return [[column[i] for i in chosen] if column else [] for column in columns]
+
+
+def _dtype(grad: Tensor | None) -> torch.dtype:
+    assert grad is not None  # a tensor without a gradient gets no task
+    return grad.dtype
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _local(x: Any, p: Any) -> Tensor:
+    """The local shard of a DTensor, sharded as the parameter is; other tensors as they are."""
+    if not hasattr(x, "to_local"):
+        return x
+    if x.placements != p.placements:
+        x = x.redistribute(placements=p.placements)
+    return x.to_local()
+
+
+def _abs_sum(x: Tensor) -> Tensor:
+    return x.abs().sum(dtype=torch.float64)

@@ -1,0 +1,201 @@
+"""Which backend serves which parameter group, or why none can."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..freezing.table import Unit
+from . import native, reference
+from .native import why_not_native
+from .tasks import RunTasks, StepTensors
+
+RUN_TASKS: dict[str, RunTasks] = {"native": native.run_tasks, "reference": reference.run_tasks}
+"""The backends that the host drives."""
+
+
+def choose(
+    params: Sequence[Tensor],
+    fused: bool | None,
+    *,
+    differentiable: bool = False,
+    foreach: bool | None = None,
+    capturable: bool = False,
+    units: Iterable[Sequence[Tensor]] = (),
+) -> str:
+    """The backend that serves these parameters: "triton", "native" or "reference".
+
+    Args:
+        params: The parameters of a group.
+        fused: As in `GradESAdamW`.
+        differentiable, foreach, capturable: As in AdamW. `capturable` without units is served by
+            torch's own operations, which a CUDA graph can capture.
+        units: The tensors of each unit.
+
+    Raises:
+        RuntimeError: If `fused` is True and no fused backend can serve them.
+    """
+    units = list(units)
+    if fused is False or differentiable or foreach or not params or (capturable and not units):
+        return "reference"
+    not_triton = why_not_triton(params, interpret=bool(fused), units=units)
+    if not_triton is None:
+        return "triton"
+    not_native = why_not_native(params)
+    if not_native is None:
+        return "native"
+    if fused:
+        on_cpu = all(p.device.type == "cpu" for p in params)
+        reason = not_native if on_cpu else not_triton
+        raise RuntimeError(
+            f"fused=True is not possible: {reason}. Use fused=None to fall back to the reference "
+            "implementation where there is no fused one, or fused=False to ask for it."
+        )
+    return "reference"
+
+
+def assign(
+    groups: Sequence[dict[str, Any]],
+    group_units: Sequence[Sequence[Unit]],
+    members: dict[Unit, tuple[Tensor, ...]],
+    *,
+    triton_in_job: bool = True,
+) -> list[str]:
+    """The backend of every parameter group.
+
+    The units of one freeze table are decided either on a device or by the host. Where the monitored
+    groups would need both, those that asked for nothing (`fused=None`) use a backend that the host
+    drives.
+
+    Args:
+        groups: The parameter groups.
+        group_units: Per group its units.
+        members: Unit -> its tensors.
+        triton_in_job: Whether the Triton kernels can serve every rank of the job.
+
+    Raises:
+        RuntimeError: If `fused=True` is not possible.
+        ValueError: If the monitored groups ask for Triton and for a backend that the host drives.
+    """
+    names = []
+    for group, units in zip(groups, group_units, strict=True):
+        name = choose(
+            group["params"],
+            group["fused"],
+            differentiable=group["differentiable"],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            units=[members[unit] for unit in units],
+        )
+        if name == "triton" and units and not triton_in_job:
+            if group["fused"]:
+                raise RuntimeError(
+                    "fused=True is not possible: in a job of several processes the Triton kernels "
+                    "need the same tensors on every rank, and each rank's on one device. Use "
+                    "fused=None."
+                )
+            name = "reference"
+        names.append(name)
+    monitored = [i for i, units in enumerate(group_units) if units]
+    on_device = [i for i in monitored if names[i] == "triton"]
+    if 0 < len(on_device) < len(monitored):
+        asked = [i for i in on_device if groups[i]["fused"]]
+        if asked:
+            others = [i for i in monitored if i not in on_device]
+            raise ValueError(
+                f"fused differs between monitored parameter groups: groups {asked} ask for "
+                f"fused=True, which is Triton, and groups {others} are served by "
+                f"{sorted({names[i] for i in others})}. The units of one optimizer are decided "
+                "either on the device or by the host: give these groups the same fused."
+            )
+        for i in on_device:
+            names[i] = "reference"
+    return names
+
+
+def unscales(names: Sequence[str], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether the backends of all groups divide gradients by GradScaler's scale.
+
+    The reference does where torch's own fused kernels serve it, with `capturable=True`.
+    """
+    return all(
+        name != "reference" or not group["params"] or (group["capturable"] and group["fused"])
+        for name, group in zip(names, groups, strict=True)
+    )
+
+
+def run_tasks_of(names: Sequence[str]) -> RunTasks:
+    """The function that takes the tasks of groups served by these backends, one name per group."""
+    own = {name for name in names if name in RUN_TASKS}
+    if len(own) <= 1:
+        return RUN_TASKS[own.pop() if own else "reference"]
+
+    def run_tasks(tensors: StepTensors, tasks: list[int], *rest: Any) -> Tensor | None:
+        sizes = [n for _, n in tensors.groups]
+        backend_of = [name for name, n in zip(names, sizes, strict=True) for _ in range(n)]
+        sums = None
+        for name in sorted(own):
+            chosen = [t if b == name else 0 for t, b in zip(tasks, backend_of, strict=True)]
+            part = RUN_TASKS[name](tensors, chosen, *rest)
+            sums = part if sums is None else sums if part is None else sums + part
+        return sums
+
+    return run_tasks
+
+
+def why_not_triton(
+    params: Sequence[Tensor], *, interpret: bool = False, units: Iterable[Sequence[Tensor]] = ()
+) -> str | None:
+    """The reason why the Triton kernels cannot serve these parameters, or None.
+
+    Args:
+        params: The parameters.
+        interpret: Whether CPU tensors may go through Triton's interpreter (TRITON_INTERPRET=1).
+        units: The tensors of each unit.
+    """
+    devices = {p.device for p in params}
+    if len({device.type for device in devices}) > 1:
+        return f"the parameters are on devices of several kinds, {sorted(map(str, devices))}"
+    if any(len({p.device for p in unit}) > 1 for unit in units):
+        return "the tensors of one unit are on several devices"
+    dtypes = {p.dtype for p in params} - {torch.float32, torch.bfloat16, torch.float16}
+    if dtypes:
+        return f"the Triton kernels have no {', '.join(sorted(map(str, dtypes)))}"
+    if not all(map(is_dense, params)):
+        return "a parameter is a DTensor or a view with gaps"
+    device = next(iter(devices))
+    if device.type == "cpu":
+        if not interpret or os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "the parameters are on the CPU, where the Triton kernels run only in the "
+                "interpreter (TRITON_INTERPRET=1 and fused=True)"
+            )
+    elif device.type != "cuda":
+        return f"the Triton kernels do not run on {device.type!r}"
+    elif torch.version.cuda:
+        for device in devices:
+            if torch.cuda.get_device_capability(device) < (7, 0):
+                return f"{torch.cuda.get_device_name(device)} is older than what Triton supports"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def is_dense(p: Tensor) -> bool:
+    """Whether a plain tensor fills its stretch of memory without gaps or overlaps."""
+    if not isinstance(p, Tensor) or type(p) not in (Tensor, torch.nn.Parameter):
+        return False
+    expected = 1
+    if p.numel() == 0:
+        return True
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

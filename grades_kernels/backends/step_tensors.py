@@ -1,0 +1,305 @@
+"""The tensors of a step: where they are found, and what has to be done with each of them.
+
+Finding 300 small tensors takes a third of the time that updating them takes on a CPU, and nearly
+every step finds them at the same positions. So a layout stores the positions, and a step asks only
+whether they are still right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..freezing.table import NEVER, FreezeTable, Unit
+from ..state_tensors import gradient_dtype, placeholder
+from .tasks import KEEP, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
+
+Groups = Sequence[dict[str, Any]]
+State = Mapping[Tensor, dict[str, Any]]
+Units = Sequence[Unit | None]
+
+
+class Outcome(NamedTuple):
+    """What a device did in a step, read back by the host.
+
+    Attributes:
+        happened: False where GradScaler had found an infinity, and nothing was written.
+        values: The measured statistics, without the void ones.
+        decided: The units that the device decided.
+        kept: The units of which all gradients were stored.
+        ranks_agree: Whether all ranks took this step with the same freeze table.
+    """
+
+    happened: bool
+    values: dict[Unit, float]
+    decided: set[Unit]
+    kept: list[Unit]
+    ranks_agree: bool
+
+
+class Layout:
+    """The positions of a step's tensors. It refers to parameters alone, to no gradient or state.
+
+    A caller that moves moments to another device between two steps, or drops them, gets their
+    memory back; so does a release.
+
+    Args:
+        groups: The parameter groups.
+        state: The optimizer's state; tensors with state are part of the step.
+        chosen: The parameters that this layout is for, with their units, per group.
+    """
+
+    def __init__(
+        self, groups: Groups, state: State, chosen: Sequence[Sequence[tuple[Tensor, Unit | None]]]
+    ) -> None:
+        self.flags = _flags(groups)
+        self.kinds = _kinds([p for pairs in chosen for p, _ in pairs])
+        self.keys = list(state)
+        position = {p: k for k, p in enumerate(self.keys)}
+        self.found: list[list[Tensor]] = []
+        self.positions: list[list[int]] = []
+        self.units: list[Unit | None] = []
+        self.all_params = [p for pairs in chosen for p, _ in pairs]
+        self.without_state: list[Tensor] = []
+        for pairs in chosen:
+            params: list[Tensor] = []
+            for p, unit in pairs:
+                released = unit is not None and unit.released_at != NEVER
+                if not released and state.get(p):
+                    params.append(p)
+                    self.units.append(unit)
+                elif not released:
+                    self.without_state.append(p)
+            self.found.append(params)
+            self.positions.append([position[p] for p in params])
+        self.is_monitored = any(unit is not None for unit in self.units)
+        self.is_cacheable = not any(group["differentiable"] for group in groups)
+
+    def is_valid(self, groups: Groups, state: State) -> bool:
+        """Whether a search would find the parameters and their state at the same positions.
+
+        `model.to(...)` moves and casts the very tensors that the optimizer refers to.
+        """
+        return (
+            self.is_cacheable
+            and self.flags == _flags(groups)
+            and self.kinds == _kinds(self.all_params)
+            and len(state) == len(self.keys)
+            and all(map(is_, state, self.keys))
+            and all([p.grad is None for p in self.without_state])
+        )
+
+    def collect(self, groups: Groups, state: State, *, prev_grads: bool) -> StepTensors | None:
+        """The tensors of the next step; None where one is missing or does not fit.
+
+        Args:
+            prev_grads: Whether the step reads or writes previous gradients.
+        """
+        states = list(state.values())
+        params: list[Tensor] = []
+        own: list[dict[str, Any]] = []
+        sizes = []
+        for found, positions in zip(self.found, self.positions, strict=True):
+            params += found
+            own += [states[k] for k in positions]
+            sizes.append(len(found))
+        grads = [p.grad for p in params]
+        for p, g in zip(params, grads, strict=True):
+            if g is not None and (g.layout is not torch.strided or g.shape != p.shape):
+                return None
+        maxima: list[Tensor | None] = [None] * len(params)
+        previous: list[Tensor | None] = [None] * len(params)
+        try:
+            if any(group["amsgrad"] for group in groups):
+                amsgrads = [
+                    g["amsgrad"] for g, n in zip(groups, sizes, strict=True) for _ in range(n)
+                ]
+                maxima = [
+                    s["max_exp_avg_sq"] if amsgrad else None
+                    for s, amsgrad in zip(own, amsgrads, strict=True)
+                ]
+            if self.is_monitored:
+                previous = [
+                    s["prev_grad"]
+                    if unit is not None and unit.statistic == "change" and unit.decided_at == NEVER
+                    else None
+                    for s, unit in zip(own, self.units, strict=True)
+                ]
+            tensors = StepTensors(
+                params,
+                grads,
+                [s["exp_avg"] for s in own],
+                [s["exp_avg_sq"] for s in own],
+                maxima,
+                previous,
+                [s["step"] for s in own],
+                [(GroupOptions.of(group), n) for group, n in zip(groups, sizes, strict=True)],
+            )
+        except KeyError:
+            return None
+        if prev_grads and self.is_monitored and not all(map(_fits, previous, grads)):
+            return None
+        return tensors
+
+
+def prepare_state(
+    groups: Groups,
+    state: State,
+    chosen: Sequence[Sequence[tuple[Tensor, Unit | None]]],
+    init_group: Callable[..., Any],
+    *,
+    prev_grads: bool,
+    default_state: Mapping[str, Any],
+) -> None:
+    """Check all gradients, and make the state that their tensors lack.
+
+    Args:
+        chosen: The parameters to prepare, with their units, per group.
+        init_group: `Adam._init_group` of the optimizer.
+        prev_grads: Whether the next step reads or writes previous gradients.
+        default_state: What the state of a monitored tensor starts from, beside AdamW's.
+
+    Raises:
+        RuntimeError: For a sparse gradient.
+        ValueError: For a gradient that does not fit its parameter.
+        AssertionError: For `capturable=True` on a device that does not support it.
+    """
+    check_gradients(groups)
+    for group, pairs in zip(groups, chosen, strict=True):
+        if not pairs:
+            continue
+        init_group({**group, "params": [p for p, _ in pairs]}, [], [], [], [], [], [])
+        for p, unit in pairs:
+            own = state.get(p)
+            if unit is None or not own or unit.released_at != NEVER:
+                continue
+            for key, value in default_state.items():
+                own.setdefault(key, value)
+            if not unit.needs_prev_grad:
+                continue
+            previous, grad = own.setdefault("prev_grad", placeholder(p)), p.grad
+            if prev_grads and previous.shape != p.shape:
+                dtype = gradient_dtype(grad, p)
+                own["prev_grad"] = torch.zeros_like(p if grad is None else grad, dtype=dtype)
+                unit.prev_step = NEVER  # a caller that clears the state removes the evidence too
+            elif prev_grads and grad is not None and previous.dtype != grad.dtype:
+                wide = torch.promote_types(previous.dtype, grad.dtype)
+                own["prev_grad"] = previous.to(wide)
+
+
+def check_gradients(groups: Groups) -> None:
+    """Raise for a gradient that AdamW cannot take, before anything has changed."""
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    "Adam does not support sparse gradients, please consider SparseAdam instead"
+                )
+            if grad.shape != p.shape:
+                raise ValueError(
+                    f"the gradient of parameter {j} of group {i} has shape "
+                    f"{tuple(grad.shape)}, the parameter {tuple(p.shape)}."
+                )
+            if grad.device != p.device:
+                raise ValueError(
+                    f"the gradient of parameter {j} of group {i} is on {grad.device}, the "
+                    f"parameter on {p.device}: it was moved after backward()."
+                )
+            if group["capturable"]:
+                check_capturable(p)
+
+
+def check_capturable(p: Tensor) -> None:
+    from torch.optim.optimizer import _get_capturable_supported_devices
+
+    supported = _get_capturable_supported_devices()
+    if p.device.type not in supported:
+        raise AssertionError(
+            f"If capturable=True, params and state_steps must be on supported devices: {supported}."
+        )
+
+
+def uses_prev_grads(table: FreezeTable) -> bool:
+    """Whether the next step compares with previous gradients, or stores its own for later."""
+    return table.config.is_check(table.t + 1) or table.config.is_check(table.t + 2)
+
+
+def measure_tasks(tensors: StepTensors, units: Units, table: FreezeTable) -> list[int]:
+    """Per tensor the code of the statistic to measure, or 0."""
+    before = table.t - 1
+    return [
+        0
+        if unit is None
+        or grad is None
+        or unit.decided_at != NEVER
+        or (unit.statistic == "change" and unit.prev_step != before)
+        else STATISTIC_CODES[unit.statistic]
+        for unit, grad in zip(units, tensors.grads, strict=True)
+    ]
+
+
+def update_tasks(
+    tensors: StepTensors, units: Units, table: FreezeTable
+) -> tuple[list[int], list[float]]:
+    """Per tensor UPDATE or 0, and the factor of its learning rate.
+
+    A step in which nothing has been decided takes no loop in Python.
+    """
+    n = len(tensors.params)
+    unmonitored = table.lr_factor(None)
+    tasks, lr_factors = [UPDATE] * n, [unmonitored] * n
+    if any([unit.decided_at != NEVER for unit in table.units]):
+        for i, unit in enumerate(units):
+            if unit is not None:
+                tasks[i] = 0 if unit.is_frozen else UPDATE
+                lr_factors[i] = table.lr_factor(unit)
+    if any([g is None for g in tensors.grads]):
+        tasks = [0 if g is None else task for g, task in zip(tensors.grads, tasks, strict=True)]
+    return tasks, lr_factors
+
+
+def keep_tasks(tensors: StepTensors, units: Units) -> list[int]:
+    """Per tensor KEEP where its gradient is needed at the next step, or 0."""
+    return [
+        KEEP
+        if unit is not None and prev is not None and grad is not None and unit.decided_at == NEVER
+        else 0
+        for unit, prev, grad in zip(units, tensors.prev_grads, tensors.grads, strict=True)
+    ]
+
+
+def kept_units(units: Units, tasks: Sequence[int]) -> list[Unit]:
+    """The units of which every tensor has the task KEEP."""
+    n_kept: dict[Unit, int] = {}
+    for unit, task in zip(units, tasks, strict=True):
+        if unit is not None and task & KEEP:
+            n_kept[unit] = n_kept.get(unit, 0) + 1
+    return [unit for unit, n in n_kept.items() if n == unit.n_tensors]
+
+
+def _flags(groups: Groups) -> list[Any]:
+    """Of every group, the settings that change which state a step needs and who can take it."""
+    return [
+        (g["amsgrad"], g["capturable"], g["foreach"], g["fused"], isinstance(g["lr"], Tensor))
+        for g in groups
+    ]
+
+
+def _kinds(params: Sequence[Tensor]) -> tuple[list[torch.device], list[torch.dtype]]:
+    return [p.device for p in params], [p.dtype for p in params]
+
+
+def _fits(previous: Tensor | None, grad: Tensor | None) -> bool:
+    """Whether the buffer for previous gradients, if there is one, can take this gradient."""
+    if previous is None or grad is None:
+        return True
+    if previous.dtype != grad.dtype:
+        return torch.promote_types(previous.dtype, grad.dtype) == previous.dtype
+    return previous.shape == grad.shape

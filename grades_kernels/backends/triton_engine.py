@@ -1,0 +1,347 @@
+"""Takes steps with the Triton kernels: launches, and what the host reads back.
+
+A step costs one pass over the gradients on the host, one asynchronous copy of its inputs, one
+launch per dtype combination (two for a check before the update) and one small launch that decides.
+The host computes what each tensor has to do from the freeze table, which knows all earlier
+decisions by then: those of the step before are read back when the next one begins, a fixed lag in
+every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import triton.language as tl
+from torch import Tensor
+
+from ..distributed import Ranks
+from ..freezing.table import FreezeTable, Unit
+from ..state_tensors import same_memory_order
+from .step_tensors import (
+    Groups,
+    Layout,
+    Outcome,
+    State,
+    keep_tasks,
+    measure_tasks,
+    update_tasks,
+    uses_prev_grads,
+)
+from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
+from .triton_kernels import block_size, decide_kernel, launch_options, step_kernel
+from .triton_tables import DEPENDS, FIELDS, FREEZES, DeviceTables
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class _Pending(NamedTuple):
+    """A step whose results the host has not read yet.
+
+    Attributes:
+        updated: Per tensor whether it was updated, if the step happened.
+        kept: The units of which all gradients were stored, if it happened.
+        decides: Whether values and decisions were computed.
+        agreed: Whether all ranks took part.
+        scaled: Whether the device knows if the step happened.
+    """
+
+    updated: np.ndarray
+    kept: list[Unit]
+    decides: bool
+    agreed: bool
+    scaled: bool
+
+
+class TritonEngine:
+    """Takes the steps of the tensors of one device.
+
+    It is made when tensors, state or units change. `step` launches one step and returns before the
+    device has taken it.
+
+    Args:
+        tensors: The tensors of the first step, whether they have a gradient or not.
+        units: The unit of each of them, None where it is not monitored.
+        device: Their device.
+        layout: The positions of the tensors; None where a single step is taken.
+        own_units: The units to decide, in the same order on all ranks of a job, also those of which
+            no tensor has state yet; None: those of the tensors.
+
+    Raises:
+        ValueError: If state cannot be read by the kernels; `fit_state` makes it so that it can.
+    """
+
+    runs_ahead = unscales = True
+
+    def __init__(
+        self,
+        tensors: StepTensors,
+        units: Sequence[Unit | None],
+        device: torch.device,
+        layout: Layout | None = None,
+        own_units: Sequence[Unit] | None = None,
+    ) -> None:
+        self.tensors: StepTensors | None = tensors
+        self.layout, self.device, self.cuda = layout, device, device.type == "cuda"
+        self.tables = DeviceTables(tensors, units, device, own_units)
+        self.addresses = _addresses(tensors)
+        self.strided = [n for n, p in enumerate(tensors.params) if not p.is_contiguous()]
+        self.options = launch_options("cpu")
+        if self.cuda:
+            warp_size = torch.cuda.get_device_properties(device).warp_size
+            self.options = launch_options("hip" if torch.version.hip else "cuda", warp_size)
+        # The host counts the steps of a tensor too; a step that somebody else writes to shows in
+        # its version.
+        self.step_versions = [step._version for step in tensors.state_steps]
+        self.steps = np.zeros(0, dtype=np.int64)
+        if tensors.params:
+            self.steps = torch.stack(tensors.state_steps).cpu().numpy().astype(np.int64)
+        self.zero, self.one = torch.zeros((), device=device), torch.ones((), device=device)
+        # Values and checksum, which go through one all-reduce; decisions; found_inf.
+        m = len(self.tables.own_units)
+        self.results = torch.zeros(2 * m + 3, dtype=torch.float64, device=device)
+        self.decided = self.results[m + 2 :]
+        self.mirror = torch.zeros(
+            2 * m + 3, dtype=torch.float64, device="cpu", pin_memory=self.cuda
+        )
+        self.mirrored = torch.cuda.Event() if self.cuda else None
+        self.pending: Any = None  # a `_Pending`
+
+    def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
+        self.tensors = None
+        assert self.layout is not None
+        if not self.layout.is_valid(groups, state):
+            return False
+        # Whether previous gradients fit shows in their addresses and in the gradients' dtypes.
+        tensors = self.layout.collect(groups, state, prev_grads=False)
+        if tensors is None or not self._stands(tensors, prev_grads=uses_prev_grads(table)):
+            return False
+        self.tensors = tensors
+        return True
+
+    def _stands(self, tensors: StepTensors, *, prev_grads: bool) -> bool:
+        """Whether the kernels' tables describe these tensors.
+
+        `state[p]["exp_avg"] = ...` and `x.data = ...` give a tensor another address; the old memory
+        may belong to somebody else by now.
+        """
+        grad_dtypes = [
+            planned if g is None else g.dtype
+            for g, planned in zip(tensors.grads, self.tables.grad_dtypes, strict=True)
+        ]
+        if grad_dtypes != self.tables.grad_dtypes or self.step_versions != [
+            step._version for step in tensors.state_steps
+        ]:
+            return False
+        addresses = _addresses(tensors)
+        own = addresses[-len(tensors.params) :]
+        if prev_grads and any(
+            [x is not None and not a for x, a in zip(tensors.prev_grads, own, strict=True)]
+        ):
+            return False  # a placeholder
+        if addresses != self.addresses:
+            # Address 0 is a placeholder of what a decision or a release has given up: no task
+            # touches it any more.
+            if any(now for now, was in zip(addresses, self.addresses, strict=True) if now != was):
+                return False
+            self.addresses = addresses
+        return True
+
+    def step(
+        self,
+        table: FreezeTable,
+        ranks: Ranks | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        tensors, self.tensors = self.tensors, None
+        assert tensors is not None
+        is_check = bool(self.tables.own_units) and table.config.is_check(table.t)
+        tasks, lr_factors, kept = self._tasks(tensors, table, is_check)
+        if not tasks.all():  # a tensor is frozen, or has no gradient
+            self.tables.drop_frozen()
+        decides = is_check and (ranks is not None or bool((tasks & STATISTIC_BITS).any()))
+        found, scale = self._scalar(found_inf), self._scalar(grad_scale)
+        scaled = found is not None or scale is not None
+        grads, restrided = self._restrided(tensors)
+        staging = self.tables.next_staging()
+        staging.inputs["grad"] = [0 if g is None else g.data_ptr() or 16 for g in grads]
+        staging.inputs["task"] = tasks
+        self.tables.fill_coefficients(staging, tensors, lr_factors, self.steps)
+        if decides:
+            self.tables.fill_units(staging, table, tasks)
+        if ranks is not None:
+            checksum = table.checksum(taus=True)
+            staging.checksum[:] = checksum, -checksum
+
+        elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
+        with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
+            self.tables.step_inputs.copy_(staging.buffer, non_blocking=True)
+            if staging.read is not None:
+                staging.read.record()
+            scalars = (self.zero if found is None else found, self.one if scale is None else scale)
+            same_step = table.config.freeze_timing == "same_step"
+            if decides and same_step:
+                self._launch(scalars, measure=True, scaled=scaled)
+                self._decide(ranks)
+            measure = decides and not same_step
+            keeps = bool((tasks & KEEP).any())
+            self._launch(scalars, measure=measure, update=True, keep=keeps, scaled=scaled)
+            if measure:
+                self._decide(ranks)
+            if decides or found is not None:
+                self.results[-1:].copy_(scalars[0])
+                self.mirror.copy_(self.results, non_blocking=True)
+                if self.mirrored is not None:
+                    self.mirrored.record()
+        for g, copy in restrided if scaled else ():
+            g.copy_(copy)
+        agreed = decides and ranks is not None
+        self.pending = _Pending(
+            (tasks & UPDATE) != 0, kept, decides, agreed, scaled=found is not None
+        )
+
+    def sync(self) -> Outcome | None:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        m = len(self.tables.own_units)
+        values: dict[Unit, float] = {}
+        decided: set[Unit] = set()
+        happened = ranks_agree = True
+        if pending.decides or pending.scaled:
+            if self.mirrored is not None:
+                self.mirrored.synchronize()
+            results = self.mirror.tolist()
+            happened = not (pending.scaled and results[-1] != 0)
+            if pending.decides:
+                pairs = list(
+                    zip(self.tables.own_units, results[:m], results[m + 2 :], strict=False)
+                )
+                values = {unit: value for unit, value, _ in pairs if value < math.inf}
+                decided = {unit for unit, _, flag in pairs if flag != 0}
+                ranks_agree = not pending.agreed or results[m] == -results[m + 1]
+        if happened:
+            self.steps += pending.updated
+        return Outcome(happened, values, decided, pending.kept, ranks_agree)
+
+    def _tasks(
+        self, tensors: StepTensors, table: FreezeTable, is_check: bool
+    ) -> tuple[np.ndarray, list[float], list[Unit]]:
+        """Tasks and learning-rate factors of the step, and the units whose gradients it stores."""
+        updates, lr_factors = update_tasks(tensors, self.tables.units, table)
+        tasks = np.array(updates, dtype=np.int64)
+        kept: list[Unit] = []
+        if self.tables.own_units and table.config.is_check(table.t + 1):
+            keeps = np.array(keep_tasks(tensors, self.tables.units), dtype=np.int64)
+            tasks |= keeps
+            kept = self.tables.complete_units(keeps != 0)
+        if is_check:
+            measured = np.array(measure_tasks(tensors, self.tables.units, table), dtype=np.int64)
+            measured[self.tables.uses_moments & (self.steps == 0)] = 0  # there are no moments yet
+            tasks |= measured
+            if table.config.freeze_timing == "same_step":
+                freezes = FREEZES if table.config.cooldown == 0 else 0
+                tasks[measured != 0] |= DEPENDS | freezes
+        return tasks, lr_factors, kept
+
+    def _restrided(
+        self, tensors: StepTensors
+    ) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+        """The gradients, copies of those with other strides than their parameter; these pairs."""
+        grads = list(tensors.grads)
+        odd: Sequence[int] = self.strided
+        if not all([g is None or g.is_contiguous() for g in grads]):
+            odd = range(len(grads))
+        copies = []
+        for n in odd:
+            g, p = grads[n], tensors.params[n]
+            if g is not None and not same_memory_order(g, p):
+                grads[n] = copy = torch.empty_like(p, dtype=g.dtype).copy_(g)
+                copies.append((g, copy))
+        return grads, copies
+
+    def _scalar(self, value: Any) -> Tensor | None:
+        """GradScaler's scalars as this device's; it passes the number 0 for "nothing found"."""
+        if not isinstance(value, Tensor):
+            return None
+        return value.to(self.device, torch.float32, non_blocking=True)
+
+    def _launch(
+        self,
+        scalars: tuple[Tensor, Tensor],
+        *,
+        measure: bool,
+        update: bool = False,
+        keep: bool = False,
+        scaled: bool,
+    ) -> None:
+        tables = self.tables
+        for launch, (first, n_monitored, n_programs) in tables.programs.items():
+            n = n_programs if update else n_monitored
+            if n == 0:
+                continue
+            measures = measure and n_monitored > 0
+            keeps = keep and n_monitored > 0 and launch.statistic == "change"
+            narrow = min(launch.param.itemsize, launch.grad.itemsize, launch.moment.itemsize)
+            step_kernel[(n,)](
+                tables.program_table,
+                tables.tensor_table,
+                tables.inputs,
+                tables.coefficients,
+                self.decided,
+                tables.partials,
+                *scalars,
+                first,
+                FIELDS=FIELDS,
+                PARAM=_DTYPES[launch.param],
+                GRAD=_DTYPES[launch.grad],
+                MOMENT=_DTYPES[launch.moment],
+                STATISTIC=launch.statistic if measures or keeps else "norm",
+                MEASURE=measures,
+                UPDATE=update,
+                STORE_GRAD=keeps,
+                AMSGRAD=launch.amsgrad,
+                SCALED=scaled,
+                BLOCK=block_size(narrow),
+                **self.options,
+            )
+
+    def _decide(self, ranks: Ranks | None) -> None:
+        """Add up, compare over all ranks, decide; the device waits for the ranks, not the host."""
+        if ranks is None:
+            self._launch_decide(SUM=True, COMPARE=True)
+            return
+        self._launch_decide(SUM=True, COMPARE=False)
+        m = len(self.tables.own_units)
+        self.results[m : m + 2].copy_(self.tables.checksum)
+        dist.all_reduce(self.results[: m + 2], op=dist.ReduceOp.MAX, group=ranks.group)
+        self._launch_decide(SUM=False, COMPARE=True)
+
+    def _launch_decide(self, **flags: bool) -> None:
+        tables = self.tables
+        decide_kernel[(len(tables.own_units),)](
+            tables.unit_table,
+            tables.members,
+            tables.tensor_table,
+            tables.past,
+            tables.partials,
+            self.results,
+            self.decided,
+            FIELDS=FIELDS,
+            **flags,
+            **self.options,
+        )
+
+
+def _addresses(tensors: StepTensors) -> list[int]:
+    always = (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.state_steps)
+    addresses = [address for column in always for address in map(Tensor.data_ptr, column)]
+    for column in (tensors.max_exp_avg_sqs, tensors.prev_grads):
+        addresses += [0 if x is None else x.data_ptr() for x in column]
+    return addresses

@@ -1,0 +1,370 @@
+"""The tables that the Triton kernels read: those of an engine, and those of a step."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..freezing.table import NEVER, FreezeTable, Unit
+from ..state_tensors import MOMENTS, gradient_dtype, same_memory_order
+from .tasks import KEEP, STATISTIC_BITS, StepTensors
+from .triton_kernels import PARTIALS, block_size
+
+DEPENDS, FREEZES = 64, 128
+"""Flags of a task beside those of `tasks`: the decision of this very step has to be read, and a
+unit that it decides is frozen at once."""
+
+# The tables that the kernels read: one row per tensor or unit.
+
+
+def _row(names: str, dtype: type) -> np.dtype:
+    return np.dtype([(name, dtype) for name in names.split()])
+
+
+TENSOR = _row(  # addresses (0: none), then numbers; written when an engine is made
+    "param exp_avg exp_avg_sq max_exp_avg_sq prev_grad step "
+    "n_elements span unit first_program n_programs",
+    np.int64,
+)
+INPUT = _row("grad task", np.int64)  # address of the gradient, 0: none
+COEFFICIENT = _row(
+    "step_size root_correction2 decay one_minus_beta1 beta2 one_minus_beta2 eps sign", np.float32
+)
+PAST = _row("past_correction1 past_root_correction2", np.float64)  # divisors of "signal", else 1
+UNIT = _row(
+    "tau divisor hits_missing is_measured first_member n_members is_ratio must_be_positive",
+    np.float64,
+)
+TABLES = {"tensor": TENSOR, "input": INPUT, "coefficient": COEFFICIENT, "past": PAST, "unit": UNIT}
+
+_positions = {
+    name: offset // field.itemsize
+    for table in TABLES.values()
+    for name, (field, offset, *_) in table.fields.items()  # type: ignore[union-attr]
+}
+_constants = _positions | {
+    **{f"{name}_row": len(table.names or ()) for name, table in TABLES.items()},
+    "statistic_bits": STATISTIC_BITS,
+    "keep_flag": KEEP,
+    "depends_flag": DEPENDS,
+    "freezes_flag": FREEZES,
+}
+FIELDS: Any = namedtuple("Fields", _constants)(**_constants)
+"""Position of every field in its row, length of every row, and flags of a task."""
+
+
+_MIN_SPAN = 2048
+_MAX_PROGRAMS_PER_TENSOR = 4096  # what the program that decides a unit has to sum
+_N_STAGING = 4
+_VIEWS = (torch.int64, torch.float64, torch.float64, torch.float32, torch.float64)
+"""dtype of the tables of a `Staging` on the device, in their order."""
+
+
+class Launch(NamedTuple):
+    """The tensors that one launch serves: one combination of dtypes and flags."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    moment: torch.dtype
+    amsgrad: bool
+    statistic: str
+
+
+class Staging:
+    """A pinned buffer with the inputs of one step, and when the device has read it."""
+
+    def __init__(self, n_tensors: int, n_units: int, cuda: bool) -> None:
+        tables = ((INPUT, n_tensors), (PAST, n_tensors), (UNIT, n_units), (COEFFICIENT, n_tensors))
+        n_bytes = sum(table.itemsize * n for table, n in tables) + 16
+        # The device is given because torch.set_default_device may say otherwise.
+        self.buffer = torch.zeros(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=cuda)
+        self.slices: list[slice] = []
+        views = []
+        start = 0
+        for table, n in (*tables, (np.dtype(np.float64), 2)):
+            self.slices.append(slice(start, start + table.itemsize * n))
+            views.append(self.buffer.numpy()[self.slices[-1]].view(table))
+            start = self.slices[-1].stop
+        self.inputs, self.past, self.units, self.coefficients, self.checksum = views
+        self.read = torch.cuda.Event() if cuda else None
+
+
+class DeviceTables:
+    """The tensors of one device, laid out for the kernels.
+
+    Args:
+        tensors: The tensors, whether they have a gradient or not.
+        units: The unit of each of them, None where it is not monitored.
+        device: Their device.
+        own_units: The units, in the order of their rows; None: those of the tensors.
+
+    Attributes:
+        grad_dtypes: The dtype that the kernels expect of each gradient.
+        programs: Per launch the first of its programs, and how many it has with and without tensors
+            that are not monitored: those that may measure come first.
+
+    Raises:
+        ValueError: If state cannot be read by the kernels; `fit_state` makes it so that it can.
+    """
+
+    def __init__(
+        self,
+        tensors: StepTensors,
+        units: Sequence[Unit | None],
+        device: torch.device,
+        own_units: Sequence[Unit] | None = None,
+    ) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self.units = list(units)
+        present = dict.fromkeys(unit for unit in units if unit is not None)
+        self.own_units = list(present if own_units is None else own_units)
+        self.grad_dtypes = [
+            gradient_dtype(g, p) for g, p in zip(tensors.grads, tensors.params, strict=True)
+        ]
+        self.group_of = np.repeat(np.arange(len(tensors.groups)), [n for _, n in tensors.groups])
+        self._lay_out_tensors(tensors)
+        self._lay_out_units()
+        n, m = len(units), len(self.own_units)
+        self.ring = [Staging(n, m, self.cuda) for _ in range(_N_STAGING)]
+        self.turn = 0
+        self.step_inputs = torch.zeros_like(self.ring[0].buffer, device=device)
+        self.inputs, self.past, self.unit_table, self.coefficients, self.checksum = (
+            self.step_inputs[part].view(dtype)
+            for part, dtype in zip(self.ring[0].slices, _VIEWS, strict=True)
+        )
+
+    def _lay_out_tensors(self, tensors: StepTensors) -> None:
+        rows = np.zeros(len(tensors.params), dtype=TENSOR)
+        launches: dict[Launch, list[int]] = {}
+        number = {unit: m for m, unit in enumerate(self.own_units)}
+        amsgrad = [options.amsgrad for options, n in tensors.groups for _ in range(n)]
+        first_program = 0
+        for n, (p, unit) in enumerate(zip(tensors.params, self.units, strict=True)):
+            row = rows[n : n + 1]
+            self._check_readable(tensors, n)
+            for name, column in (
+                ("param", tensors.params),
+                ("exp_avg", tensors.exp_avgs),
+                ("exp_avg_sq", tensors.exp_avg_sqs),
+                ("max_exp_avg_sq", tensors.max_exp_avg_sqs),
+                ("prev_grad", tensors.prev_grads),
+                ("step", tensors.state_steps),
+            ):
+                x = column[n]
+                row[name] = 0 if x is None else x.data_ptr()
+            span = max(_MIN_SPAN, -(-p.numel() // _MAX_PROGRAMS_PER_TENSOR))
+            # Whole blocks, so that none reaches into the next program's span: of these dtypes,
+            # 2-byte tensors have the largest.
+            span = -(-span // block_size(2)) * block_size(2)
+            n_programs = max(1, -(-p.numel() // span))
+            row["n_elements"], row["span"] = p.numel(), span
+            row["unit"] = -1 if unit is None else number[unit]
+            row["first_program"], row["n_programs"] = first_program, n_programs
+            first_program += n_programs
+            launch = Launch(
+                p.dtype,
+                self.grad_dtypes[n],
+                tensors.exp_avgs[n].dtype,
+                amsgrad[n],
+                unit.statistic if unit is not None else "",
+            )
+            launches.setdefault(launch, []).append(n)
+        # Unmonitored tensors join a launch of the same dtypes.
+        for launch in [x for x in launches if not x.statistic]:
+            partner = next((x for x in launches if x.statistic and x[:4] == launch[:4]), None)
+            if partner is not None:
+                launches[partner] += launches.pop(launch)
+        self.rows, self.launches = rows, launches
+        self.tensor_table = self._upload(rows.view(np.int64))
+        self.partials = torch.zeros(first_program * PARTIALS, device=self.device)
+        self.dropped, self.n_frozen = np.zeros(len(rows), dtype=bool), 0
+        self._lay_out_programs()
+
+    def _check_readable(self, tensors: StepTensors, n: int) -> None:
+        p, step, prev_grad = tensors.params[n], tensors.state_steps[n], tensors.prev_grads[n]
+        if step.device != p.device or step.dtype != torch.float32:
+            raise ValueError(
+                f"state_steps[{n}] is {step.dtype} on {step.device}: the Triton kernels count in "
+                f"float32 on the parameter's device, {p.device}."
+            )
+        for x in (tensors.exp_avgs[n], tensors.exp_avg_sqs[n], tensors.max_exp_avg_sqs[n]):
+            if x is None:
+                continue
+            if x.device != p.device:
+                raise ValueError(
+                    f"a moment of parameter {n} is on {x.device}, the parameter on {p.device}: "
+                    "move the optimizer's state where the model has been moved."
+                )
+            if not same_memory_order(x, p):
+                raise ValueError(
+                    f"a moment of parameter {n} has strides {x.stride()}, the parameter "
+                    f"{p.stride()}: the Triton kernels walk through memory."
+                )
+        if (
+            prev_grad is not None
+            and prev_grad.shape == p.shape
+            and (prev_grad.dtype != self.grad_dtypes[n] or not same_memory_order(prev_grad, p))
+        ):
+            raise ValueError(
+                f"prev_grads[{n}] is {prev_grad.dtype} with strides {prev_grad.stride()}: the "
+                f"Triton kernels read it as {self.grad_dtypes[n]} with the parameter's, "
+                f"{p.stride()}."
+            )
+
+    def _lay_out_units(self) -> None:
+        """The fields of a unit that never change; `_fill_units` adds the others."""
+        self.unit_rows = np.zeros(len(self.own_units), dtype=UNIT)
+        members = [np.flatnonzero(self.rows["unit"] == m) for m in range(len(self.own_units))]
+        sizes = np.array([len(own) for own in members], dtype=np.int64)
+        self.unit_rows["first_member"] = np.cumsum(sizes) - sizes
+        self.unit_rows["n_members"] = sizes
+        self.n_tensors = np.array([unit.n_tensors for unit in self.own_units], dtype=np.int64)
+        statistics = [unit.statistic for unit in self.own_units]
+        self.unit_rows["is_ratio"] = [name == "signal" for name in statistics]
+        self.unit_rows["must_be_positive"] = [name == "weight_change" for name in statistics]
+        self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
+        self.unit_of = self.rows["unit"].copy()
+        self.is_ratio = np.array(
+            [u is not None and u.statistic == "signal" for u in self.units], dtype=bool
+        )
+        self.uses_moments = np.array(
+            [u is not None and u.statistic in ("momentum", "signal") for u in self.units],
+            dtype=bool,
+        )
+
+    def _lay_out_programs(self) -> None:
+        """The programs of every launch: first those that may measure; no dropped tensors."""
+        parts: list[np.ndarray] = []
+        self.programs: dict[Launch, tuple[int, int, int]] = {}
+        first = 0
+        for launch, members in self.launches.items():
+            chosen = np.array([n for n in members if not self.dropped[n]], dtype=np.int64)
+            if len(chosen) == 0:
+                continue
+            counts = self.rows["n_programs"][chosen]
+            tensor = np.repeat(chosen, counts)
+            index = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+            parts.append(np.stack([tensor, index], axis=1))
+            n_monitored = int(counts[self.rows["unit"][chosen] >= 0].sum())
+            self.programs[launch] = (first, n_monitored, len(tensor))
+            first += len(tensor)
+        programs = np.concatenate(parts) if parts else np.zeros((0, 2))
+        self.program_table = self._upload(programs.astype(np.int32))
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        """A copy on the device, without waiting for it."""
+        if not self.cuda:
+            return torch.from_numpy(array.copy())
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+
+    def drop_frozen(self) -> None:
+        """Take frozen units out of the launches, where their programs only return.
+
+        An eighth of the programs at a time: laying them out takes the host tens of milliseconds for
+        billions of parameters, a program that only returns takes the device less than a
+        microsecond.
+        """
+        frozen = [m for m, unit in enumerate(self.own_units) if unit.frozen_at != NEVER]
+        if len(frozen) == self.n_frozen:
+            return
+        self.n_frozen = len(frozen)
+        dropped = np.isin(self.rows["unit"], frozen)
+        n_new = self.rows["n_programs"][dropped & ~self.dropped].sum()
+        n_left = self.rows["n_programs"][~self.dropped].sum()
+        if n_new and (n_new * 8 >= n_left or len(frozen) == len(self.own_units)):
+            self.dropped = dropped
+            self._lay_out_programs()
+
+    def next_staging(self) -> Staging:
+        self.turn = (self.turn + 1) % len(self.ring)
+        staging = self.ring[self.turn]
+        if staging.read is not None:
+            staging.read.synchronize()  # it was used four steps ago
+        return staging
+
+    def fill_coefficients(
+        self,
+        staging: Staging,
+        tensors: StepTensors,
+        lr_factors: Sequence[float],
+        steps_taken: np.ndarray,
+    ) -> None:
+        """In fp64: a Python float reaches a kernel as fp32, and 1 - 0.999 would be 1e-5 off."""
+        columns = np.array(
+            [
+                [*map(float, options[:5]), -1.0 if options.maximize else 1.0]
+                for options, _ in tensors.groups
+            ]
+        )[self.group_of]
+        lr, beta1, beta2, eps, weight_decay, sign = columns.T
+        lr = lr * np.array(lr_factors)
+        steps = steps_taken + 1
+        out = staging.coefficients
+        out["step_size"] = lr / (1 - beta1**steps)
+        out["root_correction2"] = np.sqrt(1 - beta2**steps)
+        out["decay"] = lr * weight_decay
+        out["one_minus_beta1"] = 1 - beta1
+        out["beta2"] = beta2
+        out["one_minus_beta2"] = 1 - beta2
+        out["eps"] = eps
+        out["sign"] = sign
+        staging.past[:] = 1
+        ratio = self.is_ratio & (steps_taken > 0)
+        if ratio.any():
+            past = steps_taken[ratio]
+            staging.past["past_correction1"][ratio] = 1 - beta1[ratio] ** past
+            staging.past["past_root_correction2"][ratio] = np.sqrt(1 - beta2[ratio] ** past)
+
+    def fill_units(self, staging: Staging, table: FreezeTable, tasks: np.ndarray) -> None:
+        rows, units = staging.units, self.own_units
+        rows[:] = self.unit_rows
+        rows["tau"] = [unit.tau for unit in units]
+        rows["divisor"] = 1
+        if table.config.tau_per == "element":
+            rows["divisor"] = [1 if u.statistic == "signal" else u.n_elements for u in units]
+        rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
+        rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
+
+    def complete_units(self, chosen: np.ndarray) -> list[Unit]:
+        """The units all of whose tensors are chosen."""
+        return [self.own_units[m] for m in np.flatnonzero(self._is_complete(chosen)).tolist()]
+
+    def _is_complete(self, chosen: np.ndarray) -> np.ndarray:
+        n_chosen = np.bincount(self.unit_of[chosen], minlength=len(self.own_units))
+        return n_chosen == self.n_tensors
+
+
+def fit_state(
+    state: Mapping[Tensor, dict[str, Any]], chosen: Sequence[Sequence[tuple[Tensor, Unit | None]]]
+) -> None:
+    """Bring the state of tensors into the form that the kernels read.
+
+    Steps become fp32 on the parameter's device, moments and previous gradients get its strides,
+    previous gradients the dtype of the gradient.
+
+    Args:
+        state: The optimizer's state.
+        chosen: The parameters, with their units, per group.
+    """
+    for p, unit in (pair for pairs in chosen for pair in pairs):
+        own = state.get(p)
+        if not own or (unit is not None and unit.released_at != NEVER):
+            continue
+        own["step"] = own["step"].to(p.device, torch.float32)
+        for key in MOMENTS:
+            if key in own and not same_memory_order(own[key], p):
+                own[key] = torch.empty_like(p, dtype=own[key].dtype).copy_(own[key])
+        if unit is None or not unit.needs_prev_grad:
+            continue
+        previous, dtype = own["prev_grad"], gradient_dtype(p.grad, p)
+        if previous.shape == p.shape and (
+            previous.dtype != dtype
+            or previous.device != p.device
+            or not same_memory_order(previous, p)
+        ):
+            own["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(previous)

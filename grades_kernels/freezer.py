@@ -1,0 +1,449 @@
+"""What an optimizer remembers of its freezing, and the order of what happens in a step.
+
+A `Freezer` joins the freeze table, the units, the other ranks, the engines and the release of
+frozen tensors. Two of them say for what they were made: the unit map for the parameter groups and
+the job, an engine for the devices, dtypes, addresses and flags of its tensors. Each is made anew
+when its answer no longer holds, and nothing else is cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint
+from .backends.host_step import Engine, HostEngine, read_back, take_step
+from .backends.select import assign, run_tasks_of, unscales
+from .backends.step_tensors import Layout, prepare_state, uses_prev_grads
+from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
+from .freezing.config import check_group
+from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
+from .freezing.unit_map import UnitMap, make_unit_map, nothing_is_monitored, thresholds
+from .release import Release
+
+
+class Freezer:
+    """Freezes the units of one optimizer, which every method takes as its first argument.
+
+    Args:
+        config: When checks take place and what they lead to.
+
+    Attributes:
+        table: The freeze table.
+        unit_map: Which tensors belong to which unit.
+        ranks: The other processes, once they have joined; None on a single one.
+        engines: What takes the steps; empty when they have to be made anew.
+        release: What freezing gives back.
+    """
+
+    unit_map: UnitMap
+
+    def __init__(self, config: FreezeConfig) -> None:
+        self.config = config
+        self.table = FreezeTable(config)
+        self.ranks: Ranks | None = None
+        self.engines: list[Engine] = []
+        self.release = Release(config.stop_grad)
+        self._warned: set[str] = set()
+
+    # Readings, none of which makes anything anew
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the units have been made."""
+        return "unit_map" in self.__dict__
+
+    @property
+    def all_frozen(self) -> bool:
+        """Whether every unit is frozen, as far as the host knows."""
+        # Whether a step that a device is still taking has happened is unknown (GradScaler).
+        ahead = any(engine.pending is not None for engine in self.engines)
+        return self.table.all_frozen(self.table.t - ahead)
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of the optimizer's tensors, on all ranks together."""
+        if self.ranks is not None:
+            return self.ranks.n_elements
+        return sum(p.numel() for p in self.unit_map.params)
+
+    def backends(self, optimizer: Optimizer, *, allow_meta: bool = False) -> list[str]:
+        """The backend of every parameter group.
+
+        Args:
+            optimizer: The optimizer.
+            allow_meta: Leave out tensors of the meta device (deferred initialisation), whose device
+                is known at the first step.
+
+        Raises:
+            RuntimeError, ValueError: See `select.assign`.
+        """
+        groups: Sequence[dict[str, Any]] = optimizer.param_groups
+        if allow_meta:
+            groups = [
+                {**g, "params": [p for p in g["params"] if p.device.type != "meta"]} for g in groups
+            ]
+        return assign(
+            groups,
+            self.unit_map.group_units,
+            self.unit_map.members,
+            triton_in_job=self.ranks is None or self.ranks.on_device,
+        )
+
+    def backend_of_units(self, optimizer: Optimizer) -> str:
+        """The backend that serves the monitored units, or without units the first group."""
+        names, unit_map = self.backends(optimizer, allow_meta=True), self.unit_map
+        groups = list(zip(names, unit_map.group_units, unit_map.settings, strict=False))
+        monitored = [name for name, units, _ in groups if units]
+        with_tensors = [name for name, _, (n, *_) in groups if n]
+        return next(iter([*monitored, *with_tensors, "reference"]))
+
+    def sync(self, optimizer: Optimizer) -> bool:
+        """Read back what a device has decided; whether there is something to publish."""
+        read_back(self.engines, self.table, self.ranks)
+        if self.unit_map.is_current(optimizer.param_groups):
+            self._follow_taus(optimizer)
+        return self.table.has_changes
+
+    # A step
+
+    def begin_step(self, optimizer: Optimizer) -> bool:
+        """Act on changes of the groups; whether the step before has decided something.
+
+        Raises:
+            RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
+        """
+        self._check_not_captured(optimizer.param_groups)  # reading back is not possible in one
+        read_back(self.engines, self.table, self.ranks)
+        self._adopt_state(optimizer)
+        if not self.unit_map.is_current(optimizer.param_groups):
+            self.write_state(optimizer)
+            self.map_units(optimizer)
+        self._follow_taus(optimizer)
+        job = (is_initialized(), _process_group(optimizer))
+        if self.unit_map.job != job:
+            self._join_ranks(optimizer, job)
+        return self.table.has_changes
+
+    def take_step(self, optimizer: Optimizer) -> bool:
+        """Count a step and take it; whether it has decided something that is known already.
+
+        Raises:
+            ValueError: If nothing can be monitored though tau is set, or a gradient does not fit.
+            RuntimeError: For a sparse gradient.
+        """
+        table, groups, state = self.table, optimizer.param_groups, optimizer.state
+        if not table.units and any([group["tau"] is not None for group in groups]):
+            raise ValueError(nothing_is_monitored(groups, self.unit_map))
+        self.release.begin_run(self.unit_map, _process_group(optimizer), self.ranks)
+        total_steps = self.config.total_steps
+        if total_steps is not None and table.t >= total_steps:
+            self.warn_once(
+                f"total_steps={total_steps} is exceeded: the optimizer continues, but the grace "
+                "period was planned for fewer steps."
+            )
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if self.ranks is not None and found_inf is not None:
+            found_inf = self.ranks.found_anywhere(found_inf)
+        if found_inf is None and self._is_at_rest():
+            table.begin_step()
+            return False
+        if not self.engines or not all(
+            [engine.is_valid(groups, state, table) for engine in self.engines]
+        ):
+            names = self.backends(optimizer)
+            self.engines = _make_engines(optimizer, names, self.unit_map, table)
+        take_step(self.engines, table, self.ranks, grad_scale, found_inf)
+        return table.has_changes and not any(engine.runs_ahead for engine in self.engines)
+
+    def _is_at_rest(self) -> bool:
+        """Whether every tensor is frozen and no other rank takes part: a step only counts."""
+        table = self.table
+        return self.ranks is None and table.all_frozen() and None not in self.unit_map.units
+
+    def _check_not_captured(self, groups: Sequence[dict[str, Any]]) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if all([group["tau"] is None for group in groups]):
+                return
+            raise RuntimeError(
+                "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
+                "computes every gradient, so freezing would save nothing. Capture with tau=None, "
+                "or run the steps outside of the graph."
+            )
+
+    def publish(self, optimizer: Optimizer) -> list[FreezeEvent]:
+        """Write what was decided into the state; returns the freezes not returned before."""
+        for unit in self.table.units:
+            if unit.is_decided and not unit.is_published:
+                self._write_unit(optimizer, unit)
+        return self.table.unpublished_events()
+
+    def release_batch(self, optimizer: Optimizer) -> None:
+        """Release the frozen units that may be released now, where that is safe.
+
+        Called at the start of the step after a decision: a fixed lag, the same on every device and
+        after a resume.
+        """
+        self._release_where_safe(optimizer, self.table.release_batch())
+        self.table.has_changes = False
+
+    def _release_where_safe(self, optimizer: Optimizer, units: list[Unit]) -> None:
+        if not units or self.config.stop_grad is False:
+            return
+        reason = self._why_not_release(optimizer)
+        self.release.raise_if_required(reason)
+        if reason is None:
+            self._release_units(optimizer, units)
+        else:
+            self.warn_once(f"frozen matrices go on receiving gradients: {reason}")
+
+    def _release_units(self, optimizer: Optimizer, units: list[Unit]) -> None:
+        self.release.release(units, self.unit_map, optimizer.state, self.table.t)
+        for unit in units:
+            self._write_unit(optimizer, unit)
+
+    def release_all(self, optimizer: Optimizer, *, within_ddp: bool) -> bool:
+        """Release all frozen units now; whether there were any.
+
+        Raises:
+            RuntimeError: If that is not safe.
+        """
+        reason = self._why_not_release(optimizer, within_ddp=within_ddp)
+        if reason:
+            raise RuntimeError(f"apply_freezes(model): {reason}")
+        unreleased = self.table.unreleased
+        self._release_units(optimizer, unreleased)
+        return bool(unreleased)
+
+    def _why_not_release(self, optimizer: Optimizer, *, within_ddp: bool = False) -> str | None:
+        """The reason why nothing can be released safely, or None; see `Release.why_not`."""
+        return self.release.why_not(
+            self.unit_map, _process_group(optimizer), self.ranks, within_ddp=within_ddp
+        )
+
+    def thaw(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
+        """Let these units train again."""
+        self.engines = []
+        for unit in units:
+            members = self.unit_map.members[unit]
+            if unit.is_frozen:
+                for p in members:
+                    checkpoint.forget_moments(p, optimizer.state)
+                self.release.take_back(members)
+            if unit.is_decided:
+                unit.thaw()
+                self._write_unit(optimizer, unit)
+        if self.release.rewrap_ddp and self._why_not_release(optimizer):
+            self.warn_once(
+                "DistributedDataParallel does not know of the tensors that thaw() let train again "
+                "and would not average their gradients: continue with "
+                "ddp_model = optimizer.apply_freezes(ddp_model)."
+            )
+
+    # Units, and the other ranks
+
+    def map_units(self, optimizer: Optimizer, attached: list[list[str]] | None = None) -> None:
+        """Make the units from the groups as they are now, and their rows from the state.
+
+        Args:
+            optimizer: The optimizer.
+            attached: Names of the tensors of each group; None: those attached before.
+        """
+        groups, state, old = optimizer.param_groups, optimizer.state, self.table.units
+        for group in groups:
+            check_group(self.config, group)
+        refuse_flat([p for g in groups if g["tau"] is not None for p in g["params"]])
+        if attached is None and self.is_mapped:
+            attached = self.unit_map.attached
+        unit_map = make_unit_map(
+            groups,
+            lambda p: checkpoint.is_frozen(state.get(p)),
+            attached=attached,
+            prefix=self.ranks.prefix if self.ranks is not None else "",
+        )
+        checkpoint.read_units(unit_map, state)
+        published = {unit.name for unit in old if unit.is_published}
+        for unit in unit_map.members:
+            # Another tensor may have the name of one that had been frozen.
+            unit.is_published = unit.name in published and unit.is_frozen
+        if self.ranks is not None:
+            # Units of other ranks stay in the table until the ranks join again.
+            elsewhere = [unit for unit in old if unit not in self.ranks.members]
+            members = {**unit_map.members, **dict.fromkeys(elsewhere, ())}
+            unit_map = replace(unit_map, members=members)
+        self.table = self.table.successor(list(unit_map.members))
+        self.unit_map = unit_map
+        self.engines = []
+
+    def _follow_taus(self, optimizer: Optimizer) -> None:
+        """Read the thresholds, as lr is read, once all decisions with the former ones are known."""
+        groups = optimizer.param_groups
+        if thresholds(groups) != self.unit_map.taus:
+            for group in groups:
+                check_group(self.config, group)
+            self.unit_map = self.unit_map.with_taus(groups)
+
+    def _join_ranks(self, optimizer: Optimizer, job: Any) -> None:
+        """Exchange units with the other ranks of the job, after every change of the units."""
+        unit_map, group = self.unit_map, _process_group(optimizer)
+        monitors = any(g["tau"] is not None for g in optimizer.param_groups)
+        if monitors and in_a_job(group, unit_map.params):
+            self.ranks = None
+            names = zip(self.backends(optimizer), unit_map.group_units, strict=True)
+            on_device = len({p.device for p in unit_map.params}) == 1 and all(
+                name == "triton" for name, units in names if units
+            )
+            self.ranks, units = Ranks.join(
+                self.table, unit_map.members, unit_map.params, group, on_device=on_device
+            )
+            self.table = self.table.successor(units)
+            members = {unit: unit_map.members.get(unit, ()) for unit in units}
+            unit_map = replace(unit_map, members=members)
+            self.engines = []
+        self.unit_map = replace(unit_map, job=job)
+
+    # State and checkpoints
+
+    def _write_unit(self, optimizer: Any, unit: Unit) -> None:
+        checkpoint.write_unit(
+            unit, self.unit_map, optimizer.state, optimizer.param_groups, self.table.t
+        )
+
+    def write_state(self, optimizer: Optimizer) -> None:
+        """Copy the whole table into the state."""
+        self._adopt_state(optimizer)
+        for unit in self.unit_map.members:
+            self._write_unit(optimizer, unit)
+
+    def _adopt_state(self, optimizer: Optimizer) -> None:
+        """Read the table from a state that was put in place without `load_state_dict`.
+
+        ZeroRedundancyOptimizer loads a checkpoint that way.
+        """
+        if self.table.t == 0 and any(own.get("grades_t") for own in optimizer.state.values()):
+            own = {n: optimizer.state.get(p, {}) for n, p in enumerate(self.unit_map.params)}
+            prev_grads = {n: x["prev_grad"] for n, x in own.items() if "prev_grad" in x}
+            self._read_state(optimizer, prev_grads)
+
+    def restore(self, optimizer: Optimizer, prev_grads: dict[int, Tensor]) -> None:
+        """Rebuild the table from the state that a checkpoint has just replaced."""
+        self.release.take_all_back()
+        self._read_state(optimizer, prev_grads)
+
+    def _read_state(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:
+        groups, state = optimizer.param_groups, optimizer.state
+        params = [p for group in groups for p in group["params"]]
+        checkpoint.complete_loaded_state(params, state, groups, prev_grads)
+        self.table = FreezeTable(self.config, t=checkpoint.loaded_t(params, state))
+        self.map_units(optimizer)
+        for unit in self.table.units:
+            unit.is_published = unit.is_frozen  # before the checkpoint was written
+        released = [unit for unit in self.table.units if unit.is_released]
+        self._release_where_safe(optimizer, released)
+        for unit in released:
+            if not self.release.released.issuperset(self.unit_map.members[unit]):
+                unit.released_at = NEVER  # it is not safe in this run
+        self.write_state(optimizer)
+
+    @contextlib.contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Undo every change of this object, and of `requires_grad`, if the body raises."""
+        kept = dict(self.__dict__)
+        released = set(self.release.released)
+        flags = [(p, p.requires_grad) for p in self.unit_map.params]
+        try:
+            yield
+        except Exception:
+            self.__dict__.update(kept)
+            self.release.released = released
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            raise
+
+    def pickled(self) -> dict[str, Any]:
+        """What a pickle or copy of the optimizer takes along; the rest follows from its state."""
+        return {"table": self.table, "attached": self.unit_map.attached}
+
+    @classmethod
+    def from_pickle(cls, optimizer: Optimizer, saved: dict[str, Any]) -> Freezer:
+        """The freezer of an unpickled or copied optimizer, from what `pickled` gave."""
+        freezer = cls(saved["table"].config)
+        freezer.table = saved["table"]
+        freezer.map_units(optimizer, saved["attached"])
+        freezer.release.released = {
+            p
+            for unit, members in freezer.unit_map.members.items()
+            for p in members
+            if unit.is_frozen and not p.requires_grad
+        }
+        return freezer
+
+    def warn_once(self, message: str) -> None:
+        """Warn of something once in a run, at the line that called the optimizer."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+
+def _process_group(optimizer: Any) -> Any:
+    return optimizer.process_group
+
+
+def _make_engines(
+    optimizer: Any, names: Sequence[str], unit_map: UnitMap, table: FreezeTable
+) -> list[Engine]:
+    """Engines for the tensors as they are now: one for the host, one for each Triton device."""
+    groups, state = optimizer.param_groups, optimizer.state
+    parts: dict[Any, list[list[tuple[Tensor, Unit | None]]]] = {}
+    for i, pairs in unit_map.by_group():
+        for p, unit in pairs:
+            key = p.device if names[i] == "triton" else "host"
+            parts.setdefault(key, [[] for _ in names])[i].append((p, unit))
+    on_device = any(
+        name == "triton" and units for name, units in zip(names, unit_map.group_units, strict=True)
+    )
+    prev_grads = uses_prev_grads(table)
+    engines: list[Engine] = []
+    parts = parts or {"host": [[] for _ in names]}
+    for key, chosen in parts.items():  # before any layout, which stores positions in the state
+        prepare_state(
+            groups,
+            state,
+            chosen,
+            optimizer._init_group,
+            prev_grads=prev_grads,
+            default_state=checkpoint.DEFAULT_STATE,
+        )
+        if key != "host":
+            from .backends.triton_tables import fit_state
+
+            fit_state(state, chosen)
+    for key, chosen in parts.items():
+        layout = Layout(groups, state, chosen)
+        tensors = layout.collect(groups, state, prev_grads=prev_grads)
+        assert tensors is not None
+        if key != "host":
+            from .backends.triton_engine import TritonEngine
+
+            present = {unit for pairs in chosen for _, unit in pairs}
+            own_units = [unit for unit in table.units if unit in present]
+            engines.append(TritonEngine(tensors, layout.units, key, layout, own_units))
+        else:
+            engine = HostEngine(
+                run_tasks_of(names),
+                tensors,
+                layout.units,
+                layout,
+                decides=not on_device,
+                unscales=unscales(names, groups),
+            )
+            engines.append(engine)
+    return engines

@@ -1,0 +1,101 @@
+"""The arguments that decide about freezing, and their checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+from .statistics import STATISTICS
+from .table import FreezeConfig
+
+TIMINGS = ("same_step", "next_step")
+
+
+def exact_grace_steps(alpha: float, total_steps: int) -> int:
+    """`ceil(alpha * total_steps)` for the decimal number that was written, e.g. 7 for 0.28 * 25.
+
+    The floating-point product is 7.000000000000001 there, whose ceiling is one step late.
+    """
+    return math.ceil(Fraction(repr(float(alpha))) * total_steps)
+
+
+def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
+    """The configuration for the arguments of `GradESAdamW`, where `alpha` gives the grace period.
+
+    Raises:
+        ValueError: For a value out of range, naming the argument, the value and the range.
+    """
+    _check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
+    _check_integer("total_steps", arguments["total_steps"], 1, optional=True)
+    _check_integer("grace_steps", arguments["grace_steps"], 0, optional=True)
+    _check_integer("check_every", arguments["check_every"], 1)
+    _check_integer("patience", arguments["patience"], 1)
+    _check_integer("cooldown", arguments["cooldown"], 0)
+    _check_number("max_frozen", arguments["max_frozen"], "(0, 1]", lambda x: 0 < x <= 1)
+    _check_choice("tau_per", arguments["tau_per"], ("unit", "element"))
+    _check_choice("freeze_timing", arguments["freeze_timing"], TIMINGS)
+    stop_grad = arguments["stop_grad"]
+    if not (isinstance(stop_grad, bool) or stop_grad == "auto"):
+        raise ValueError(f"Invalid stop_grad: {stop_grad!r} (choose 'auto', True or False)")
+    if arguments["grace_steps"] is None and arguments["total_steps"] is not None:
+        arguments["grace_steps"] = exact_grace_steps(alpha, arguments["total_steps"])
+    return FreezeConfig(**arguments)
+
+
+def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
+    """Check the freezing settings of a parameter group.
+
+    Raises:
+        ValueError: For an impossible value, or a combination that cannot work.
+    """
+    tau, statistic = group["tau"], group["statistic"]
+    _check_choice("statistic", statistic, STATISTICS)
+    if tau is None:
+        return
+    if tau == "auto":
+        if statistic != "signal":
+            raise ValueError(
+                f"tau='auto' needs statistic='signal', not {statistic!r}: no other statistic "
+                "has a scale that is known beforehand. Observe it with tau=0.0, then choose."
+            )
+    else:
+        _check_number("tau", tau, "[0, inf], 'auto', or None: not monitored", lambda x: x >= 0)
+    if statistic == "weight_change" and config.freeze_timing != "next_step":
+        raise ValueError(
+            "statistic='weight_change' needs freeze_timing='next_step': how far a weight moves "
+            "is known after the update, too late to leave it out."
+        )
+    if config.grace_steps is None:
+        raise ValueError(
+            f"tau={tau} needs total_steps or grace_steps: the grace period (alpha * "
+            "total_steps, or grace_steps) keeps the small gradients of warm-up from freezing "
+            "everything."
+        )
+    if group.get("differentiable", False):
+        raise ValueError(
+            f"differentiable=True cannot be combined with tau={tau}: freezing is a decision, "
+            "which has no derivative. Use tau=None."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"Invalid {name}: {value!r} (choose one of {', '.join(map(repr, choices))})"
+        )
+
+
+def _check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Invalid {name}: {value!r} (must be an integer of at least {least})")
+
+
+def _check_number(name: str, value: Any, wanted: str, is_valid: Callable[[Any], bool]) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or not is_valid(value):
+        raise ValueError(f"Invalid {name}: {value!r} (must be a number in {wanted})")

@@ -1,0 +1,250 @@
+"""Which tensors of an optimizer belong to which unit.
+
+A `UnitMap` is made for the parameter groups as they are: their tensors, names and statistics,
+whether they are monitored, and which tensors need a gradient. It never changes; when one of these
+does, a new map is made, and in a job of several processes the ranks exchange their units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from .naming import canonical_name, unit_of
+from .statistics import threshold
+from .table import Unit
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitMap:
+    """The units of one state of the parameter groups.
+
+    Attributes:
+        params: All tensors of the optimizer, group by group.
+        units: The unit of each of them, None where it is not monitored.
+        members: Unit -> its tensors on this rank, none for a unit of another rank.
+        group_units: Per group its units.
+        settings: Per group its number of tensors, whether it is monitored, and its statistic.
+        taus: Per group the threshold that its units have.
+        untrained: Tensors of monitored groups that need no gradient and so belong to no unit.
+        names: Per group the names of its tensors, or None.
+        attached: The names that `attach(model)` gave, or None.
+        job: What the units were last exchanged for with other ranks; None: not yet.
+    """
+
+    params: tuple[Tensor, ...]
+    units: tuple[Unit | None, ...]
+    members: dict[Unit, tuple[Tensor, ...]]
+    group_units: tuple[tuple[Unit, ...], ...]
+    settings: list[tuple[int, bool, str]]
+    taus: list[float | None]
+    untrained: tuple[Tensor, ...]
+    names: list[list[str] | None]
+    attached: list[list[str]] | None = None
+    job: Any = None
+
+    def is_current(self, groups: Groups) -> bool:
+        """Whether a map made now would be the same."""
+        params = [p for group in groups for p in group["params"]]
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and _settings(groups) == self.settings
+            and not any([p.requires_grad for p in self.untrained])
+            and all(
+                [
+                    p.requires_grad or unit.is_frozen
+                    for unit, members in self.members.items()
+                    for p in members
+                ]
+            )
+        )
+
+    def by_group(self) -> Iterator[tuple[int, list[tuple[Tensor, Unit | None]]]]:
+        """The number of each group, with its tensors and their units."""
+        pairs = list(zip(self.params, self.units, strict=True))
+        first = 0
+        for i, (n, *_) in enumerate(self.settings):
+            yield i, pairs[first : first + n]
+            first += n
+
+    def named(self) -> Iterator[tuple[str, Tensor, Unit | None]]:
+        """Canonical name, tensor and unit of all tensors that have a name."""
+        for i, pairs in self.by_group():
+            for name, (p, unit) in zip(self.names[i] or (), pairs, strict=False):
+                yield canonical_name(name), p, unit
+
+    def with_taus(self, groups: Groups) -> UnitMap:
+        """The same map, once every unit of this rank has the threshold of its parameter group.
+
+        Raises:
+            ValueError: If the tensors of a unit lie in groups with different ones. No threshold has
+                changed then.
+        """
+        new: dict[Unit, float] = {}
+        for group, units in zip(groups, self.group_units, strict=True):
+            tau = threshold(group)
+            for unit in units:
+                assert tau is not None
+                other = new.setdefault(unit, tau)
+                _check_alike(unit, (other, unit.statistic), (tau, unit.statistic))
+        for unit, tau in new.items():
+            unit.tau = tau
+        return replace(self, taus=thresholds(groups))
+
+
+def thresholds(groups: Groups) -> list[float | None]:
+    """The threshold of every parameter group, as a number."""
+    return [threshold(group) for group in groups]
+
+
+def make_unit_map(
+    groups: Groups,
+    is_frozen: Callable[[Tensor], bool],
+    *,
+    attached: list[list[str]] | None = None,
+    prefix: str = "",
+) -> UnitMap:
+    """The units of the parameter groups as they are now.
+
+    Monitored is a tensor that needs a gradient, or that this optimizer has frozen: the base weights
+    of a LoRA model and inactive adapters never give evidence, and as units they would keep
+    `all_frozen` from becoming true.
+
+    Args:
+        groups: The parameter groups.
+        is_frozen: Whether a tensor is frozen by this optimizer.
+        attached: Names of the tensors of each group, in place of the groups' own.
+        prefix: Put before the names of nameless units, e.g. "rank1.".
+
+    Raises:
+        ValueError: For a frozen tensor that is no longer monitored, and for tensors of one name.
+    """
+    params: list[Tensor] = []
+    units: list[Unit | None] = []
+    members: dict[str, list[Tensor]] = {}
+    by_name: dict[str, Unit] = {}
+    untrained: list[Tensor] = []
+    all_names: list[list[str] | None] = []
+    group_units: list[tuple[Unit, ...]] = []
+    seen: set[str] = set()
+    for i, group in enumerate(groups):
+        tau, names = threshold(group), _names_of(group, attached, i)
+        all_names.append(names)
+        for j, p in enumerate(group["params"]):
+            params.append(p)
+            units.append(None)
+            frozen = is_frozen(p)
+            name = None
+            if tau is not None and (p.requires_grad or frozen):
+                name = _unit_name(p, names[j] if names else None, f"{prefix}group{i}.param{j}")
+            elif tau is not None:
+                untrained.append(p)
+            if tau is None or name is None:
+                if frozen:
+                    raise ValueError(
+                        f"parameter {j} of group {i} is frozen but belongs to no monitored unit "
+                        f"(tau={tau}). Set its group's tau back, call thaw(), then take the tau "
+                        "away."
+                    )
+                continue
+            full_name = canonical_name(names[j]) if names else name
+            if full_name in seen:
+                raise ValueError(
+                    f"two parameters are called {full_name!r}: units need names of their own."
+                )
+            seen.add(full_name)
+            statistic = group["statistic"]
+            unit = by_name.setdefault(name, Unit(name, statistic, tau, 0, 0))
+            _check_alike(unit, (unit.tau, unit.statistic), (tau, statistic))
+            unit.n_elements += p.numel()
+            unit.n_tensors += 1
+            units[-1] = unit
+            members.setdefault(name, []).append(p)
+        own = units[len(units) - len(group["params"]) :]
+        group_units.append(tuple(dict.fromkeys(unit for unit in own if unit is not None)))
+    return UnitMap(
+        params=tuple(params),
+        units=tuple(units),
+        members={unit: tuple(members[name]) for name, unit in by_name.items()},
+        group_units=tuple(group_units),
+        settings=_settings(groups),
+        taus=thresholds(groups),
+        untrained=tuple(untrained),
+        names=all_names,
+        attached=attached,
+    )
+
+
+def names_from_model(groups: Groups, model: Any) -> list[list[str]]:
+    """The names that the tensors of each group have in a model.
+
+    A tied tensor gets the name that leaves it unmonitored, if it has one.
+
+    Raises:
+        ValueError: If a tensor of a group is no parameter of the model.
+    """
+    names: dict[Tensor, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p not in names or unit_of(name, p.shape, p.dtype) is None:
+            names[p] = name
+    for i, group in enumerate(groups):
+        missing = [j for j, p in enumerate(group["params"]) if p not in names]
+        if missing:
+            raise ValueError(
+                f"attach(model): parameters {missing} of group {i} are not parameters of "
+                f"{type(model).__name__}. Pass the model that the optimizer was built for."
+            )
+    return [[names[p] for p in group["params"]] for group in groups]
+
+
+def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
+    """The message for groups with a threshold and no tensor to compare with it."""
+    seen = []
+    for (i, pairs), group in zip(unit_map.by_group(), groups, strict=True):
+        names = unit_map.names[i] or [""] * len(pairs)
+        shapes = [
+            f"{name} {tuple(p.shape)}".strip()
+            for name, (p, _) in zip(names[:4], pairs, strict=False)
+        ]
+        seen.append(f"group {i} (tau={group['tau']}): {', '.join(shapes) or 'empty'}")
+    return (
+        "tau is set but not one tensor can be monitored: units are floating tensors of two or more "
+        "dimensions, by name neither embedding, output head, norm nor bias. Seen: "
+        f"{'; '.join(seen)}. Pass the weight matrices, or tau=None."
+    )
+
+
+def _settings(groups: Groups) -> list[tuple[int, bool, str]]:
+    # The threshold is no part of it: it may change in every step.
+    return [
+        (len(group["params"]), group["tau"] is not None, group["statistic"]) for group in groups
+    ]
+
+
+def _names_of(group: dict[str, Any], attached: list[list[str]] | None, i: int) -> list[str] | None:
+    names = group.get("param_names")
+    if attached is not None and i < len(attached):
+        names = attached[i]
+    return names if names and len(names) == len(group["params"]) else None
+
+
+def _unit_name(p: Tensor, name: str | None, nameless: str) -> str | None:
+    if name is not None:
+        return unit_of(name, p.shape, p.dtype)
+    can_be_monitored = p.is_floating_point() and p.dim() >= 2 and p.numel() > 0
+    return nameless if can_be_monitored else None
+
+
+def _check_alike(unit: Unit, one: tuple[float, str], other: tuple[float, str]) -> None:
+    if one != other:
+        raise ValueError(
+            f"the tensors of unit {unit.name!r} lie in groups with different tau or statistic: "
+            f"{one} and {other}."
+        )

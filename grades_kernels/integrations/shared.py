@@ -1,0 +1,78 @@
+"""Functions that the callbacks of all trainers use."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+
+from ..distributed import is_initialized
+from ..optimizer import GradESAdamW
+
+
+def unwrap_optimizer(optimizer: Any) -> GradESAdamW:
+    """Return the GradESAdamW inside the wrappers of a trainer, such as Accelerate's.
+
+    Args:
+        optimizer: An optimizer, or a wrapper whose attribute `optimizer` is one.
+
+    Raises:
+        ValueError: If there is no GradESAdamW inside.
+    """
+    inner = optimizer
+    while not isinstance(inner, GradESAdamW):
+        outer, inner = inner, getattr(inner, "optimizer", None)
+        if inner is None or inner is outer:
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__} contains no GradESAdamW but "
+                f"{type(outer).__name__}. Train with grades_kernels.GradESAdamW, or remove the "
+                "GradESCallback."
+            )
+    return inner
+
+
+def is_finished(optimizer: GradESAdamW) -> bool:
+    """Return whether all units are frozen, with the same answer on every rank of a job.
+
+    `all_frozen` may be one step behind the device. A rank that stopped one step before the others
+    would leave them waiting for its gradients, so with several ranks the device is read first.
+    """
+    if is_initialized() and dist.get_world_size() > 1:
+        return bool(optimizer.frozen_units) and optimizer.all_frozen
+    return optimizer.all_frozen
+
+
+def measurements(optimizer: GradESAdamW) -> dict[str, float]:
+    """Return the state of a run as numbers for a log.
+
+    Returns:
+        "grades/frozen_share" (of the monitored units), "grades/trainable_elements" (a number), and
+        "grades/STATISTIC/KIND", e.g. "grades/change/q_proj": the median of the last statistic over
+        the units of one kind of matrix, for every kind that has been measured.
+    """
+    report = optimizer.report()
+    numbers = {
+        "grades/frozen_share": report.frozen_share()[-1][1],
+        "grades/trainable_elements": float(report.trainable_elements()[-1][1]),
+    }
+    statistics: dict[str, list[float]] = {}
+    for unit in report.units:
+        if math.isfinite(unit.statistic):
+            name = f"grades/{unit.criterion}/{unit.kind}"
+            statistics.setdefault(name, []).append(unit.statistic)
+    return numbers | {name: median(values) for name, values in statistics.items()}
+
+
+def save_report(optimizer: GradESAdamW, folder: str | os.PathLike[str]) -> None:
+    """Write "grades_report.json" and, where matplotlib is installed, "grades_report.png"."""
+    report = optimizer.report()
+    report.save(Path(folder) / "grades_report.json")
+    try:
+        report.plot(Path(folder) / "grades_report.png")
+    except ImportError as error:
+        warnings.warn(f"The freeze report was saved without a plot: {error}", stacklevel=2)

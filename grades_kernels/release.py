@@ -1,0 +1,262 @@
+"""What freezing gives back: backward work that is skipped, and the memory of gradients and moments.
+
+The freeze table masks updates and nothing else. Releasing a frozen unit sets `requires_grad=False`
+on its tensors, drops their gradients and replaces their moments by placeholders, where that is
+safe.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, takewhile
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+from .distributed import Ranks, all_sharded, in_a_job
+from .freezing.naming import is_embedding, layer_and_kind
+from .freezing.table import NEVER, Unit
+from .freezing.unit_map import UnitMap
+from .report.record import Memory
+from .state_tensors import MOMENTS, gradient_dtype, placeholder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+State = Mapping[Tensor, dict[str, Any]]
+
+
+class Release:
+    """Releases the frozen tensors of one optimizer.
+
+    Attributes:
+        stop_grad: As in `GradESAdamW`.
+        released: The tensors that are released now.
+        rewrap_ddp: Whether a DistributedDataParallel wrapper has to be built anew.
+    """
+
+    def __init__(self, stop_grad: bool | str) -> None:
+        self.stop_grad = stop_grad
+        self.released: set[Tensor] = set()
+        self.rewrap_ddp = False
+        self._detector: ReentrantDetector | None = None
+
+    def begin_run(self, unit_map: UnitMap, group: ProcessGroup | None, ranks: Ranks | None) -> None:
+        """Look for reentrant checkpointing from the first step on, if anything may be released.
+
+        Raises:
+            RuntimeError: If `stop_grad=True` is not possible.
+        """
+        if self._detector is not None:
+            return
+        reason = self.why_not(unit_map, group, ranks) if unit_map.members else None
+        self.raise_if_required(reason)
+        may_release = self.stop_grad is not False and reason is None
+        self._detector = ReentrantDetector(
+            chain.from_iterable(unit_map.members.values()) if may_release else ()
+        )
+
+    def why_not(
+        self,
+        unit_map: UnitMap,
+        group: ProcessGroup | None,
+        ranks: Ranks | None,
+        *,
+        within_ddp: bool = False,
+    ) -> str | None:
+        """The reason why gradients cannot be stopped safely, or None.
+
+        Args:
+            unit_map: The units.
+            group: The optimizer's `process_group`.
+            ranks: The other processes, once they have joined.
+            within_ddp: Whether the DistributedDataParallel wrapper will be built anew.
+        """
+        if self._detector is not None and self._detector.found:
+            return (
+                "with reentrant activation checkpointing, a block none of whose inputs needs a "
+                "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
+            )
+        members = list(chain.from_iterable(unit_map.members.values()))
+        if not in_a_job(group, members):
+            return None
+        if within_ddp:
+            if ranks is None or ranks.everywhere:
+                return None
+            return (
+                "each rank has other tensors (ZeroRedundancyOptimizer), while the wrapper needs "
+                "the same ones to stop on all. For the saving, use fully_shard (FSDP2)."
+            )
+        if all_sharded(members, group):  # reduced tensor by tensor
+            return None
+        # After a change it trains one unsynchronised step, then raises.
+        return (
+            "DistributedDataParallel would wait for them. For the saving, call "
+            "ddp_model = optimizer.apply_freezes(ddp_model) now and then."
+        )
+
+    def raise_if_required(self, reason: str | None) -> None:
+        """Raise if `stop_grad=True` demands a release and there is a reason against it."""
+        if reason is not None and self.stop_grad is True:
+            raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
+
+    def release(self, units: Iterable[Unit], unit_map: UnitMap, state: State, t: int) -> None:
+        """Release frozen units: no gradients, no moments.
+
+        Args:
+            units: The units.
+            unit_map: Their tensors.
+            state: The optimizer's state.
+            t: The number of steps that have happened.
+        """
+        for unit in units:
+            for p in unit_map.members[unit]:
+                own = state.get(p, {})
+                for key in MOMENTS:
+                    if key in own:
+                        own[key] = placeholder(p, own[key].dtype)
+                p.requires_grad_(False)
+                p.grad = None
+                self.released.add(p)
+            if unit.released_at == NEVER:  # else a checkpoint says when it was
+                unit.released_at = t
+
+    def take_back(self, tensors: Iterable[Tensor]) -> None:
+        """Let tensors need gradients again."""
+        for p in tensors:
+            p.requires_grad_(True)
+            if p in self.released:
+                self.released.discard(p)
+                self.rewrap_ddp = True
+
+    def take_all_back(self) -> None:
+        """Let all released tensors need gradients again: a checkpoint replaces the state."""
+        for p in self.released:
+            p.requires_grad_(True)
+        self.released = set()
+
+
+class ReentrantDetector:
+    """Finds out from one backward pass whether reentrant activation checkpointing is in use.
+
+    Reentrant checkpointing (`use_reentrant=True`) runs a block without gradients if no input of the
+    block needs one. Stopping a gradient below can bring that about, and then every tensor of the
+    block silently stops learning. Nothing in a model says which kind of checkpointing it uses, but
+    a reentrant backward pass runs inside another: its frame is on the stack when a gradient
+    arrives.
+
+    Args:
+        tensors: Tensors to observe, each until its first gradient.
+
+    Attributes:
+        found: Whether a gradient has arrived from a reentrant backward pass.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.found = False
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        for p in tensors:
+            if p.requires_grad:
+                self._handles[p] = p.register_hook(self._hook_of(p))
+
+    def _hook_of(self, p: Tensor) -> Callable[[Tensor], None]:
+        # A copy or pickle of the tensor goes without it, and need not warn about that.
+        return unserializable_hook(lambda grad: self._look(p))
+
+    def _look(self, p: Tensor) -> None:
+        self._handles.pop(p).remove()
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and not self.found:
+            self.found = frame.f_code is CheckpointFunction.backward.__code__
+            frame = frame.f_back
+
+
+def rewrapped(ddp: DistributedDataParallel) -> nn.Module:
+    """A DDP model with the settings of `ddp`, built for the tensors that still need gradients.
+
+    Using `ddp` itself afterwards raises an error. Where nothing is left to train, which DDP refuses
+    to wrap, the bare module.
+    """
+    hooks, module = list(getattr(ddp, "_comm_hooks", ())), ddp.module
+    renamed = hasattr(ddp, "forward_sync_buffers")  # in torch 2.13, where the old name warns
+    buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
+    settings: dict[str, Any] = {
+        "device_ids": ddp.device_ids,
+        "output_device": ddp.output_device,
+        "dim": ddp.dim,
+        buffers: getattr(ddp, buffers),
+        "init_sync": False,  # the ranks have the same weights already
+        "process_group": ddp.process_group,
+        "bucket_cap_mb": ddp.bucket_bytes_cap / 2**20,
+        "find_unused_parameters": ddp.find_unused_parameters,
+        "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
+        "static_graph": ddp.static_graph,
+        "mixed_precision": ddp.mixed_precision,
+    }
+    # Without these the old wrapper raises; with them its ranks would drift apart.
+    del ddp.reducer, ddp.logger
+    if not any(p.requires_grad for p in module.parameters()):
+        return module
+    new = DistributedDataParallel(module, **settings)
+    for hook, state in hooks:
+        new.register_comm_hook(state, hook)
+    return new
+
+
+def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Memory:
+    """Bytes of an optimizer's tensors on this process, and those given back.
+
+    Args:
+        unit_map: All tensors, and those of each unit.
+        state: The optimizer's state.
+        released: The tensors that have given up gradient and moments.
+    """
+    states = [state[p] for p in unit_map.params if state.get(p)]
+    given_up, given_back = set(released), 0
+    for unit, tensors in unit_map.members.items():
+        for p in tensors:
+            grad_bytes = _n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
+            if unit.is_decided and unit.statistic == "change":
+                given_back += grad_bytes
+            if p in given_up:
+                amsgrad = "max_exp_avg_sq" in state[p]
+                given_back += grad_bytes + (3 if amsgrad else 2) * _n_bytes(p)
+    return Memory(
+        moments=sum(_n_bytes(own.get(key)) for own in states for key in MOMENTS),
+        prev_grads=sum(_n_bytes(own.get("prev_grad")) for own in states),
+        grads=sum(_n_bytes(p.grad) for p in unit_map.params),
+        released=given_back,
+    )
+
+
+def frozen_prefix(units: Sequence[Unit], unit_map: UnitMap) -> tuple[int, tuple[str, ...]]:
+    """How many of the lowest blocks are frozen, and the names of what still trains in or below.
+
+    Only below a prefix in which nothing trains can a backward pass end early.
+    """
+    frozen: dict[int, bool] = {}
+    for unit in units:
+        layer, _ = layer_and_kind(unit.name)
+        if layer is not None:
+            frozen[layer] = frozen.get(layer, True) and unit.is_frozen
+    prefix = list(takewhile(frozen.__getitem__, sorted(frozen)))
+    below = []
+    for name, p, row in unit_map.named() if prefix else ():
+        layer, _ = layer_and_kind(name)
+        is_below = is_embedding(name, p) if layer is None else layer <= prefix[-1]
+        if is_below and p.requires_grad and (row is None or not row.is_frozen):
+            below.append(name)
+    return len(prefix), tuple(below)
+
+
+def _n_bytes(x: Tensor | None) -> int:
+    """Bytes of a tensor on this process; of a DTensor, those of its local shard."""
+    if x is None:
+        return 0
+    x = x.to_local() if hasattr(x, "to_local") else x
+    return x.numel() * x.element_size()

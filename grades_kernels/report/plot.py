@@ -1,0 +1,264 @@
+"""The picture of a report, drawn with matplotlib but without pyplot."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Sequence
+from itertools import cycle, product
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from .record import Timeline, UnitReport, finite
+from .text import number_range, percent, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Up to here the timeline labels every unit, and every unit has its own curve; above it the timeline
+# labels every kind, and a kind has a median and a band.
+LABELLED_ROWS = 36
+LEGEND_KINDS = 24  # more kinds than these are not in the legend
+
+# Paul Tol's "muted" qualitative scheme: nine hues that can be distinguished with all common colour
+# vision deficiencies.
+KIND_COLOURS = (
+    *("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE"),
+    *("#882255", "#44AA99", "#999933", "#AA4499"),
+)
+
+_OPACITY = {"active": 0.28, "cooling": 0.6, "frozen": 1.0}
+
+
+def picture_path(path: str | os.PathLike[str], caller: str) -> Path:
+    """`path` with a suffix, ".png" when it has none; its folder is made.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names `caller`.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        extra = "pip install 'grades-kernels[demo]'"
+        raise ImportError(f"{caller} needs matplotlib: {extra}") from error
+    path = Path(path)
+    path = path if path.suffix else path.with_name(path.name + ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Picture:
+    """The four panels of `FreezeReport.plot`; every kind has one colour in all of them.
+
+    The method of each panel returns the remark below its title.
+    """
+
+    def __init__(self, timeline: Timeline) -> None:
+        from matplotlib import rcParams
+
+        self.timeline, self.kinds = timeline, timeline.kinds
+        # With more kinds than hues, the hues are used again with another line style.
+        styles = cycle(product(("solid", "dashdot", "dotted"), KIND_COLOURS))
+        self.styles: dict[str, Any] = {
+            kind: {"color": colour, "linestyle": line}
+            for kind, (line, colour) in zip(self.kinds, styles, strict=False)
+        }
+        # The planned rest is shown unless it is longer than the run.
+        total = timeline.total_steps or 0
+        self.end = max(1, total if total <= 2 * timeline.step else 0, timeline.step)
+        grace = timeline.grace_steps
+        self.grace = grace if grace is not None and grace <= self.end else None
+        self.foreground: str = rcParams["text.color"]  # the user's style may be a dark one
+
+    def draw(self) -> Figure:
+        # pyplot would change the user's backend and keep the figure open.
+        from matplotlib.figure import Figure
+
+        height = min(max(0.17 * len(self.timeline.units), 2.4), 6)  # of the upper panels, in inches
+        figure = Figure((14, height + 4.6), layout="constrained")
+        axes = figure.subplots(2, 2, height_ratios=[height, 2.4])
+        panels = {
+            "When the units froze": self.draw_timeline,
+            "What the checks measured": self.draw_curves,
+            "Share of the units that is frozen": self.draw_share,
+            "Elements that are still trained": self.draw_elements,
+        }
+        for axis, (title, panel) in zip(axes.flat, panels.items(), strict=True):
+            remark = textwrap.fill(panel(axis), 84)
+            pad = 8 + 12 * (remark.count("\n") + 1)
+            axis.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad)
+            above = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (0, 6)}
+            axis.annotate(remark, (0, 1), **above, fontsize=8.5, alpha=0.7, parse_math=False)
+            self.draw_steps(axis)
+        figure.suptitle(self.summary(), fontsize=13, fontweight="bold")
+        self.draw_legends(figure)
+        return figure
+
+    def summary(self) -> str:
+        timeline, total = self.timeline, self.timeline.total_steps
+        steps = f"{timeline.step:,}" + ("" if total is None else f" of {total:,} planned")
+        frozen = timeline.n_elements - timeline.trainable_elements()[-1][1]
+        return (
+            f"{timeline.n_frozen:,} of {len(timeline.units):,} units frozen after {steps} steps: "
+            f"{percent(frozen, timeline.n_elements)} of all elements are no longer trained"
+        )
+
+    def draw_steps(self, axis: Axes) -> None:
+        """Draw the parts of every panel: axis of steps, grace step, end of the run."""
+        axis.set_xlim(0, self.end)
+        axis.locator_params(axis="x", integer=True)
+        axis.set_xlabel("optimizer step", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8.5, which="both")
+        if self.grace is not None:
+            style: Any = {"color": self.foreground, "linestyle": "dotted"}
+            axis.axvline(self.grace, label="grace period ends", **style)
+        if self.timeline.step < self.end:
+            style = {"color": "0.5", "alpha": 0.13, "linewidth": 0}
+            axis.axvspan(self.timeline.step, self.end, label="planned, not run", **style)
+
+    def draw_timeline(self, axis: Axes) -> str:
+        rows = [unit for units in self.kinds.values() for unit in units]
+        if not rows:
+            axis.set_yticks([])
+            return "no unit is monitored"
+        few = len(rows) <= LABELLED_ROWS
+        bars: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+        for row, unit in enumerate(rows):
+            for state, start, end in self.timeline.spans(unit):
+                bars.setdefault((unit.kind, state), []).append((row, end - start, start))
+        for (kind, state), spans in bars.items():
+            row_numbers, lengths, starts = zip(*spans, strict=True)
+            style = {"color": self.styles[kind]["color"], "alpha": _OPACITY[state], "linewidth": 0}
+            label = "cooling down" if state == "cooling" else state
+            height = 0.75 if few else 1
+            axis.barh(row_numbers, lengths, height, starts, label=label, **style)
+        margin = max(0.6, 2.5 - len(rows) / 2)  # a single bar must not fill the panel
+        axis.set_ylim(len(rows) - 1 + margin, -margin)
+        axis.tick_params(axis="y", length=0)
+        if few:
+            axis.set_yticks(range(len(rows)), _row_labels(rows), parse_math=False)
+            return "one row per unit"
+        labels: dict[float, str] = {}
+        first = 0
+        for kind, units in self.kinds.items():
+            middle = first + (len(units) - 1) / 2
+            # Labels of kinds with few units would overlap.
+            if not labels or middle - max(labels) >= len(rows) / 40:
+                labels[middle] = shorten(kind, 24)
+            first += len(units)
+        axis.set_yticks(list(labels), list(labels.values()), parse_math=False)
+        return "one row per unit, within a kind from the first layer (top) to the last"
+
+    def draw_curves(self, axis: Axes) -> str:
+        timeline = self.timeline
+        history, units = timeline.history, timeline.units
+        values = finite(value for _, row in history for value in row)
+        if not values:
+            axis.set_yticks([])
+            return "no statistic was measured"
+        log = max(values) > 0
+
+        def clean(value: float) -> float:
+            return value if math.isfinite(value) and (value > 0 or not log) else math.nan
+
+        steps = [step for step, _ in history]
+        columns = zip(*(map(clean, row) for _, row in history), strict=True)
+        curve_of = {unit.name: curve for unit, curve in zip(units, columns, strict=True)}
+        single = len(units) <= LABELLED_ROWS
+        for kind, members in self.kinds.items():
+            # The markers show a value whose neighbours are missing.
+            style = {"marker": ".", "markersize": 4, "linewidth": 1, **self.styles[kind]}
+            curves = [curve_of[unit.name] for unit in members]
+            if single:
+                for curve in curves:
+                    axis.plot(steps, curve, **style)
+            else:
+                rows = [finite(row) or [math.nan] for row in zip(*curves, strict=True)]
+                band = list(map(min, rows)), list(map(max, rows))
+                axis.plot(steps, list(map(median, rows)), **style)
+                axis.fill_between(steps, *band, color=style["color"], alpha=0.09, linewidth=0)
+        drawn = finite(map(clean, values))
+        taus = {unit.tau for unit in units}
+        for tau in taus - {0, math.inf}:
+            style = {"color": self.foreground, "linestyle": "dashed", "linewidth": 1.1}
+            axis.axhline(tau, label="threshold tau", **style)
+            drawn.append(tau)
+        low, high = min(drawn), max(drawn)
+        if log:
+            axis.set_yscale("log")
+            margin = 1.1 * high**0.06 / low**0.06  # high / low may overflow
+            axis.set_ylim(low / margin, high * margin)
+        else:
+            axis.set_ylim(0, 1.08 * high or 1)
+        criteria = " and ".join(dict.fromkeys(f'"{unit.criterion}"' for unit in units))
+        remarks = {
+            f"statistic {criteria}" + ", log scale" * log: True,
+            "median and range per kind": not single,
+            "tau is 0: observing only": taus == {0},
+            "a tau of 0 observes": taus > {0},
+            "tau inf freezes at once": math.inf in taus,
+            "zeros are left out": log and min(values) <= 0,
+        }
+        return "; ".join(remark for remark, applies in remarks.items() if applies)
+
+    def draw_share(self, axis: Axes) -> str:
+        from matplotlib.ticker import PercentFormatter
+
+        timeline = self.timeline
+        for kind, units in self.kinds.items():
+            shares = zip(*timeline.frozen_share(units), strict=True)
+            axis.step(*shares, where="post", linewidth=1.2, **self.styles[kind])
+        shares = zip(*timeline.frozen_share(timeline.units), strict=True)
+        axis.step(*shares, where="post", linewidth=2.4, color=self.foreground)
+        axis.set_ylim(-0.02, 1.04)
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        return "by number of units; thick: all, colours: by kind"
+
+    def draw_elements(self, axis: Axes) -> str:
+        from matplotlib.ticker import EngFormatter
+
+        timeline = self.timeline
+        steps, trained = zip(*timeline.trainable_elements(), strict=True)
+        axis.fill_between(steps, trained, step="post", color="0.6", alpha=0.7, linewidth=0)
+        axis.step(steps, trained, where="post", linewidth=1.5, color=self.foreground)
+        axis.set_ylim(0, 1.05 * max(1, timeline.n_elements))
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+        return "of all tensors in the optimizer"
+
+    def draw_legends(self, figure: Figure) -> None:
+        """Draw the legend of the marks below the panels and that of the kinds beside them."""
+        from matplotlib.lines import Line2D
+
+        marks: dict[str, Any] = {}
+        for axis in figure.axes:
+            handles, labels = axis.get_legend_handles_labels()
+            marks = dict(zip(labels, handles, strict=True)) | marks
+        kinds: list[Any] = []
+        for kind, units in [*self.kinds.items()][:LEGEND_KINDS]:
+            tau = number_range([unit.tau for unit in units])
+            label = f"{len(units)} \N{MULTIPLICATION SIGN} {shorten(kind, 20)}, tau {tau}"
+            kinds.append(Line2D([], [], linewidth=4, label=label, **self.styles[kind]))
+        style: dict[str, Any] = {"fontsize": 9, "frameon": False}
+        if marks:
+            style |= {"loc": "outside lower center", "ncols": len(marks)}
+            legend = figure.legend(marks.values(), marks, **style)
+            handle: Any
+            for handle in legend.legend_handles:  # a mark means the same for every kind
+                handle.set_color(self.foreground)
+        if kinds:
+            style |= {"loc": "outside right center", "ncols": 1}
+            legend = figure.legend(handles=kinds, **style)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+
+
+def _row_labels(units: Sequence[UnitReport]) -> list[str]:
+    """Kind and layer where these are unique, else the names."""
+    labels = [unit.kind if unit.layer is None else f"{unit.kind} {unit.layer}" for unit in units]
+    if len(set(labels)) < len(labels):
+        labels = [unit.name.removesuffix(".weight") for unit in units]
+    return [shorten(label, 28) for label in labels]

@@ -1,0 +1,210 @@
+"""FreezeReport: the freezes of a run as plain data to print, save, load and plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..freezing.naming import layer_and_kind
+from ..freezing.table import FreezeEvent, FreezeTable
+from .plot import Picture, picture_path
+from .record import NO_MEMORY, Memory, Timeline, UnitReport
+from .tables import headline, report_tables
+from .text import layout
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FreezeReport:
+    """The freezes of a run and the state of its units after ``step`` optimizer steps.
+
+    The report references no tensor and no optimizer. ``str()`` gives tables in plain ASCII without
+    colour codes, fit for logs and files; ``rich.print(report)`` shows the same tables in colour.
+
+    All statistics are on the scale of ``tau``.
+
+    Attributes:
+        step: Optimizer steps that really happened.
+        total_steps: Planned steps, None when unknown.
+        grace_steps: Steps before the first check, None when nothing is monitored.
+        units: Every monitored unit, in model order.
+        events: Every freeze, oldest first; a unit that was thawed may occur more than once.
+        history: ``(step, statistics)`` of recorded steps, oldest first; one statistic per unit in
+            the order of ``units``, NaN where nothing was measured.
+        n_trainable: Elements of all tensors in the optimizer, monitored or not, frozen or not.
+        backend: Implementation in use: "reference", "native" or "triton".
+        memory: Bytes in use and released on this process.
+        frozen_blocks: How many of the lowest blocks have no matrix left to train.
+        trained_below: Names of tensors in or below these blocks that still train, so that backward
+            has to pass through the blocks; without any, it stops above them.
+
+    Raises:
+        ValueError: A row of ``history`` has not one statistic per unit.
+    """
+
+    step: int
+    total_steps: int | None
+    grace_steps: int | None
+    units: tuple[UnitReport, ...]
+    events: tuple[FreezeEvent, ...]
+    history: tuple[tuple[int, tuple[float, ...]], ...]
+    n_trainable: int
+    backend: str
+    memory: Memory = NO_MEMORY
+    frozen_blocks: int = 0
+    trained_below: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for step, row in self.history:
+            if len(row) != len(self.units):
+                raise ValueError(
+                    f"history of step {step} has {len(row)} statistics for {len(self.units)} "
+                    "units; give one per unit, NaN where nothing was measured"
+                )
+
+    @classmethod
+    def from_table(cls, table: FreezeTable, **others: Any) -> FreezeReport:
+        """The report on a freeze table; ``others`` are the attributes that it does not know."""
+        units = []
+        for unit in table.units:
+            what = (unit.name, *layer_and_kind(unit.name), unit.n_elements, unit.statistic)
+            state = (unit.tau, unit.value, unit.hits, unit.decided_at, unit.frozen_at)
+            units.append(UnitReport(*what, *state))
+        return cls(
+            step=table.t,
+            total_steps=table.config.total_steps,
+            grace_steps=table.config.grace_steps,
+            units=tuple(units),
+            events=tuple(table.events),
+            history=tuple(table.history),
+            **others,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        # By content, so that a missing measurement (NaN) equals itself after save() and load().
+        if not isinstance(other, FreezeReport):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        counts = f"units={len(self.units)}, frozen={self._timeline.n_frozen}"
+        counts += f", events={len(self.events)}, history={len(self.history)} rows"
+        return f"FreezeReport(step={self.step}, {counts})"
+
+    def __str__(self) -> str:
+        blocks = (self.frozen_blocks, self.trained_below)
+        lines = headline(self._timeline, self.backend, self.memory, *blocks)
+        tables = map(layout, report_tables(self._timeline))
+        return "\n\n".join(["\n".join(lines), *tables])
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        text = Text(str(self))
+        text.highlight_words([str(self).partition("\n")[0]], style="bold")
+        titles = [table.title for table in report_tables(self._timeline)]
+        text.highlight_words(titles, style="bold cyan")
+        return text
+
+    def trainable_elements(self) -> list[tuple[int, int]]:
+        """`(step, elements)` that are still trained, at step 0, every change and the last step.
+
+        The step of a thaw is not recorded. It is taken to be the first later measurement of the
+        unit, or else the decision that freezes it again, or else the last step.
+        """
+        return self._timeline.trainable_elements()
+
+    def frozen_share(self) -> list[tuple[int, float]]:
+        """`(step, share)` of the monitored units, by count, at the same steps; in [0, 1]."""
+        return self._timeline.frozen_share(self.units)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in the types of strict JSON: NaN becomes None, an infinity "inf" or "-inf"."""
+        return {each.name: _to_json(getattr(self, each.name)) for each in fields(self)}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report to a JSON file and return its path.
+
+        The file is replaced as a whole: after an error it is as before. Missing folders are made.
+        """
+        path = Path(path)
+        text = json.dumps(self.to_dict(), allow_nan=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FreezeReport:
+        """Read a file that :meth:`save` wrote; the result equals the saved report.
+
+        Raises:
+            ValueError: The file is not a report; the message names it and the reason.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text)
+            data["units"] = tuple(UnitReport(**_floats(unit)) for unit in data["units"])
+            data["events"] = tuple(FreezeEvent(**_floats(event)) for event in data["events"])
+            data["history"] = tuple((t, tuple(map(_float, row))) for t, row in data["history"])
+            data["memory"] = Memory(**data["memory"])
+            data["trained_below"] = tuple(data["trained_below"])
+            return cls(**data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is not a freeze report ({type(error).__name__}: {error}); "
+                "give a file that FreezeReport.save() wrote"
+            ) from error
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw four panels: timeline of the units, statistics, frozen share, trained elements.
+
+        The suffix of `path` chooses the format, ".png" when there is none. Missing folders are
+        made. Returns the path that was written.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to install it.
+        """
+        path = picture_path(path, "FreezeReport.plot()")
+        Picture(self._timeline).draw().savefig(path, dpi=150)
+        return path
+
+    @cached_property
+    def _timeline(self) -> Timeline:
+        run = (self.step, self.total_steps, self.grace_steps)
+        return Timeline(*run, self.units, self.events, self.history, self.n_trainable)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, UnitReport):
+        value = vars(value)
+    elif isinstance(value, (FreezeEvent, Memory)):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _float(value: float | str | None) -> float:
+    """The inverse of `_to_json` for one number."""
+    return math.nan if value is None else float(value)
+
+
+def _floats(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "tau": _float(record["tau"]), "statistic": _float(record["statistic"])}

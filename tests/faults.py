@@ -1,0 +1,477 @@
+"""Deliberate faults: wrong readings of a rule, each a patch of the package's behaviour.
+
+`mutations.py` runs the tests that own a rule with one fault at a time. A fault wraps or replaces
+functions by name, so it survives a refactoring of their bodies; test_mutations.py checks that every
+fault still finds what it patches. As a pytest plugin (`-p faults`) this module applies the fault
+that GRADES_FAULT names; the ranks of a job apply it too.
+"""
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from grades_kernels import checkpoint, distributed, freezer, optimizer, release
+from grades_kernels.backends import host_step, reference, select, step_tensors
+from grades_kernels.backends.tasks import STATISTIC_CODES
+from grades_kernels.freezing import config, table
+from grades_kernels.freezing.table import FreezeConfig, FreezeTable
+
+SEMANTICS, ORACLE = "tests/test_semantics.py", "tests/test_oracle.py"
+CHECKPOINT, RELEASE = "tests/test_checkpoint.py", "tests/test_release.py"
+STATISTICS, STEP_TENSORS = "tests/test_statistics.py", "tests/test_step_tensors.py"
+
+FAULTS = {}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A wrong reading of a rule, and the tests that own the rule."""
+
+    name: str
+    apply: object  # called with a MonkeyPatch
+    tests: tuple[str, ...]
+
+
+def fault(name, *tests):
+    def register(apply):
+        FAULTS[name] = Fault(name, apply, tests or (SEMANTICS, ORACLE))
+        return apply
+
+    return register
+
+
+def wrapping(name, owner, attribute, *tests):
+    """A fault that replaces `owner.attribute` by what the decorated function makes of it."""
+
+    def register(make):
+        def apply(patch):
+            real = getattr(owner, attribute)
+            patch.setattr(owner, attribute, make(real))
+
+        fault(name, *tests)(apply)
+        return make
+
+    return register
+
+
+# The update
+
+
+def for_idle_tensors(name, spoil):
+    @fault(name)
+    def apply(patch):
+        real = select.RUN_TASKS["reference"]
+
+        def run_tasks(tensors, tasks, *rest):
+            sums = real(tensors, tasks, *rest)
+            for i, task in enumerate(tasks):
+                if task == 0 and tensors.grads[i] is not None:
+                    spoil(tensors, i)
+            return sums
+
+        patch.setitem(select.RUN_TASKS, "reference", run_tasks)
+
+
+def decay(tensors, i):
+    options = tensors.groups[0][0]
+    with torch.no_grad():
+        tensors.params[i].mul_(1 - options.lr * options.weight_decay)
+
+
+for_idle_tensors("weight decay on a frozen tensor", decay)
+for_idle_tensors(
+    "step count of a frozen tensor goes on",
+    lambda tensors, i: tensors.state_steps[i].add_(1),
+)
+
+
+def with_timing(timing):
+    def make(real):
+        def step(run_tasks, tensors, units, freeze_table, *rest, **options):
+            right = freeze_table.config
+            freeze_table.config = replace(right, freeze_timing=timing)
+            real(run_tasks, tensors, units, freeze_table, *rest, **options)
+            freeze_table.config = right
+
+        return step
+
+    return make
+
+
+wrapping("same_step decides after the update", host_step, "host_step")(with_timing("next_step"))
+wrapping("next_step decides before the update", host_step, "host_step")(with_timing("same_step"))
+
+
+# When a check takes place
+
+
+@wrapping("floor of alpha * total_steps", config, "exact_grace_steps")
+def _(real):
+    return lambda alpha, total_steps: max(0, real(alpha, total_steps) - 1)
+
+
+@wrapping("floating-point alpha * total_steps", config, "exact_grace_steps", SEMANTICS)
+def _(real):
+    return lambda alpha, total_steps: math.ceil(alpha * total_steps)
+
+
+def since_grace(test):
+    def make(real):
+        def is_check(self, t):
+            return self.grace_steps is not None and test(t - self.grace_steps, self.check_every)
+
+        return is_check
+
+    return make
+
+
+wrapping("checks begin on the grace step", FreezeConfig, "is_check")(
+    since_grace(lambda since, every: since >= 0 and (since - 1) % every == 0)
+)
+wrapping("check_every is shifted by one", FreezeConfig, "is_check")(
+    since_grace(lambda since, every: since > 0 and since % every == 0)
+)
+
+
+# What is measured
+
+
+@wrapping("previous gradient of any earlier step", host_step, "measure_tasks")
+def _(real):
+    def measure_tasks(tensors, units, freeze_table):
+        for unit in freeze_table.units:
+            if unit.prev_step >= 0:
+                unit.prev_step = freeze_table.t - 1
+        return real(tensors, units, freeze_table)
+
+    return measure_tasks
+
+
+@fault("previous gradient kept at checks only")
+def _(patch):
+    at_check = []
+    step, keep = host_step.host_step, host_step.keep_tasks
+
+    def host(run_tasks, tensors, units, freeze_table, *rest, **options):
+        at_check[:] = [freeze_table.config.is_check(freeze_table.t)]
+        step(run_tasks, tensors, units, freeze_table, *rest, **options)
+
+    def keep_tasks(tensors, units):
+        return keep(tensors, units) if at_check[0] else [0] * len(units)
+
+    patch.setattr(host_step, "host_step", host)
+    patch.setattr(host_step, "keep_tasks", keep_tasks)
+
+
+def measuring(name, change, *tests):
+    """A fault in the arguments of the reference's measurement."""
+
+    @wrapping(name, reference, "_measure", *tests)
+    def _(real):
+        return lambda *arguments: real(*change(*arguments))
+
+
+def with_new_moment(tensors, i, statistic, options):
+    if statistic == STATISTIC_CODES["momentum"] and tensors.state_steps[i] > 0:
+        grad = -tensors.grads[i] if options.maximize else tensors.grads[i]
+        moments = list(tensors.exp_avgs)
+        moments[i] = moments[i].lerp(grad, 1 - options.beta1)
+        tensors = tensors._replace(exp_avgs=moments)
+    return tensors, i, statistic, options
+
+
+measuring("momentum looks at the new moment", with_new_moment)
+measuring(
+    "momentum ignores maximize",
+    lambda tensors, i, statistic, options: (
+        tensors,
+        i,
+        statistic,
+        options._replace(maximize=False),
+    ),
+)
+
+
+@wrapping("differences are rounded to bf16", reference, "_widened", SEMANTICS)
+def _(real):
+    return lambda x: x
+
+
+@wrapping(
+    "signal without the bias correction of the second moment",
+    reference,
+    "_measure",
+    STATISTICS,
+    ORACLE,
+)
+def _(real):
+    def measure(tensors, i, statistic, options):
+        numerator, denominator, magnitude = real(tensors, i, statistic, options)
+        step = tensors.state_steps[i].item()
+        if statistic == STATISTIC_CODES["signal"] and step > 0:
+            denominator = denominator * math.sqrt(1 - float(options.beta2) ** step)
+        return numerator, denominator, magnitude
+
+    return measure
+
+
+# What is evidence
+
+
+def with_rows(name, change, *tests):
+    """A fault in the sums from which the statistics of units are made."""
+
+    @wrapping(name, host_step, "_values", *tests)
+    def _(real):
+        return lambda rows: real({unit: change(own) for unit, own in rows.items()})
+
+
+def without_nan(own):
+    bad = any(not math.isfinite(x) for row in own for x in row)
+    return [[0.0, 1.0, 1.0] for _ in own] if bad else own
+
+
+with_rows("NaN counts as a hit", without_nan)
+with_rows("a zero gradient is evidence", lambda own: [[a, b, max(c, 1e-30)] for a, b, c in own])
+
+
+@wrapping("half a LoRA pair decides for both", host_step, "_values")
+def _(real):
+    def values(rows):
+        sizes = {unit: unit.n_tensors for unit in rows}
+        for unit, own in rows.items():
+            unit.n_tensors = len(own)
+        found = real(rows)
+        for unit, n in sizes.items():
+            unit.n_tensors = n
+        return found
+
+    return values
+
+
+@wrapping("a weight that did not move counts as converged", host_step, "_values", STATISTICS)
+def _(real):
+    def values(rows):
+        still = {u: 0.0 for u, own in rows.items() if u.statistic == "weight_change"}
+        return {**{u: x for u, x in still.items() if not any(r[0] for r in rows[u])}, **real(rows)}
+
+    return values
+
+
+# The decision
+
+
+@wrapping("<= instead of <", FreezeTable, "decide")
+def _(real):
+    def decide(self, values):
+        taus = {unit: unit.tau for unit in values}
+        for unit, tau in taus.items():
+            unit.tau = math.nextafter(tau, math.inf)
+        real(self, values)
+        for unit, tau in taus.items():
+            unit.decided_tau = tau if unit.is_decided else unit.decided_tau
+            unit.tau = tau
+
+    return decide
+
+
+@wrapping("patience is not reset by a miss", FreezeTable, "decide")
+def _(real):
+    def decide(self, values):
+        hits = {unit: unit.hits for unit in values}
+        real(self, values)
+        for unit, before in hits.items():
+            unit.hits = unit.hits or before
+
+    return decide
+
+
+@wrapping("a void check resets patience", FreezeTable, "decide")
+def _(real):
+    def decide(self, values):
+        for unit in self.units:
+            if unit not in values and not unit.is_decided:
+                unit.hits = 0
+        real(self, values)
+
+    return decide
+
+
+@wrapping("tau per element compares the sum", FreezeTable, "decide")
+def _(real):
+    def decide(self, values):
+        right, self.config = self.config, replace(self.config, tau_per="unit")
+        real(self, values)
+        self.config = right
+
+    return decide
+
+
+@wrapping("max_frozen looks at the same step", FreezeTable, "decide")
+def _(real):
+    def decide(self, values):
+        real(self, values)
+        decided = sum(unit.is_decided for unit in self.units)
+        if decided and decided / len(self.units) >= self.config.max_frozen:
+            for unit in self.units:
+                if not unit.is_decided:
+                    unit.decide(self.t, math.nan)
+            self._freeze_cooled()
+
+    return decide
+
+
+@wrapping("cooldown factor is one step ahead", FreezeConfig, "cooldown_factor")
+def _(real):
+    return lambda self, t, decided_at: real(self, t + 1, decided_at)
+
+
+@wrapping("cooldown freezes one step late", FreezeTable, "_freeze_cooled")
+def _(real):
+    def freeze_cooled(self):
+        self.t -= 1
+        real(self)
+        self.t += 1
+
+    return freeze_cooled
+
+
+@wrapping("unmonitored tensors ignore the cooldown", FreezeTable, "lr_factor")
+def _(real):
+    return lambda self, unit: 1.0 if unit is None else real(self, unit)
+
+
+@wrapping(
+    "hooks are called for a freeze again and again", FreezeTable, "unpublished_events", SEMANTICS
+)
+def _(real):
+    return lambda self: self.events
+
+
+# The tensors of a step
+
+
+@wrapping("gradients are not checked before the step", step_tensors, "check_gradients", SEMANTICS)
+def _(real):
+    return lambda groups: None
+
+
+@wrapping(
+    "a tensor with its first gradient goes unnoticed",
+    step_tensors.Layout,
+    "is_valid",
+    STEP_TENSORS,
+)
+def _(real):
+    def is_valid(self, groups, state):
+        self.without_state = []
+        return real(self, groups, state)
+
+    return is_valid
+
+
+@wrapping(
+    "a step does not ask whether it can keep its gradient", step_tensors, "_fits", STEP_TENSORS
+)
+def _(real):
+    return lambda previous, grad: True
+
+
+@wrapping(
+    "tensors without gradients are monitored",
+    freezer,
+    "make_unit_map",
+    "tests/test_integrations_peft.py",
+)
+def _(real):
+    def make_unit_map(groups, *rest, **options):
+        idle = [p for group in groups for p in group["params"] if not p.requires_grad]
+        for p in idle:
+            p.requires_grad_(True)
+        made = real(groups, *rest, **options)
+        for p in idle:
+            p.requires_grad_(False)
+        return made
+
+    return make_unit_map
+
+
+# Checkpoints, thaw and release
+
+
+@wrapping("thaw keeps the moments of a frozen unit", checkpoint, "forget_moments")
+def _(real):
+    return lambda p, state: None
+
+
+@wrapping("previous gradients are cast on load", checkpoint, "complete_loaded_state", CHECKPOINT)
+def _(real):
+    def complete(params, state, groups, prev_grads):
+        cast = {n: x.to(params[n].dtype) for n, x in prev_grads.items()}
+        real(params, state, groups, cast)
+
+    return complete
+
+
+@fault("patience half counted is lost on load", CHECKPOINT)
+def _(patch):
+    patch.delitem(checkpoint.STATE_KEYS, "grades_hits")
+    patch.delitem(checkpoint.DEFAULT_STATE, "grades_hits")
+
+
+@fault("gradients stop one unit at a time", RELEASE)
+def _(patch):
+    patch.setattr(table, "MAX_RELEASE_BATCHES", 10**9)
+
+
+@wrapping("released moments are kept", release.Release, "release", RELEASE)
+def _(real):
+    def keep_moments(self, units, unit_map, state, t):
+        units = list(units)
+        members = [p for unit in units for p in unit_map.members[unit] if p in state]
+        kept = {p: {k: x for k, x in state[p].items() if k.startswith("exp")} for p in members}
+        real(self, units, unit_map, state, t)
+        for p, moments in kept.items():
+            state[p].update(moments)
+
+    return keep_moments
+
+
+@wrapping("reentrant checkpointing is not noticed", release.ReentrantDetector, "_look", RELEASE)
+def _(real):
+    return lambda self, p: self._handles.pop(p).remove()
+
+
+@wrapping("the old DDP wrapper can still be used", optimizer, "rewrapped", RELEASE)
+def _(real):
+    def rewrapped(ddp):
+        reducer, logger = ddp.reducer, ddp.logger
+        new = real(ddp)
+        ddp.reducer, ddp.logger = reducer, logger
+        return new
+
+    return rewrapped
+
+
+@wrapping(
+    "ranks do not agree on the largest statistic",
+    distributed.Ranks,
+    "largest",
+    "tests/test_distributed.py",
+)
+def _(real):
+    return lambda self, x: -real(self, -x)
+
+
+def apply_from_environment():
+    """Apply the fault that GRADES_FAULT names, for the rest of this process."""
+    name = os.environ.get("GRADES_FAULT")
+    if name:
+        FAULTS[name].apply(pytest.MonkeyPatch())
+
+
+def pytest_configure(config):
+    apply_from_environment()

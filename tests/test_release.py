@@ -1,0 +1,479 @@
+"""What freezing releases: gradients in batches, memory at once, and nothing is lost by it."""
+
+import concurrent.futures
+import copy
+import gc
+import math
+import multiprocessing
+import warnings
+
+import psutil
+import pytest
+import ranks
+import torch
+from harness import feed, values
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from grades_kernels import FreezeReport, GradESAdamW
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_BATCHES = 6
+UP = "layers.0.up_proj.weight"
+
+
+class Blocks(nn.Module):
+    """An embedding, blocks of two matrices and a norm, a head."""
+
+    def __init__(self, n_blocks=3, width=4, reentrant=None):
+        super().__init__()
+        self.embed = nn.Embedding(8, width)
+        self.layers = nn.ModuleList()
+        for _ in range(n_blocks):
+            up, down = (nn.Linear(width, width, bias=False) for _ in range(2))
+            block = {"up_proj": up, "down_proj": down, "norm": nn.LayerNorm(width)}
+            self.layers.append(nn.ModuleDict(block))
+        self.lm_head = nn.Linear(width, 8)
+        self.reentrant = reentrant
+
+    @staticmethod
+    def block(layer, x):
+        return x + layer["down_proj"](layer["norm"](layer["up_proj"](x)).relu())
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            if self.reentrant is None:
+                x = self.block(layer, x)
+            else:
+                x = checkpoint(self.block, layer, x, use_reentrant=self.reentrant)
+        return self.lm_head(x)
+
+
+def build(n_blocks=3, reentrant=None, seed=0, tau=0.0, **options):
+    """A model and its optimizer, one group per parameter, so that each matrix has its own tau."""
+    torch.manual_seed(seed)
+    model = Blocks(n_blocks, reentrant=reentrant)
+    options = {"grace_steps": 0, "statistic": "norm", "fused": False, **options}
+    groups = [
+        {"params": [(n, p)], "tau": tau if "_proj" in n else None}
+        for n, p in model.named_parameters()
+    ]
+    return model, GradESAdamW(groups, lr=0.01, **options)
+
+
+def loss_of(model, step):
+    tokens = torch.randint(8, (2, 5), generator=torch.Generator().manual_seed(step))
+    return model(tokens).logsumexp(-1).mean()
+
+
+def train(model, opt, steps, first=0, clip=None):
+    for step in range(first, first + steps):
+        opt.zero_grad()
+        loss_of(model, step).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+
+
+def freeze(opt, *names):
+    """Lets the named units freeze at their next check, the others never."""
+    for group in opt.param_groups:
+        if group["tau"] is not None:
+            group["tau"] = math.inf if group["param_names"][0] in names else 0.0
+
+
+def stopped(model):
+    return [n for n, p in model.named_parameters() if not p.requires_grad]
+
+
+@pytest.mark.parametrize("n_units", [1, 2, 5, 6, 7, 13, 28, 100])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_run_releases_in_at_most_six_batches(n_units, at_once):
+    params = [nn.Parameter(torch.ones(1, 1)) for _ in range(n_units)]
+    groups = [{"params": [(f"u{k}", p)], "tau": 0.0} for k, p in enumerate(params)]
+    opt = GradESAdamW(groups, grace_steps=0, statistic="norm", fused=False)
+    released, batches = 0, 0
+    for k in range(0, n_units + 2 * at_once, at_once):
+        freeze(opt, *(f"u{j}" for j in range(k + at_once)))
+        feed(opt, *[1.0] * n_units)
+        before, released = released, sum(not p.requires_grad for p in params)
+        batches += released > before
+    assert batches <= MAX_BATCHES
+    assert released == n_units, "all are frozen, so all are released"
+
+
+def test_a_batch_waits_for_a_sixth_of_the_units():
+    model, opt = build(n_blocks=6)  # 12 units: batches of 2
+    freeze(opt, "layers.3.up_proj.weight")
+    train(model, opt, 4)
+    assert opt.frozen_units == ["layers.3.up_proj.weight"]
+    assert stopped(model) == []
+    freeze(opt, "layers.5.up_proj.weight")
+    train(model, opt, 2)
+    assert stopped(model) == ["layers.3.up_proj.weight", "layers.5.up_proj.weight"]
+
+
+def train_compiled_while_units_freeze(release_each=False):
+    """28 units freeze one by one; how often the model was compiled, before the last and after."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, opt = build(n_blocks=14)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    names = opt.monitored_units
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns at the limit of recompilations
+        for step in range(len(names) + 2):
+            train(compiled, opt, 1, first=step)
+            freeze(opt, *names[: step + 1])
+            if release_each:
+                opt.apply_freezes()
+            before = counter.frame_count
+    assert len(opt.frozen_units) == len(names) == len(stopped(model)) == 28
+    torch._dynamo.reset()
+    return before, counter.frame_count
+
+
+needs_guard = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="before torch 2.12 torch.compile does not guard on requires_grad",
+)
+
+
+@needs_guard
+def test_a_compiled_model_is_recompiled_at_most_six_times_and_never_runs_eagerly():
+    before, count = train_compiled_while_units_freeze()
+    assert 3 < count == before <= 1 + MAX_BATCHES
+
+
+@needs_guard
+def test_releasing_one_unit_at_a_time_would_run_eagerly():
+    """Negative control of the test above: without batches the limit of recompilations is hit."""
+    with pytest.raises((AssertionError, UserWarning)):
+        _, count = train_compiled_while_units_freeze(release_each=True)
+        assert count <= 1 + MAX_BATCHES
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_result_does_not_depend_on_when_the_host_reads(fused, monkeypatch):
+    """An exact reading gives decisions to the host before its fixed lag; nothing may change.
+
+    Clipping by the global norm makes every weight depend on which gradients are there.
+    """
+    if fused:
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def run(read_at):
+        model, opt = build(statistic="momentum", tau=0.05, patience=2, fused=fused)
+        for step in range(14):
+            train(model, opt, 1, first=step, clip=0.1)
+            if step in read_at:
+                assert opt.statistics() and opt.report()
+        return opt.freeze_events, values(model)
+
+    events, params = run(())
+    assert events, "nothing froze"
+    for read_at in (range(14), range(0, 14, 3), (5, 6)):
+        other_events, other_params = run(read_at)
+        assert other_events == events
+        assert all(map(torch.equal, params, other_params))
+
+
+def test_frozen_units_return_all_their_memory():
+    model, opt = build(statistic="change")
+    train(model, opt, 3)
+    before = opt.report().memory
+    n = 2 * 16 * 4  # bytes of the two matrices of a block
+    total = sum(p.numel() for p in model.parameters()) * 4
+    assert before.moments == 2 * total
+    assert before.grads == total
+    assert before.prev_grads == 3 * n
+    assert before.released == 0
+    freeze(opt, UP, "layers.0.down_proj.weight")
+    train(model, opt, 2, first=3)
+    after = opt.report().memory
+    assert after.released == 4 * n
+    assert after.moments == before.moments - 2 * n
+    assert after.prev_grads == before.prev_grads - n
+    assert after.grads == before.grads - n
+
+
+def process_sizes():
+    """Bytes of this process after each of 7 steps, and those that are claimed as released."""
+    process = psutil.Process()
+    matrices = {f"m{k}": nn.Parameter(torch.ones(1024, 1024)) for k in range(8)}
+    opt = GradESAdamW(list(matrices.items()), tau=math.inf, grace_steps=2, patience=3, fused=False)
+    used = []
+    for _ in range(7):
+        for p in matrices.values():
+            if p.requires_grad:
+                p.grad = torch.ones_like(p)
+        opt.step()
+        gc.collect()
+        used.append(process.memory_info().rss)
+    assert opt.all_frozen
+    return used, opt.report().memory.released
+
+
+def test_the_process_gets_smaller():
+    """Bytes counted by the operating system, in a process that has nothing else to reuse."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        used, claimed = pool.submit(process_sizes).result(timeout=60)
+    assert claimed == 4 * 8 * 4 * 1024**2
+    assert max(used) - used[-1] > 0.8 * claimed
+
+
+def test_moments_come_back_full_of_zeros_after_a_thaw():
+    model, opt = build(statistic="change")
+    train(model, opt, 3)
+    name = "layers.1.up_proj.weight"
+    freeze(opt, name)
+    train(model, opt, 2, first=3)
+    thawed = model.layers[1]["up_proj"].weight
+    assert not thawed.requires_grad and opt.state[thawed]["exp_avg"].numel() == 0
+    others = {n: p for n, p in model.named_parameters() if p is not thawed}
+    before = copy.deepcopy({n: (p.detach(), dict(opt.state[p])) for n, p in others.items()})
+    freeze(opt)
+    opt.thaw(name)
+    for n, p in others.items():
+        assert torch.equal(p, before[n][0])
+        assert all(torch.equal(opt.state[p][key], before[n][1][key]) for key in MOMENTS)
+    assert thawed.requires_grad and opt.state[thawed]["step"] == 0
+    assert opt.report().memory.released == 0
+    frozen = thawed.detach().clone()
+    train(model, opt, 1, first=9)
+    # The first step of a bias correction that starts anew moves every element by about lr.
+    moved = (thawed.detach() - frozen * (1 - 0.01 * 0.01)).abs()
+    assert moved.median() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_checkpoint_of_released_state_loads_anywhere():
+    model, opt = build(statistic="change")
+    freeze(opt, UP, "layers.2.up_proj.weight")
+    train(model, opt, 4)
+    whole, compact = opt.state_dict(), opt.state_dict(compact=True)
+    shapes = [p.shape for p in model.parameters()]
+    assert [s["exp_avg"].shape for s in whole["state"].values()] == shapes
+    left_out = [k for k, s in compact["state"].items() if "exp_avg" not in s]
+    assert len(left_out) == 2
+    plain = torch.optim.AdamW([{"params": [p]} for p in copy.deepcopy(model).parameters()])
+    plain.load_state_dict(whole)
+    for saved in (whole, compact):
+        other, resumed = build(statistic="change", seed=1)
+        other.load_state_dict(model.state_dict())
+        resumed.load_state_dict(copy.deepcopy(saved))
+        assert stopped(other) == stopped(model) != []
+        assert resumed.report().memory.released == opt.report().memory.released > 0
+        twin, twin_opt = copy.deepcopy((model, opt))
+        for run in ((other, resumed), (twin, twin_opt)):
+            freeze(run[1])
+            train(*run, 3, first=4, clip=0.1)
+        assert all(map(torch.equal, other.parameters(), twin.parameters()))
+        resumed.thaw()
+        train(other, resumed, 2, first=7)
+
+
+def test_a_compact_checkpoint_loads_where_gradients_may_not_be_stopped():
+    model, opt = build()
+    freeze(opt, UP)
+    train(model, opt, 4)
+    other, resumed = build(stop_grad=False)
+    resumed.load_state_dict(opt.state_dict(compact=True))
+    assert resumed.frozen_units == [UP]
+    assert stopped(other) == []
+    assert resumed.report().memory.released == 0
+    train(other, resumed, 2)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """The allocation of an empty tensor number `at` fails: nothing is left of the memory."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == 0:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError
+        return out
+
+
+def test_running_out_of_memory_loses_nothing():
+    """A tensor cannot be released: the ones before it are, and the next call does the rest."""
+    model, opt = build(stop_grad=False)
+    train(model, opt, 2)
+    freeze(opt, *opt.monitored_units)
+    train(model, opt, 1, first=2)
+    weights = values(model)
+    with pytest.raises(MemoryError), OutOfMemory(at=5):
+        opt.apply_freezes()
+    assert 0 < len(stopped(model)) < 6
+    for p in model.parameters():
+        released = {opt.state[p][key].numel() == 0 for key in MOMENTS}
+        assert released == {not p.requires_grad}, "a unit is released wholly or not at all"
+    assert len(opt.frozen_units) == 6
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # the state is whole
+    assert opt.apply_freezes(model) is model
+    assert len(stopped(model)) == 6
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
+def test_reentrant_checkpointing_only_masks_and_warns():
+    model, opt = build(reentrant=True)
+    freeze(opt, UP)
+    train(model, opt, 1)
+    with pytest.warns(UserWarning, match="reentrant.*use_reentrant=False"):
+        train(model, opt, 2, first=1)
+    assert stopped(model) == []
+    with pytest.raises(RuntimeError, match=r"apply_freezes.*use_reentrant=False"):
+        opt.apply_freezes()
+
+
+def test_reentrant_checkpointing_with_stop_grad_true_is_an_error():
+    model, opt = build(reentrant=True, stop_grad=True)
+    with pytest.raises(RuntimeError, match=r"stop_grad=True: .*reentrant"):
+        freeze(opt, UP)
+        train(model, opt, 4)
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_other_checkpointing_stops_gradients(reentrant):
+    model, opt = build(reentrant=reentrant, stop_grad=True)
+    freeze(opt, UP)
+    train(model, opt, 4)
+    assert stopped(model) == [UP]
+
+
+def test_stop_grad_false_waits_for_apply_freezes():
+    model, opt = build(n_blocks=6, stop_grad=False)
+    freeze(opt, UP)
+    train(model, opt, 3)
+    assert stopped(model) == []
+    assert opt.apply_freezes() is None
+    assert stopped(model) == [UP], "without waiting for a batch"
+    train(model, opt, 2, first=3)
+
+
+def test_the_documented_loop_ends_before_a_backward_without_gradients():
+    model, opt = build(tau=math.inf, grace_steps=2)
+    for name, p in model.named_parameters():
+        p.requires_grad_("_proj" in name)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(10):
+        opt.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(opt)
+        scaler.update()
+        if opt.all_frozen:
+            break
+    assert step == 2
+    opt.step()  # one more is harmless
+    assert stopped(model) == [n for n, _ in model.named_parameters()]
+
+
+def test_the_report_says_where_backward_stops(tmp_path):
+    model, opt = build(n_blocks=3)
+    lowest = [UP, "layers.0.down_proj.weight"]
+    assert opt.report().frozen_blocks == 0
+    freeze(opt, *lowest, "layers.2.up_proj.weight")
+    train(model, opt, 3)
+    report = opt.report()
+    assert report.frozen_blocks == 1
+    below = ["embed.weight", "layers.0.norm.weight", "layers.0.norm.bias"]
+    assert list(report.trained_below) == below
+    assert "backward still passes through for embed.weight and 2 more" in str(report)
+    for name in below:
+        model.get_parameter(name).requires_grad_(False)
+    report = opt.report()
+    assert (report.frozen_blocks, report.trained_below) == (1, ())
+    assert "Lowest blocks with no matrix left to train: 1; backward stops above them" in str(report)
+    assert FreezeReport.load(report.save(tmp_path / "report.json")) == report
+    inputs = []
+    model.layers[1]["up_proj"].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    train(model, opt, 1, first=3)
+    assert not inputs[0].requires_grad, "backward does not reach the first block"
+
+
+def ddp_run(find_unused, apply_at):
+    """Weights and what still needs gradients after 8 steps of a DDP model on this rank's data."""
+    model, opt = build(n_blocks=3)
+    ddp = first = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    rank = torch.distributed.get_rank()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(8):
+            if step == apply_at:
+                ddp = opt.apply_freezes(ddp)
+            freeze(opt, *([UP, "layers.2.down_proj.weight"] if step else []))
+            train(ddp, opt, 1, first=2 * step + rank)
+    if ddp is not first:
+        with pytest.raises(AttributeError, match=r"reducer|logger"):
+            loss_of(first, 0).backward()
+    return values(model), stopped(model), opt.frozen_units, ddp is first
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_ddp_stops_gradients_by_apply_freezes(find_unused):
+    """The ranks stay alike, and nothing but the saving changes."""
+    plain = ranks.run(2, ddp_run, find_unused, None)
+    for _, still, frozen, same in plain:
+        assert (still, len(frozen), same) == ([], 2, True)
+    applied = ranks.run(2, ddp_run, find_unused, 5)
+    for weights, still, frozen, same in applied:
+        assert still == sorted(frozen) and len(still) == 2
+        assert same is find_unused, "the wrapper is built anew only where it has to be"
+        torch.testing.assert_close(weights, plain[0][0], rtol=1e-6, atol=1e-7)
+        assert all(map(torch.equal, weights, applied[0][0])), "ranks have drifted apart"
+
+
+def ddp_thaws(find_unused):
+    """Weights of a rank after a thaw, with the wrapper built anew and without."""
+    model, opt = build(stop_grad=False)
+    ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    freeze(opt, UP)
+    train(ddp, opt, 2)
+    ddp = opt.apply_freezes(ddp)
+    freeze(opt)
+    with pytest.warns(UserWarning, match=r"thaw\(\).*apply_freezes\(ddp_model\)"):
+        opt.thaw()
+    ddp = opt.apply_freezes(ddp)
+    for step in range(3):
+        train(ddp, opt, 1, first=2 * step + torch.distributed.get_rank())
+    return values(model), stopped(model)
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_ddp_averages_again_what_was_thawed(find_unused):
+    (ours, _), (theirs, still) = ranks.run(2, ddp_thaws, find_unused)
+    assert still == []
+    assert all(map(torch.equal, ours, theirs))
+
+
+def ddp_warns():
+    model, opt = build()
+    ddp = DistributedDataParallel(model)
+    freeze(opt, UP)
+    with pytest.warns(UserWarning, match=r"ddp_model = optimizer\.apply_freezes\(ddp_model\)"):
+        train(ddp, opt, 3)
+    assert stopped(model) == []
+    with pytest.raises(RuntimeError, match=r"apply_freezes\(model\): DistributedDataParallel"):
+        opt.apply_freezes()
+    model, opt = build(stop_grad=True)
+    with pytest.raises(RuntimeError, match=r"stop_grad=True: DistributedDataParallel"):
+        train(DistributedDataParallel(model), opt, 1)
+    return True
+
+
+def test_ddp_only_masks_and_warns_how_to_release():
+    assert ranks.run(2, ddp_warns) == [True, True]

@@ -1,0 +1,257 @@
+"""A step finds its tensors where the step before found them, with the same result as a new search.
+
+Whatever a user does between two steps to groups, state or gradients, the step after has the result
+of an optimizer that searches in every step; and an engine keeps no memory alive that the user or a
+release has given up.
+"""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from conftest import FUSED
+from harness import Run, noise
+from torch import nn
+
+from grades_kernels import freezer
+from grades_kernels.backends.step_tensors import Layout
+
+MONITORED = {
+    "nothing monitored": {},
+    "change": {"tau": 0.0, "grace_steps": 2, "check_every": 2},
+    "freezing": {"tau": 16.0, "grace_steps": 3, "stop_grad": False},
+}
+
+
+def replaced_moment(opt, params):
+    state = opt.state[params[1]]
+    state["exp_avg"] = state["exp_avg"] * 2
+
+
+def replaced_step(opt, params):
+    opt.state[params[1]]["step"] = torch.tensor(7.0)
+
+
+def cleared_state(opt, params):
+    opt.state[params[1]].clear()
+
+
+def forgotten_tensor(opt, params):
+    del opt.state[params[1]]
+
+
+def other_storage(opt, params):
+    params[1].data = params[1].data.clone().mul_(2)
+
+
+def other_hypers(opt, params):
+    opt.param_groups[0].update(lr=0.5, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.3, maximize=True)
+
+
+def tensor_lr(opt, params):
+    opt.param_groups[0]["lr"] = torch.tensor(0.25)
+
+
+def one_without_gradient(opt, params):
+    params[1].grad = None
+
+
+def all_without_gradient(opt, params):
+    for p in params:
+        p.grad = None
+
+
+def strided_gradient(opt, params):
+    params[1].grad = params[1].grad.t().contiguous().t()
+
+
+def added_group(opt, params):
+    params.append(nn.Parameter(torch.ones(4, 4)))
+    opt.add_param_group({"params": params[-1:], "lr": 0.01})
+
+
+def reloaded(opt, params):
+    opt.load_state_dict(opt.state_dict())
+
+
+def swapped_parameters(opt, params):
+    group = opt.param_groups[0]["params"]
+    group[0], group[1] = group[1], group[0]
+
+
+DISTURBANCES = [
+    replaced_moment,
+    replaced_step,
+    cleared_state,
+    forgotten_tensor,
+    other_storage,
+    other_hypers,
+    tensor_lr,
+    one_without_gradient,
+    all_without_gradient,
+    strided_gradient,
+    added_group,
+    reloaded,
+    swapped_parameters,
+]
+
+
+def make_run(backend, **options):
+    """Three 4x4 matrices and a vector; the vector's first gradient comes at step 3."""
+
+    def gradient(t, i, p):
+        return noise([p], 10 * t + i)[0] if i != 3 or t >= 3 else None
+
+    shapes = [(4, 4), (4, 4), (4, 4), (4,)]
+    return Run(FUSED[backend], shapes, gradient=gradient, lr=0.1, **options)
+
+
+def result(run):
+    tensors = {name: x.clone() for name, x in run.tensors().items()}
+    return tensors, run.opt.freeze_events, run.opt.report().history
+
+
+def searched_anew(monkeypatch):
+    monkeypatch.setattr(Layout, "is_valid", lambda layout, groups, state: False)
+
+
+def disturbed(backend, disturb, options):
+    run = make_run(backend, **options).steps(4)
+    step, run.opt.step = run.opt.step, lambda: None
+    run.steps(1)  # sets the gradients of a step that has not been taken
+    run.opt.step = step
+    disturb(run.opt, run.params)
+    run.opt.step()
+    return result(run.steps(2))
+
+
+def assert_same(one, other):
+    assert one[0].keys() == other[0].keys()
+    for name, x in one[0].items():
+        assert x.equal(other[0][name]) and x.dtype == other[0][name].dtype, name
+    assert repr(one[1:]) == repr(other[1:])  # NaN equals NaN
+
+
+@pytest.mark.parametrize("options", MONITORED.values(), ids=MONITORED)
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
+def test_a_disturbed_run_equals_one_that_searches_in_every_step(
+    backend, disturb, options, monkeypatch
+):
+    found_once = disturbed(backend, disturb, options)
+    searched_anew(monkeypatch)
+    assert_same(found_once, disturbed(backend, disturb, options))
+
+
+@pytest.mark.parametrize("disturb", [replaced_moment, replaced_step, cleared_state])
+def test_a_layout_that_never_looks_again_is_noticed(backend, disturb, monkeypatch):
+    """Negative control: using the tensors of the first step forever gives other numbers."""
+    original, found = Layout.collect, []
+
+    def careless(layout, groups, state, **options):
+        if not found:
+            found.append(original(layout, groups, state, **options))
+        return found[0]._replace(grads=[p.grad for p in found[0].params])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, "collect", careless)
+        patch.setattr(Layout, "is_valid", lambda layout, groups, state: True)
+        wrong = disturbed(backend, disturb, {})
+    searched_anew(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_same(wrong, disturbed(backend, disturb, {}))
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, 2),  # at the first step, and when the vector's first gradient comes
+        ({"tau": 0.0, "grace_steps": 6}, 3),  # and when prev_grad is first needed
+        ({"tau": 0.0, "grace_steps": 6, "statistic": "norm"}, 2),
+        ({"tau": 0.0, "grace_steps": 0, "check_every": 3}, 2),
+    ],
+)
+def test_tensors_are_searched_when_something_is_new(backend, options, expected, monkeypatch):
+    searches, original = [], freezer.prepare_state
+    monkeypatch.setattr(
+        freezer, "prepare_state", lambda *a, **k: searches.append(a) or original(*a, **k)
+    )
+    make_run(backend, **options).steps(10)
+    assert len(searches) == expected
+
+
+def test_a_wrong_gradient_is_an_error_in_any_step(backend):
+    run = make_run(backend).steps(4)
+    before = result(run)
+    wrong = torch.ones(2, 8)
+    for grad, error in [(wrong, ValueError), (wrong.view(4, 4).to_sparse(), RuntimeError)]:
+        p = run.params[1]
+        p.grad = None
+        p.data = p.data.view(grad.shape)  # torch checks the shape on assignment
+        p.grad = grad
+        p.data = p.data.view(4, 4)
+        with pytest.raises(error, match="gradient"):
+            run.opt.step()
+        assert_same(before, result(run))
+
+
+def alive(tensors):
+    gc.collect()
+    return [tensor() is not None for tensor in tensors]
+
+
+def test_gradients_give_their_memory_back(backend):
+    """After `zero_grad()` no engine refers to them."""
+    run = make_run(backend).steps(4)
+    grads = [weakref.ref(p.grad) for p in run.params]
+    run.opt.zero_grad()
+    assert alive(grads) == [False] * 4
+
+
+@pytest.mark.parametrize("how", ["moved", "cleared"])
+def test_state_that_is_moved_away_gives_its_memory_back(backend, how):
+    """Frameworks put the optimizer's state elsewhere between two steps, to use the memory."""
+    run = make_run(backend).steps(4)
+    states = list(run.opt.state.values())
+    moments = [weakref.ref(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")]
+    for state in states:
+        if how == "moved":
+            state.update((key, x.clone()) for key, x in state.items() if torch.is_tensor(x))
+    if how == "cleared":
+        run.opt.state.clear()
+    del states, state
+    assert alive(moments) == [False] * 8
+
+
+def test_a_decision_and_a_release_give_their_memory_back(backend):
+    """prev_grad with the decision, moments when the gradients stop."""
+    run = make_run(backend, tau=math.inf, grace_steps=4).steps(4)
+    state = run.opt.state[run.params[0]]
+    kept = [weakref.ref(state["prev_grad"]), weakref.ref(state["exp_avg"])]
+    assert state["prev_grad"].shape == (4, 4)
+    run.steps(1)
+    assert len(run.opt.frozen_units) == 3
+    assert alive(kept) == [False, True]
+    run.opt.apply_freezes()
+    assert alive(kept) == [False, False]
+
+
+def test_a_thawed_matrix_is_measured_again(backend):
+    run = make_run(backend, tau=math.inf, grace_steps=1, stop_grad=False).steps(5)
+    assert len(run.opt.frozen_units) == 3
+    run.opt.thaw()
+    run.steps(2)
+    assert len(run.opt.frozen_units) == 3
+
+
+def test_a_matrix_that_replaces_a_frozen_one_is_measured_from_the_start(backend):
+    """The old tensor's state is removed with it; the new one freezes, and its hook is called."""
+    run = make_run(backend, tau=math.inf, grace_steps=1, stop_grad=False)
+    run.steps(2)
+    assert len(run.reported) == 3
+    del run.opt.state[run.params[1]], run.reported[:]
+    run.params[1] = run.opt.param_groups[0]["params"][1] = nn.Parameter(torch.ones(4, 4))
+    run.steps(2)
+    assert run.reported == ["group0.param1"]
+    assert run.opt.state[run.params[1]]["prev_grad"].numel() == 0

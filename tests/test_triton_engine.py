@@ -1,0 +1,441 @@
+"""The engine around the Triton kernels: changes during a run, launches, checkpoints, dispatch."""
+
+import copy
+import gc
+import importlib.util
+import io
+import math
+import pickle
+import weakref
+
+import pytest
+import torch
+import triton_runs as tr
+from harness import snapshot
+from torch import nn
+
+from grades_kernels import GradESAdamW
+from grades_kernels.backends.native import why_not_loaded
+from grades_kernels.backends.select import why_not_triton
+from grades_kernels.freezer import Freezer
+
+pytestmark = [pytest.mark.gpu] if tr.CUDA else []
+
+
+# Changes during a run -------------------------------------------------------------------------
+
+
+def without(*missing, at):
+    """A step in which some tensors have no gradient."""
+
+    def act(run):
+        if run.t + 1 in at:
+            return [None if i in missing else g for i, g in enumerate(tr.usual(run))]
+
+    return act
+
+
+def filled(value, *chosen, at):
+    def act(run):
+        if run.t + 1 in at:
+            return [
+                torch.full_like(g, value) if i in chosen else g for i, g in enumerate(tr.usual(run))
+            ]
+
+    return act
+
+
+def once(at, action):
+    """`action(run)` before step `at`."""
+
+    def act(run):
+        if run.t + 1 == at:
+            action(run)
+
+    return act
+
+
+def set_group(**values):
+    return lambda run: run.opt.param_groups[0].update(values)
+
+
+def add_group(run):
+    run.params.append(nn.Parameter(torch.full((4, 6), 0.5, device=tr.DEVICE)))
+    run.opt.add_param_group({"params": [run.params[-1]], "lr": 0.01, "statistic": "norm"})
+
+
+def replace_data(run):
+    for p in run.params:
+        p.data = p.detach().clone()
+
+
+def double(key, in_place=True):
+    """Twice its value at another address: as `x.data = x.data.to(device)` does, or a new tensor.
+
+    The old memory stays allocated, so that an engine that goes on with it differs.
+    """
+
+    def act(run):
+        for state in run.opt.state.values():
+            if key in state:
+                run.old = state[key].data, getattr(run, "old", None)
+                if in_place:
+                    state[key].data = state[key].data * 2
+                else:
+                    state[key] = state[key] * 2
+
+    return act
+
+
+def scale_state(run):
+    for state in run.opt.state.values():
+        state["exp_avg"].mul_(0.5)
+        state["step"].add_(3)
+
+
+def load_other_moments(run):
+    state_dict = copy.deepcopy(run.opt.state_dict())
+    for entry in state_dict["state"].values():
+        entry["exp_avg"].mul_(0.5)
+    run.opt.load_state_dict(state_dict)
+
+
+def scheduled(run):
+    if run.t == 0:
+        run.scheduler = torch.optim.lr_scheduler.OneCycleLR(run.opt, max_lr=0.1, total_steps=20)
+    else:
+        run.scheduler.step()
+
+
+def in_place_lr(run):
+    run.opt.param_groups[0]["lr"].mul_(0.9)
+
+
+def lower_tau(run):
+    run.opt.param_groups[0]["tau"] = 80.0 * 0.9**run.t
+
+
+def same_buffers(run):
+    """Gradients in a buffer of the user's, at the same address every step."""
+    grads = tr.usual(run)
+    run.buffer = getattr(run, "buffer", [torch.empty_like(g) for g in grads])
+    for buffer, g in zip(run.buffer, grads, strict=True):
+        buffer.copy_(g)
+    return run.buffer
+
+
+SIGNAL = {"statistic": "signal", "tau": 0.5}
+SLOW = {"tau": 20.0}  # a later freeze, so that the change falls into the active phase
+SCENARIOS = {
+    "a matrix without gradient": (SLOW, without(0, at=(3, 4))),
+    "no gradient on the last step before a check": (SLOW, without(0, 1, at=(2,))),
+    "no gradient anywhere": (SLOW, without(0, 1, 2, at=(4,))),
+    "no gradient in the first step": (SLOW, without(0, 1, 2, at=(1,))),
+    "a first gradient after the first check": (SLOW, without(1, at=range(1, 5))),
+    "a bias with a late first gradient": (SLOW, without(2, at=range(1, 5))),
+    "zero gradients": (SLOW, filled(0.0, 0, 1, at=(4, 5))),
+    "gradients that are not finite": (SLOW, filled(math.inf, 0, at=(4,))),
+    "gradients that are not numbers": ({**SLOW, "amsgrad": True}, filled(math.nan, 0, at=(4,))),
+    "gradients at one address": (SLOW, same_buffers),
+    "gradients that are not finite, signal": (SIGNAL, filled(math.inf, 0, at=(4,))),
+    "zero gradients, signal": (SIGNAL, filled(0.0, 0, 1, at=(4, 5))),
+    "a first gradient after the first check, signal": (SIGNAL, without(1, at=range(1, 5))),
+    "tau lower": ({}, once(3, set_group(tau=5.0))),
+    "tau higher": (SLOW, once(4, set_group(tau=500.0))),
+    "a tau for every step": ({}, lower_tau),
+    "a tau for every step, max_frozen": ({"max_frozen": 0.5}, lower_tau),
+    "tau taken away": ({"tau": 1.0}, once(4, set_group(tau=None))),
+    "tau comes late": ({"tau": None}, once(4, set_group(tau=50.0))),
+    "another statistic": (SLOW, once(4, set_group(statistic="momentum"))),
+    "change after norm": ({**SLOW, "statistic": "norm"}, once(4, set_group(statistic="change"))),
+    "lr, betas and decay": (SLOW, once(3, set_group(lr=0.1, betas=(0.1, 0.7), weight_decay=0.5))),
+    "maximize": (SLOW, once(3, set_group(maximize=True))),
+    "another group": (SLOW, once(4, add_group)),
+    "thaw of everything": ({}, once(6, lambda run: run.opt.thaw())),
+    "thaw of one": ({}, once(5, lambda run: run.opt.thaw("group0.param1"))),
+    "thaw while cooling": ({"cooldown": 3}, once(5, lambda run: run.opt.thaw())),
+    "a checkpoint of its own": (SLOW, once(4, lambda r: r.opt.load_state_dict(r.opt.state_dict()))),
+    "a checkpoint with other moments": (SLOW, once(4, load_other_moments)),
+    "parameters with other storage": (SLOW, once(4, replace_data)),
+    "other moments": (SLOW, once(4, double("exp_avg", in_place=False))),
+    "other previous gradients": (SLOW, once(4, double("prev_grad", in_place=False))),
+    "steps at other addresses": (SLOW, once(4, double("step"))),
+    "moments at other addresses": (SLOW, once(4, double("exp_avg_sq"))),
+    "prev_grad at other addresses": (SLOW, once(4, double("prev_grad"))),
+    "state cleared": (SLOW, once(4, lambda run: run.opt.state.clear())),
+    "state changed in place": (SLOW, once(4, scale_state)),
+    "a scheduler": ({}, scheduled),
+    "lr as a tensor": ({"lr": torch.tensor(0.03), "foreach": False}, in_place_lr),
+    "lr as a tensor of one dimension": ({"lr": torch.tensor([0.03])}, in_place_lr),
+    "betas as tensors": ({"betas": (torch.tensor(0.8), torch.tensor(0.97))}, lambda run: None),
+    "total_steps exceeded": ({"total_steps": 4, "grace_steps": None}, lambda run: None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:total_steps=4 is exceeded")
+@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_changes_during_a_run(name, timing):
+    """Whatever the user changes between steps is honoured in the very next one."""
+    options, act = SCENARIOS[name]
+    tr.compare(act=act, **options, freeze_timing=timing)
+
+
+@pytest.mark.skipif(tr.CUDA, reason="another backend serves the tensor on the CPU alone")
+def test_a_parameter_that_becomes_a_view_with_gaps_is_served_elsewhere():
+    """The kernels walk through memory, gaps included, so the backend is chosen anew."""
+    ours, theirs = tr.both(**SLOW)
+    for run in (ours, theirs):
+        run.steps(3)
+        p = run.params[0]
+        run.around = torch.full((*p.shape, 2), 7.0)
+        run.around[..., 0] = p.detach()
+        p.data = run.around[..., 0]
+    if why_not_loaded() is not None:
+        with pytest.raises(RuntimeError, match="native op is not built"):
+            ours.steps(1)
+    else:
+        ours.steps(2), theirs.steps(2)
+        assert ours.opt.backend == "native"
+        for p, q in zip(ours.params, theirs.params, strict=True):
+            torch.testing.assert_close(p, q)
+    assert ours.around[..., 1].eq(7.0).all()
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["triton", "reference"])
+def test_a_changed_tau_makes_nothing_anew(fused, monkeypatch):
+    """Not even where it changes in every step: neither units nor engines."""
+    run = tr.start(fused, tau=1.0).steps(3)
+    table, engines, mapped = run.opt._freezer.table, run.opt._freezer.engines, []
+    monkeypatch.setattr(Freezer, "map_units", lambda *args: mapped.append(args))
+    for tau in (2.0, 30.0, 60.0):
+        run.opt.param_groups[0]["tau"] = tau
+        run.steps(1)
+        assert {unit.tau for unit in run.opt._freezer.table.units} == {tau}
+    assert run.opt._freezer.table is table and run.opt._freezer.engines is engines and not mapped
+    taus = [(event.step, event.tau) for event in run.opt.freeze_events]
+    assert taus == [(5, 30.0), (6, 60.0)]
+
+
+# Launches -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The number of programs of each launch of `step_kernel`."""
+    engine, launches = tr.module("triton_engine"), []
+    kernel = engine.step_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid[0])
+            return kernel[grid]
+
+    monkeypatch.setattr(engine, "step_kernel", Counted())
+    return launches
+
+
+@pytest.mark.parametrize("n_matrices", [1, 7])
+@pytest.mark.parametrize(
+    ("timing", "expected"), [("same_step", [1, 1, 2, 2]), ("next_step", [1, 1, 1, 1])]
+)
+def test_launches_do_not_depend_on_the_number_of_matrices(timing, expected, n_matrices, launched):
+    """One launch a step; a second one only for a check before the update."""
+    run = tr.start(True, ((3, 3),) * n_matrices + ((4,),), tau=0.0, freeze_timing=timing)
+    seen = []
+    for _ in expected:
+        launched.clear()
+        run.steps(1)
+        seen.append(len(launched))
+    assert seen == expected
+
+
+def test_launches_per_combination_of_dtypes(launched):
+    """bf16 beside fp32 costs one launch more; a bias in fp32 joins the launch of the matrices."""
+    params = [torch.ones(shape, device=tr.DEVICE) for shape in ((3, 3), (4, 4), (5,))]
+    params = tr.mixed_dtypes(params, (torch.float32, torch.bfloat16, torch.float32))
+    run = tr.start(params=params, tau=0.0, freeze_timing="next_step")
+    for _ in range(4):
+        launched.clear()
+        run.steps(1)
+        assert len(launched) == 2
+
+
+def test_dropped_tensors_are_not_launched(launched):
+    """From the step after its decision on, a frozen matrix has no program in any launch."""
+    run = tr.start(True, ((4, 2048), (3, 5), (7,)), tau=1e9, grace_steps=1).steps(2)
+    assert launched[-1] == 4 + 1 + 1
+    run.steps(1)
+    assert run.opt.all_frozen
+    assert launched[-1] == 1
+
+
+def test_the_tables_are_built_twice_a_run(monkeypatch):
+    """At the first step, and once more before the first check, with the previous gradients."""
+    engine, built = tr.module("triton_engine"), []
+    tables = engine.DeviceTables
+    monkeypatch.setattr(engine, "DeviceTables", lambda *args: built.append(1) or tables(*args))
+    tr.start(stop_grad=False, tau=0.0, grace_steps=3).steps(8)
+    assert len(built) == 2
+
+
+def test_frozen_tensors_give_their_memory_back():
+    """Moments and previous gradients: an engine stores addresses, and nothing the tensors."""
+    run = tr.start(stop_grad=True).steps(2)
+    state = run.opt.state[run.params[1]]
+    stored = [weakref.ref(state[key]) for key in ("exp_avg", "exp_avg_sq", "prev_grad")]
+    engine = tr.engine_of(run.steps(1))
+    run.steps(2)
+    assert tr.engine_of(run) is engine and run.opt.frozen_units == ["group0.param1"]
+    gc.collect()
+    assert [tensor() for tensor in stored] == [None] * 3
+
+
+def test_the_default_device_of_torch_does_not_matter():
+    """torch.set_default_device, while tables are laid out and steps are taken."""
+    ours, theirs = tr.both()
+    for run in (ours, theirs):
+        run.steps(1)
+        for _ in range(5):
+            grads = tr.usual(run)
+            with torch.device("meta"):
+                run.step(*grads)
+    tr.assert_same(ours, theirs)
+
+
+# Checkpoints, copies, another backend ---------------------------------------------------------
+
+
+def continued(source, fused, options):
+    """A new run that goes on from `source` by way of a saved checkpoint."""
+    torch.save(source.opt.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    run = tr.start(fused, **options)
+    for p, q in zip(run.params, source.params, strict=True):
+        p.data.copy_(q)
+    run.opt.load_state_dict(torch.load(file, weights_only=True))
+    run.t = source.t
+    return run
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("options", [{"patience": 2}, {"cooldown": 3}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("first", [True, False], ids=["from triton", "to triton"])
+def test_checkpoints_cross_backends(first, options, at):
+    """The other backend goes on from a checkpoint, with hits half counted, as if it had run from
+    the start."""
+    source = tr.start(first, **options).steps(at)
+    if at == 3 and "patience" in options:
+        source.opt.state_dict()
+        assert [source.opt.state[p]["grades_hits"] for p in source.params[:2]] == [0, 1]
+    run = continued(source, not first, options).steps(9 - at)
+    source.steps(9 - at)
+    tr.assert_same(*((source, run) if first else (run, source)))
+    assert len(run.events) == 2
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_copies_in_the_middle_of_a_run(at, how):
+    """A copy has its own tables: both go on to the same bits, and neither changes the other."""
+    run = tr.start(patience=2).steps(at)
+    twin = copy.copy(run)
+    parts = run.opt, run.params
+    copied = pickle.loads(pickle.dumps(parts)) if how == "pickle" else copy.deepcopy(parts)
+    twin.opt, twin.params = copied
+    assert twin.opt.param_groups[0]["params"][0] is twin.params[0] is not run.params[0]
+    before = snapshot(run.opt)
+    twin.steps(9 - at)
+    tr.assert_same_bits(run, before)
+    run.steps(9 - at)
+    tr.assert_same_bits(twin, run)
+    assert len(run.events) == 2
+
+
+def test_changing_the_backend_between_steps():
+    """fused may be switched in the group: the run goes on as if nothing had happened."""
+    run, plain = tr.both(patience=2)
+    for t in range(1, 9):
+        run.opt.param_groups[0]["fused"] = t % 3 != 0
+        run.steps(1), plain.steps(1)
+    run.opt.param_groups[0]["fused"] = True
+    tr.assert_same(run, plain)
+
+
+# Dispatch -------------------------------------------------------------------------------------
+
+
+def p_of(*shape, **options):
+    return nn.Parameter(torch.zeros(*shape, **{"device": tr.DEVICE, **options}))
+
+
+REFUSED = {
+    "no torch.float64": lambda: [p_of(2, 2), p_of(2, 2, dtype=torch.float64)],
+    "no torch.complex64": lambda: [p_of(2, 2, dtype=torch.complex64)],
+    "view with gaps": lambda: [nn.Parameter(p_of(4, 4).detach()[:, ::2])],
+    "DTensor or a view": lambda: [nn.Parameter(p_of(4).detach().expand(3, 4))],  # overlaps
+    "devices of several kinds": lambda: [p_of(2, 2), p_of(2, 2, device="meta")],
+    "do not run on 'meta'": lambda: [p_of(2, 2, device="meta")],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_why_not_triton_names_the_reason(reason):
+    """fused=True is an error then, which names a way out."""
+    assert reason in why_not_triton(REFUSED[reason](), interpret=True)
+    if "meta" in reason or "kinds" in reason:
+        with pytest.raises(RuntimeError, match=r"fused=True is not possible.*fused=None.*=False"):
+            GradESAdamW(REFUSED[reason](), fused=True).step()  # known once it is no meta tensor
+    for fused in (None, False):
+        assert GradESAdamW(REFUSED[reason](), fused=fused).backend != "triton"
+
+
+def test_a_unit_on_two_devices_is_refused():
+    units = [[p_of(2, 3), p_of(3, 2, device="meta")]]
+    reason = why_not_triton([p_of(2, 2)], interpret=True, units=units)
+    assert reason == "the tensors of one unit are on several devices"
+
+
+def test_the_interpreter_has_to_be_asked_for(monkeypatch):
+    """By fused=True and by a variable that the reason names."""
+    p = nn.Parameter(torch.zeros(2, 2))
+    assert "TRITON_INTERPRET=1" in why_not_triton([p], interpret=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in why_not_triton([p], interpret=True)
+
+
+def test_without_triton_another_backend_serves(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find_spec(name)
+    )
+    assert why_not_triton([p_of(2, 2)], interpret=True) == "triton is not installed"
+    assert GradESAdamW([p_of(2, 2)]).backend != "triton"
+
+
+def test_backend_names_what_runs():
+    """fused=None is Triton on a CUDA device and never the interpreter."""
+    monitored = {"fused": True, "tau": 1.0, "grace_steps": 0}
+    for expected, options in (
+        ("triton", {"fused": True}),
+        ("triton", {"capturable": True, **monitored}),
+        ("reference", {"capturable": True, "fused": True}),
+        ("reference", {"foreach": True}),
+        ("reference", {"differentiable": True}),
+    ):
+        assert GradESAdamW([p_of(2, 2)], **options).backend == expected
+    assert (GradESAdamW([p_of(2, 2)]).backend == "triton") == tr.CUDA
+    optimizer = GradESAdamW([p_of(2, 2)], **monitored)
+    optimizer.param_groups[0]["fused"] = False
+    assert optimizer.backend == "reference" == optimizer.report().backend
+
+
+@pytest.mark.skipif(tr.CUDA, reason="CUDA tensors may be captured")
+@pytest.mark.parametrize("tau", [50.0, None])
+def test_capturable_on_the_cpu_is_refused_as_torch_refuses_it(tau):
+    """An AssertionError that names the devices, before anything has changed."""
+    run = tr.start(capturable=True, tau=tau)
+    before = snapshot(run.opt)
+    with pytest.raises(AssertionError, match="capturable=True"):
+        run.steps(1)
+    tr.assert_same_bits(run, before)

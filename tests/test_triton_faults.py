@@ -1,0 +1,157 @@
+"""Negative controls of the Triton tests: kernels, tables and engines that are wrong on purpose."""
+
+import importlib
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import test_triton_engine as engine
+import test_triton_kernels as kernels
+import test_triton_parity as parity
+import test_triton_scaling as scaling
+import torch
+from triton_runs import CUDA
+
+pytestmark = [pytest.mark.gpu] if CUDA else []
+MODULES = ("triton_kernels", "triton_tables", "triton_engine")  # in the order of their imports
+
+
+def variant(statistic="change", timing="same_step", amsgrad=False, maximize=True):
+    test = parity.test_every_variant_equals_the_reference
+    return partial(test, statistic, timing, amsgrad, maximize)
+
+
+def option(name):
+    return partial(parity.test_every_option_equals_the_reference, name, False)
+
+
+def framed(n, offset):
+    return partial(kernels.test_nothing_around_a_tensor_is_written, n, offset, "next_step", False)
+
+
+def change(name, timing="same_step"):
+    return partial(engine.test_changes_during_a_run, name, timing)
+
+
+def with_patch(test, *args):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        test(*args, monkeypatch)
+
+
+OVERFLOW = partial(scaling.test_an_overflow_writes_nothing, 3, "same_step", True)
+# Each fault is an edit of a module's text, "old -> new", with the test that has to notice it.
+KERNEL_FAULTS = {
+    "(start, stop, BLOCK) -> (start, stop - BLOCK + 1, BLOCK)": partial(
+        parity.test_shapes, (1, 513), "next_step"
+    ),
+    "BLOCK).to(tl.int32) -> BLOCK).to(tl.int32) - 1": partial(
+        parity.test_shapes, (1, 511), "next_step"
+    ),
+    "BLOCK).to(tl.int32) -> BLOCK).to(tl.int32) + 1": framed(513, 3),
+    "aligned & (first + BLOCK <= n_elements) -> aligned": framed(513, 0),
+    "        if task == 0:\n            return\n -> ": partial(
+        with_patch, kernels.test_frozen_tensors_keep_every_bit, "usual", False
+    ),
+    "FIELDS.unit)) != 0.0 -> FIELDS.unit)) > 1.0": variant(),
+    "decided_ptr + tl.load(row + FIELDS.unit) -> decided_ptr": variant(),
+    "(task & FIELDS.freezes_flag) != 0 -> task != 0": option("cooldown"),
+    "keeping = False -> pass": partial(
+        kernels.test_a_decision_takes_effect_in_its_own_step, "same_step", 2
+    ),
+    "< tl.load(unit_row + FIELDS.tau) -> <= tl.load(unit_row + FIELDS.tau)": partial(
+        parity.test_tau_is_compared_strictly, "change", "same_step"
+    ),
+    "(magnitude > 0) -> (magnitude >= 0)": change("zero gradients", "next_step"),
+    ' & (magnitude < float("inf")) -> ': change("gradients that are not finite, signal"),
+    "FIELDS.is_measured) != 0.0 -> FIELDS.is_measured) >= 0.0": change("a matrix without gradient"),
+    "(value > 0) | -> (value >= 0) |": option("weight change, lr zero"),
+    "numerator = m\n -> numerator = m + (signed - m) * tl.load(coefficients)\n": variant(
+        "signal", "next_step", maximize=False
+    ),
+    "p.to(PARAM).to(tl.float32) - before -> p - before": partial(
+        kernels.test_weight_change_is_measured_after_rounding, torch.bfloat16
+    ),
+    "FIELDS.hits_missing) <= 1.0 -> FIELDS.hits_missing) <= 9.0": option("patience"),
+    "tl.load(found_inf_ptr) != 0.0 -> tl.load(found_inf_ptr) > 1e30": OVERFLOW,
+    "_store(grad_address, first, n_left, g, GRAD, FULL, BLOCK) -> pass": partial(
+        scaling.test_the_unscaled_gradient_is_written_back, "same_step", "same"
+    ),
+    "tl.load(coefficients + FIELDS.sign) -> 1.0": variant("momentum", amsgrad=True),
+    "tl.maximum(v, v_max, propagate_nan=tl.PropagateNan.ALL) -> v": variant(
+        "norm", "next_step", amsgrad=True, maximize=False
+    ),
+    "partial, tl.sum(numerators) -> partial, tl.load(partial) + tl.sum(numerators)": variant(),
+}
+TABLE_FAULTS = {
+    "past = steps_taken[ratio] -> past = steps_taken[ratio] + 1": variant("signal", maximize=False),
+    "np.sqrt(1 - beta2[ratio] ** past) -> 1": variant("signal", "next_step", maximize=False),
+    '[1 if u.statistic == "signal" else u.n_elements for u -> [u.n_elements for u': option(
+        "signal, per element"
+    ),
+    'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': partial(
+        with_patch, engine.test_a_changed_tau_makes_nothing_anew, True
+    ),
+    "n_chosen == self.n_tensors -> n_chosen > 0": partial(
+        parity.test_units_of_two_tensors, 0, "same_step"
+    ),
+    '["one_minus_beta2"] = 1 - beta2 -> ["one_minus_beta2"] = 1 - beta2.astype("f4")': option(
+        "beta1 below a half"
+    ),
+    "steps = steps_taken + 1 -> steps = steps_taken + 2": variant(),
+    "= lr * weight_decay -> = 0": variant(),
+    "lr * np.array(lr_factors) -> lr": option("cooldown"),
+    'np.isin(self.rows["unit"], frozen) -> self.rows["unit"] >= 0': variant(),
+}
+ENGINE_FAULTS = {
+    "(self.steps == 0)] = 0 -> (self.steps < 0)] = 0": option("momentum, no grace"),
+    "g is not None and not same_memory_order(g, p) -> g is None": partial(
+        parity.test_layouts, "transposed", "contiguous"
+    ),
+    "addresses != self.addresses -> not addresses": change("moments at other addresses"),
+    "or self.step_versions != -> or False and self.step_versions !=": change(
+        "state changed in place"
+    ),
+    "table.config.is_check(table.t + 1) -> True": partial(
+        kernels.test_other_steps_do_not_touch_the_previous_gradient
+    ),
+    "if happened: -> if True:": partial(
+        scaling.test_a_run_with_overflows_equals_one_without, (3,), "next_step", False
+    ),
+    "not (pending.scaled and results[-1] != 0) -> True": OVERFLOW,
+}
+FAULTS = {
+    edit: (file, check)
+    for file, faults in zip(MODULES, (KERNEL_FAULTS, TABLE_FAULTS, ENGINE_FAULTS), strict=True)
+    for edit, check in faults.items()
+}
+
+
+@pytest.mark.parametrize("edit", FAULTS)
+def test_faults_are_noticed(edit, monkeypatch, tmp_path):
+    """Each edit of a copy of the modules makes a test fail, or host and device disagree."""
+    file, check = FAULTS[edit]
+    old, new = edit.split(" -> ")
+    for module in MODULES:
+        full = f"grades_kernels.backends.{module}"
+        source = Path(importlib.import_module(full).__file__).read_text()
+        if module == file:
+            assert old in source, "the fault no longer fits the source"
+            source = source.replace(old, new)
+        path = tmp_path / f"{module}.py"  # a file: Triton reads the source of its kernels
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(full, path)
+        copied = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, full, copied)
+        spec.loader.exec_module(copied)
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        check()
+    assert isinstance(caught.value, AssertionError) or "decided differently" in str(caught.value)
+
+
+def test_the_checks_pass_without_a_fault(monkeypatch, tmp_path):
+    """Also in a copy of the modules."""
+    monkeypatch.setitem(FAULTS, "norm -> norm", ("triton_kernels", variant()))
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_faults_are_noticed("norm -> norm", monkeypatch, tmp_path)
