@@ -78,6 +78,14 @@ def grades_adamw(
         units=members.values(),
     )
     devices = {p.device for p in params}
+    if backend == "triton" and len(devices) > 1:
+        if fused:
+            raise RuntimeError(
+                "fused=True is not possible: the parameters are on several devices, "
+                f"{sorted(map(str, devices))}. Use GradESAdamW, which has an engine for each, or "
+                "fused=None."
+            )
+        backend = "reference"
     table = table if table is not None else FreezeTable(FreezeConfig())
     options = GroupOptions(
         lr,
@@ -106,14 +114,13 @@ def grades_adamw(
         [(options, len(params))],
     )
     engine: Engine
-    if backend == "triton" and len(devices) == 1:
+    if backend == "triton":
         from .backends.triton_engine import TritonEngine
 
         engine = TritonEngine(tensors, units, devices.pop())
     else:
-        host = "native" if backend == "native" else "reference"
-        unscales = host == "native" or bool(capturable and fused)
-        engine = HostEngine(run_tasks_of([host]), tensors, units, unscales=unscales)
+        unscales = backend == "native" or bool(capturable and fused)
+        engine = HostEngine(run_tasks_of([backend]), tensors, units, unscales=unscales)
     take_step([engine], table, None, grad_scale, found_inf)
     read_back([engine], table, None)
 

@@ -1266,3 +1266,22 @@ def test_hand_computed_numbers_differ_under_plain_adam(monkeypatch):
     monkeypatch.setitem(globals(), "GradESAdamW", adam)
     with pytest.raises(AssertionError):
         test_order_of_the_arithmetic(*HAND_COMPUTED["adamw"])
+
+
+def test_functional_form_refuses_fused_on_several_devices(monkeypatch):
+    """It never falls back to the reference silently; meta stands for a second device here."""
+    monkeypatch.setattr("grades_kernels.functional.choose", lambda *a, **k: "triton")
+    params = [torch.ones(2), torch.ones(2, device="meta")]
+    columns = [[torch.zeros_like(p) for p in params] for _ in range(3)]
+    hyper = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "lr": 0.1, "weight_decay": 0.0}
+    with pytest.raises(RuntimeError, match=r"fused=True.*several devices.*meta"):
+        grades_adamw(
+            params,
+            *columns,
+            [],
+            [torch.zeros(())] * 2,
+            fused=True,
+            eps=1e-8,
+            maximize=False,
+            **hyper,
+        )
