@@ -607,6 +607,19 @@ def test_statistics_of_sharded_tensors(statistic):
     assert not any(map(math.isnan, measured))
 
 
+def placed_without_sum():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed.Ranks, "sum_shards", lambda self, rows: rows)
+        return placed("norm")
+
+
+def test_without_the_sum_over_shards_statistics_are_wrong():
+    """Negative control: the largest shard is not the whole."""
+    measured, expected = ranks.run(4, placed_without_sum)[0]
+    wrong = [m != pytest.approx(e, rel=1e-3) for m, e in zip(measured, expected, strict=True)]
+    assert sum(wrong) > len(wrong) / 2
+
+
 def test_stopping_gradients_under_fsdp2():
     """requires_grad goes in waves on all ranks together, and masking alone trains the same."""
     own = {**CHANGE, "tau": 4.0}
