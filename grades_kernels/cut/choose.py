@@ -34,7 +34,7 @@ from .cut import Candidate, Cut, disable_input_grads
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-MEASURED_PLACES = 8
+MEASURED_PLACES = 4
 """Cuts whose cost is measured; those between them are interpolated, as blocks are alike."""
 
 
