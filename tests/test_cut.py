@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grades_kernels import FreezeReport, GradESAdamW, choose_cut, grades_param_groups
+from grades_kernels import Cut, FreezeReport, GradESAdamW, choose_cut, grades_param_groups
 from grades_kernels.cut import choose
 from grades_kernels.cut.blocks import find_stack
 from grades_kernels.cut.cut import Candidate
@@ -327,6 +327,10 @@ def test_a_cut_can_be_pickled_printed_drawn_and_written(tmp_path):
     assert "<- chosen" in str(cut) and "above the blocks" in str(cut)
     assert cut.to_dict()["k"] == 1 and len(cut.to_dict()["gains"]) == 6
     assert cut.plot(tmp_path / "cut").stat().st_size > 0
+    assert Cut.load(cut.save(tmp_path / "deep" / "cut.json")) == cut
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json' is not a cut"):
+        Cut.load(tmp_path / "other.json")
 
 
 def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
