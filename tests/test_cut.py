@@ -6,9 +6,13 @@ import pickle
 import random
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from grades_kernels import Cut, FreezeReport, GradESAdamW, choose_cut, grades_param_groups
@@ -423,3 +427,48 @@ def test_a_probe_that_writes_to_the_weights_would_be_noticed(monkeypatch):
     monkeypatch.setattr(choose, "GradESAdamW", lambda *a, lr, **k: real(*a, lr=0.1, **k))
     choose_cut(model, loss_of, batches())
     assert any((p.detach().numpy() != before[n]).any() for n, p in model.named_parameters())
+
+
+# Several processes
+
+
+def cut_in_a_job(kind):
+    """The cut that this rank gets from its half of every batch, and the model after it."""
+    model = make(dim=16)
+    # bits() of a wrapped model would compare DTensors and reducers, so only what may differ.
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    elif kind == "fsdp2":
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    cut = choose_cut(model, loss_of, [batch[half] for batch in batches()])
+    inner = model.module if kind == "ddp" else model
+    for name, p in inner.named_parameters():
+        whole = p.full_tensor() if kind == "fsdp2" else p
+        assert torch.equal(whole, before[name]) and p.grad is None
+    cut.at(2).apply(inner)
+    if kind == "ddp":
+        model = DistributedDataParallel(inner)
+    optimizer = GradESAdamW([p for p in inner.parameters() if p.requires_grad], lr=0.01)
+    loss_of(model, batches()[0][half]).backward()
+    optimizer.step()
+    moved = []
+    for name, p in inner.named_parameters():
+        whole = p.full_tensor() if kind == "fsdp2" else p
+        moved += [] if torch.equal(whole, before[name]) else [name]
+    assert not set(moved) & set(cut.at(2).frozen) and moved
+    return cut
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "not wrapped"])
+def test_the_ranks_choose_the_cut_of_one_process_with_the_whole_batch(kind):
+    first, second = ranks.run(2, cut_in_a_job, kind)
+    alone = cut_of(make(dim=16))
+    assert first == second
+    assert (first.k, first.stack, first.segments) == (alone.k, alone.stack, alone.segments)
+    for got, expected in zip(first.candidates, alone.candidates, strict=True):
+        assert got.gain == pytest.approx(expected.gain, rel=1e-3)
+        assert got.cost == pytest.approx(expected.cost, rel=1e-3)
