@@ -159,6 +159,29 @@ def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
     assert find_stack(model).name == "layers"
 
 
+def test_a_stack_may_alternate_two_classes_and_a_model_is_none():
+    layers = nn.ModuleList(nn.Linear(2, 2) if k % 2 else nn.LayerNorm(2) for k in range(4))
+    model = nn.ModuleDict({"embed": nn.Embedding(2, 2), "layers": layers, "norm": nn.LayerNorm(2)})
+    assert find_stack(model).name == "layers"
+    with pytest.raises(ValueError, match="has no repeated blocks"):
+        find_stack(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+
+
+def test_blocks_are_counted_as_they_run():
+    class Reversed(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for layer in reversed(self.layers):
+                x = layer(x)
+            return self.head(x.mean(1))
+
+    torch.manual_seed(0)
+    cut = cut_of(Reversed())
+    assert cut.segments[1][0].startswith("layers.3.")
+    cost = [candidate.cost for candidate in cut.candidates]
+    assert cost == sorted(cost, reverse=True) and cost[-1] < 0.5
+
+
 # The measurement
 
 
