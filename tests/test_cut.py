@@ -1,5 +1,6 @@
 """choose_cut and Cut.apply: what they choose, what they freeze, and that nothing else changes."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -15,7 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from grades_kernels import Cut, FreezeReport, GradESAdamW, choose_cut, grades_param_groups
+from grades_kernels import (
+    ActivationCache,
+    Cut,
+    FreezeReport,
+    GradESAdamW,
+    choose_cut,
+    grades_param_groups,
+)
 from grades_kernels.cut import choose
 from grades_kernels.cut.blocks import find_stack
 from grades_kernels.cut.cut import Candidate
@@ -495,3 +503,88 @@ def test_the_ranks_choose_the_cut_of_one_process_with_the_whole_batch(kind):
     for got, expected in zip(first.candidates, alone.candidates, strict=True):
         assert got.gain == pytest.approx(expected.gain, rel=1e-3)
         assert got.cost == pytest.approx(expected.cost, rel=1e-3)
+
+
+# Activations of the frozen prefix
+
+
+def cached(model, k=2, **options):
+    cut = cut_of(model).at(k)
+    cut.apply(model, eval_frozen=True)
+    return ActivationCache(model, cut, **{"max_bytes": 1e6, **options})
+
+
+def train_epochs(model, cache, n=3):
+    """Losses of three epochs in another order each, and how often the lowest block computed."""
+    optimizer = GradESAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    runs, losses = [], []
+    handle = model.layers[0].fc1.register_forward_hook(lambda *_: runs.append(1))
+    data = torch.cat(batches(4))
+    for epoch in range(n):
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(epoch))
+        torch.manual_seed(epoch)
+        for ids in order.split(8):
+            model.train()
+            with cache.rows(ids) if cache else contextlib.nullcontext():
+                loss = loss_of(model, data[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    handle.remove()
+    return losses, len(runs)
+
+
+def with_cut(**options):
+    model = make(**options)
+    cut_of(model).at(2).apply(model, eval_frozen=True)
+    return model
+
+
+def test_later_epochs_skip_the_frozen_blocks_with_the_same_bits():
+    model, other = make(dropout=0.2), with_cut(dropout=0.2)
+    cache = cached(model)
+    with_cache, runs = train_epochs(model, cache)
+    without, all_runs = train_epochs(other, None)
+    assert with_cache == without and (runs, all_runs) == (4, 12)
+    assert cache.n_skipped == 8 and cache.n_bytes == 32 * 6 * 12 * 4
+    assert "forward" not in model.layers[0].__dict__
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_rows_in_half_precision_and_beyond_the_limit():
+    expected = train_epochs(with_cut(), None)[0]
+    model = make()
+    half, runs = train_epochs(model, cached(model, dtype=torch.bfloat16))
+    assert runs == 4 and half == pytest.approx(expected, rel=0.02)
+    model = make()
+    small = cached(model, max_bytes=6 * 12 * 4 * 20)
+    assert train_epochs(model, small)[0] == expected
+    assert small.n_bytes == small.max_bytes
+
+
+def test_what_cannot_be_cached_is_refused():
+    model = make(dropout=0.1)
+    cut = cut_of(model)
+    with pytest.raises(ValueError, match="the cut freezes 0 of 4 blocks"):
+        ActivationCache(model, cut.at(0), max_bytes=1)
+    with pytest.raises(ValueError, match="tensors below the cut still train"):
+        ActivationCache(model, cut.at(2), max_bytes=1)
+    cut.at(2).apply(model)
+    cache = ActivationCache(model, cut.at(2), max_bytes=1e6)
+    with (
+        pytest.raises(ValueError, match=r"frozen block is in training mode.*eval_frozen=True"),
+        cache.rows(range(8)),
+    ):
+        loss_of(model, batches()[0])
+    model = make()
+    cache = cached(model)
+    with pytest.raises(ValueError, match="3 ids for 8 rows"), cache.rows(range(3)):
+        loss_of(model, batches()[0])
+    with cache.rows(range(8)):
+        loss_of(model, batches()[0])
+    message = r"7 ids for rows of shape \(8, 6, 12\)"
+    with pytest.raises(ValueError, match=message), cache.rows(range(7)):
+        loss_of(model, batches()[0])
+    assert "forward" not in model.layers[0].__dict__
