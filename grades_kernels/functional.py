@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.host_step import Engine, HostEngine, read_back, take_step
+from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
 from .backends.select import choose, run_tasks_of
 from .backends.step_tensors import check_capturable
 from .backends.tasks import GroupOptions, StepTensors
@@ -121,8 +121,9 @@ def grades_adamw(
     else:
         unscales = backend == "native" or bool(capturable and fused)
         engine = HostEngine(run_tasks_of([backend]), tensors, units, unscales=unscales)
-    take_step([engine], table, None, grad_scale, found_inf)
-    read_back([engine], table, None)
+    with no_threads_after_fork():
+        take_step([engine], table, None, grad_scale, found_inf)
+        read_back([engine], table, None)
 
 
 def _check_unit(unit: Unit, prev_grad: Tensor | None, table: FreezeTable | None) -> None:

@@ -6,10 +6,13 @@ takes the same tasks. What the measured sums lead to is decided by the freeze ta
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..distributed import Ranks
@@ -32,6 +35,8 @@ from .tasks import (
     RunTasks,
     StepTensors,
 )
+
+_PROCESS = os.getpid()  # that imported the package, perhaps the parent of this one
 
 
 class Engine(Protocol):
@@ -156,6 +161,24 @@ def host_step(
         for unit in kept_units(units, tasks):
             if not unit.is_decided:
                 unit.prev_step = t
+
+
+@contextlib.contextmanager
+def no_threads_after_fork() -> Iterator[None]:
+    """Let torch work on one thread in a process that was forked from the one of the import.
+
+    OpenMP's threads do not survive a fork, and with GCC's library a child that asks for some waits
+    for those of its parent for ever: torch's own AdamW does with a tensor of 20,000 elements.
+    """
+    if os.getpid() == _PROCESS:
+        yield
+        return
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def take_step(
