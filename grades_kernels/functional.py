@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
 from .backends.select import choose, run_tasks_of
-from .backends.step_tensors import check_capturable
+from .backends.step_tensors import check_capturable, with_local_shards
 from .backends.tasks import GroupOptions, StepTensors
 from .freezing.table import FreezeConfig, FreezeTable, Unit
 
@@ -113,6 +113,14 @@ def grades_adamw(
         state_steps,
         [(options, len(params))],
     )
+    dtensors = [i for i, p in enumerate(params) if hasattr(p, "_spec") and not differentiable]
+    if dtensors:
+        placed = with_local_shards(tensors, dtensors)
+        if placed is None:
+            raise ValueError(
+                "a gradient or a moment of a DTensor is none, or a moment is placed otherwise."
+            )
+        tensors = placed
     engine: Engine
     if backend == "triton":
         from .backends.triton_engine import TritonEngine

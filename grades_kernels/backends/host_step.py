@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..distributed import Ranks
 from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
@@ -28,10 +29,12 @@ from .step_tensors import (
     measure_tasks,
     update_tasks,
     uses_prev_grads,
+    with_local_gradients,
 )
 from .tasks import (
     STATISTIC_BITS,
     UNSCALE,
+    UPDATE,
     RunTasks,
     StepTensors,
 )
@@ -135,6 +138,7 @@ def host_step(
         decides: Whether the units of `table` are measured here.
     """
     config, t = table.config, table.t
+    tensors = with_local_gradients(tensors)
     check = decides and config.is_check(t)
     same_step = config.freeze_timing == "same_step"
     unscale = 0 if grad_scale is None else UNSCALE
@@ -154,6 +158,8 @@ def host_step(
         done = measured if check and same_step else [0] * len(tasks)
         tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
     sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
+    # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
+    increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
 
     if check and not same_step:
         _decide(table, ranks, units, measured, sums)
