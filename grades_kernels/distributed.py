@@ -222,6 +222,27 @@ class Ranks:
                     summed[unit][k] = row
         return summed
 
+    def shard_rows(
+        self, units: Iterable[Unit], position: Mapping[Tensor, int], sums: Tensor
+    ) -> list[tuple[Any, Sequence[int], Tensor]]:
+        """Per mesh, with its dimensions to sum over, the rows of its sharded tensors in `sums`.
+
+        The same number of rows on every rank: a tensor without a `position` has the last one.
+        """
+        chosen = set(units)
+        found = []
+        for (mesh, dims), parts in self._shards.items():
+            own = [self.members[unit][k] for unit, k in parts if unit in chosen]
+            rows = torch.tensor([position.get(p, len(sums) - 1) for p in own], device=sums.device)
+            found.append((mesh, dims, rows))
+        return found
+
+    def add_shards(self, sums: Tensor, rows: Iterable[tuple[Any, Sequence[int], Tensor]]) -> None:
+        """`sum_shards` on a device, for the rows that `shard_rows` gave."""
+        for mesh, dims, own in rows:
+            total = _sum(sums.index_select(0, own), mesh, dims)
+            sums.index_copy_(0, own, total.to(sums.device))
+
     def largest_values(self, table: FreezeTable, values: dict[Unit, float]) -> dict[Unit, float]:
         """The statistic that all ranks compare with tau: the largest over all ranks.
 

@@ -60,7 +60,7 @@ def why_not_native(params: Sequence[Tensor]) -> str | None:
     if dtypes:
         return f"the native op has no {', '.join(sorted(map(str, dtypes)))}"
     if not all(map(_is_plain, map(local, params))):
-        return "a parameter is of a subclass of Tensor, or an expanded view"
+        return "a parameter is a tensor subclass, or an expanded view"
     return why_not_loaded()
 
 
