@@ -324,21 +324,23 @@ class TritonEngine:
     def _decide(self, ranks: Ranks | None) -> None:
         """Add up, compare over all ranks, decide; the device waits for the ranks, not the host."""
         if ranks is None:
-            self._launch_decide(SUM=True, COMPARE=True)
+            self._launch_decide("SUM", "COMPARE")
             return
         if self.shards is None:
             self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
         if self.shards:
-            self.sums.fill_(math.inf)
-            self._launch_decide(SUM=True, COMPARE=False, STORE=True)
+            self.sums.fill_(math.inf)  # of tensors without evidence
+            self._launch_decide("SUM", "STORE")
             ranks.add_shards(self.sums, self.shards)
-        self._launch_decide(SUM=True, COMPARE=False, LOAD=bool(self.shards))
+            self._launch_decide("SUM", "LOAD")
+        else:
+            self._launch_decide("SUM")
         m = len(self.tables.own_units)
         self.results[m : m + 2].copy_(self.tables.checksum)
         dist.all_reduce(self.results[: m + 2], op=dist.ReduceOp.MAX, group=ranks.group)
-        self._launch_decide(SUM=False, COMPARE=True)
+        self._launch_decide("COMPARE")
 
-    def _launch_decide(self, **flags: bool) -> None:
+    def _launch_decide(self, *flags: str) -> None:
         tables = self.tables
         decide_kernel[(len(tables.own_units),)](
             tables.unit_table,
@@ -350,7 +352,7 @@ class TritonEngine:
             self.results,
             self.decided,
             FIELDS=FIELDS,
-            **flags,
+            **{flag: flag in flags for flag in ("SUM", "COMPARE", "STORE", "LOAD")},
             **self.options,
         )
 

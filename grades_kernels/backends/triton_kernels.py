@@ -387,8 +387,8 @@ def decide_kernel(
     FIELDS: tl.constexpr,
     SUM: tl.constexpr,  # add up the partials, and store the value
     COMPARE: tl.constexpr,  # compare the value with tau, and store the decision
-    STORE: tl.constexpr = False,  # SUM stores the sums of every tensor
-    LOAD: tl.constexpr = False,  # SUM finds them there
+    STORE: tl.constexpr,  # SUM stores the sums of every tensor
+    LOAD: tl.constexpr,  # SUM finds them there
 ):
     """Decide; a program per unit.
 
