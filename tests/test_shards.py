@@ -302,9 +302,10 @@ def no_dtensor_operations(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_a_step_runs_no_operation_on_dtensors(backend):
-    """Two all-reduces at a check, over the shards and over the ranks; torch's AdamW as control."""
+    """One all-reduce at a check, two on a device; torch's AdamW as control."""
+    n = 2 if backend == "triton" else 1
     for *ours, theirs in ranks.run(2, no_dtensor_operations, backend):
-        assert ours == [(0, 0), (0, 2), (0, 2)]
+        assert ours == [(0, 0), (0, n), (0, n)]
         assert theirs[0] > 0
 
 
@@ -488,7 +489,7 @@ def test_random_runs_decide_as_one_process(size, backend):
 
 def without_sum(backend, own):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.Ranks, "sum_shards", lambda self, rows: rows)
+        patch.setattr(distributed.Ranks, "sum_shards", lambda self, table, rows: rows)
         patch.setattr(distributed.Ranks, "add_shards", lambda self, sums, rows: None)
         return run_on(backend, "fsdp2", 3, own)
 

@@ -264,7 +264,8 @@ def _decide(
     if ranks is None:
         table.decide(_values(rows))
     else:
-        table.decide(ranks.largest_values(table, _values(ranks.sum_shards(rows))))
+        values = _values(ranks.sum_shards(table, rows))
+        table.decide(values if ranks.one_mesh else ranks.largest_values(table, values))
 
 
 def _values(rows: Mapping[Unit, list[list[float]]]) -> dict[Unit, float]:
