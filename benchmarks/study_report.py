@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from benchmarks import harness
 
 Row = dict[str, Any]
@@ -127,6 +129,8 @@ class Results:
             most = max(map(len, arms.values()))
             means = {a: fmean(r["loss"] for r in x) for a, x in arms.items() if len(x) == most}
             best = min(means, key=means.__getitem__)
+            if len(arms) == 1:  # no cut was run at this budget
+                continue
             rows += [{**r, "arm": "best cut with hindsight", "cut": best} for r in arms[best]]
         return rows
 
@@ -206,6 +210,8 @@ class Results:
         """Rank correlation of prediction and speed-up; what the choice lost against the best."""
         lines = []
         for (task, budget), rows in grouped(self.predictions(axis), "task", "budget").items():
+            if len(rows) == 1:
+                continue
             measured = {row["cut"]: row["measured"] for row in rows}
             best = max(measured, key=measured.__getitem__)
             choices = [r["cut"] for (t, _), r in self.choice.items() if t == task]
@@ -248,6 +254,29 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     both = sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True))
     squares = sum((p - mean_a) ** 2 for p in a) * sum((q - mean_b) ** 2 for q in b)
     return both / math.sqrt(squares) if len(x) > 2 and squares else math.nan
+
+
+def noise_floors(steps: int = 300, n: int = 20_000) -> list[Row]:
+    """sum|m_hat| / sum sqrt(v_hat) and Q = sum m_hat^2 / (rho sum v_hat) of noise, by density."""
+    rows = []
+    for beta1 in (0.8, 0.9, 0.95):
+        for density in (1.0, 0.02):
+            generator = torch.Generator().manual_seed(0)
+            m, v = torch.zeros(2, n, dtype=torch.float64)
+            values = []
+            for t in range(1, steps + 1):
+                g = torch.randn(n, generator=generator, dtype=torch.float64)
+                g *= torch.rand(n, generator=generator) < density
+                m.lerp_(g, 1 - beta1)
+                v.lerp_(g * g, 0.001)
+                if t > steps // 2:
+                    m_hat, v_hat = m / (1 - beta1**t), v / (1 - 0.999**t)
+                    rho = (1 - beta1) * (1 + beta1**t) / ((1 + beta1) * (1 - beta1**t))
+                    ratio = m_hat.abs().sum() / v_hat.sqrt().sum()
+                    values.append((ratio, m_hat.square().sum() / (rho * v_hat.sum())))
+            means = [round(float(sum(x) / len(values)), 3) for x in zip(*values, strict=True)]
+            rows.append({"beta1": beta1, "density": density, "ratio": means[0], "Q": means[1]})
+    return rows
 
 
 # Pictures
@@ -335,6 +364,7 @@ def report(name: str) -> None:
     harness.print_table("means over the seeds", results.table())
     for axis in AXES:
         harness.print_table(f"the rule, by {AXES[axis]}", results.rule(axis))
+    harness.print_table("noise floors", noise_floors())
     draw_compute(results, "seconds", harness.RESULTS / f"{name}-compute.png")
     draw_compute(results, "macs", harness.RESULTS / f"{name}-macs.png")
     draw_rule(results, "seconds", harness.RESULTS / f"{name}-rule.png")
