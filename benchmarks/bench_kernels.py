@@ -83,7 +83,7 @@ class Setting(NamedTuple):
             total += 2 * g  # reads the previous gradient, writes the next one
         if self.statistic is not None and self.timing == "same_step":
             # Read a second time; "signal" reads both moments.
-            total += g + {"momentum": m, "signal": 2 * m}.get(self.statistic, 0)
+            total += g + {"momentum": m, "signal": 2 * m, "gain": 2 * m}.get(self.statistic, 0)
         return total
 
 

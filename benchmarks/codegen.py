@@ -98,7 +98,7 @@ class Variant(NamedTuple):
             loads += [p, *moments]
             stores += [p, *moments] + ([g] if self.scaled else [])
         else:
-            loads += [m] * {"momentum": 1, "signal": 2}.get(self.statistic, 0)
+            loads += [m] * {"momentum": 1, "signal": 2, "gain": 2}.get(self.statistic, 0)
         return loads, stores
 
 

@@ -36,8 +36,8 @@ enum class DType { fp32, fp64, bf16, fp16 };
 
 // What is to be done with a tensor: a statistic plus any of the tasks. grades_kernels/backends/native.py has
 // the same numbers.
-enum class Statistic { none, change, norm, momentum, signal, weight_change };
-constexpr int64_t kStatistics = 6, kStatisticBits = 7;
+enum class Statistic { none, change, norm, momentum, signal, weight_change, gain };
+constexpr int64_t kStatistics = 7, kStatisticBits = 7;
 constexpr int64_t kUpdate = 8, kKeep = 16, kUnscale = 32, kAmsgrad = 64;
 
 constexpr int kMaxDims = 64;
@@ -60,6 +60,7 @@ struct Array {
 
 struct Coefficients {
   double sign, beta1, beta2, eps, decay, step_size, sqrt_bias_correction2;
+  double past_sqrt_bias_correction2;  // of the step before, for "gain"
 };
 
 struct Work {
@@ -294,7 +295,8 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
     work.old_step = read_step(steps[k], work.does(kUpdate));
     const double step = work.old_step + 1;
     work.coefficients = {row[5], beta1, beta2, eps, lr * weight_decay,
-                         lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step))};
+                         lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step)),
+                         std::sqrt(1 - std::pow(beta2, work.old_step))};
     for (int64_t first = 0; first < work.n_elements; first += kBlock) {
       blocks.push_back({k, first, n_elements + first});
     }
@@ -322,13 +324,17 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
   }
   for (size_t k = 0; k < n; ++k, sum += kSums) {
     const Work& work = works[k];
-    const bool uses_moments =
-        work.statistic == Statistic::momentum || work.statistic == Statistic::signal;
+    const bool uses_moments = work.statistic == Statistic::momentum ||
+                              work.statistic == Statistic::signal ||
+                              work.statistic == Statistic::gain;
+    const double beta1 = work.coefficients.beta1;
     if (uses_moments && work.old_step == 0) {
       sum[0] = std::numeric_limits<double>::quiet_NaN();
     } else if (work.statistic == Statistic::signal) {
-      sum[0] /= 1 - std::pow(work.coefficients.beta1, work.old_step);
-      sum[1] /= std::sqrt(1 - std::pow(work.coefficients.beta2, work.old_step));
+      sum[0] /= (1 - beta1) / (1 + beta1) * (1 - std::pow(beta1, 2 * work.old_step));
+      sum[1] /= 1 - std::pow(work.coefficients.beta2, work.old_step);
+    } else if (work.statistic == Statistic::gain) {
+      sum[0] /= 1 - std::pow(beta1, work.old_step);
     }
   }
 }

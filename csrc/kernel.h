@@ -229,8 +229,8 @@ struct Chunk {
   }
 };
 
-// Sums absolute values in fp64, element i of a chunk in lane i % 16.
-struct AbsSum {
+// Sums in fp64, element i of a chunk in lane i % 16.
+struct Sum {
   double lanes[kLanes] = {};
 
   INLINE double total() const {
@@ -241,7 +241,7 @@ struct AbsSum {
 };
 
 template <class F>
-INLINE void add_lanes(AbsSum& sum, int64_t n, F value) {
+INLINE void add_lanes(Sum& sum, int64_t n, F value) {
   double lanes[kLanes];  // a copy, which stays in registers
   for (int l = 0; l < kLanes; ++l) lanes[l] = sum.lanes[l];
   int64_t i = 0;
@@ -253,17 +253,32 @@ INLINE void add_lanes(AbsSum& sum, int64_t n, F value) {
 }
 
 template <class Wide>
-NOINLINE void add_absolute(AbsSum& sum, const Wide* x, int64_t n) {
+NOINLINE void add_absolute(Sum& sum, const Wide* x, int64_t n) {
   add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(x[i]); });
 }
 
 template <class Wide>
-NOINLINE void add_roots(AbsSum& sum, const Wide* x, int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return root(x[i]); });
+NOINLINE void add(Sum& sum, const Wide* x, int64_t n) {
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return x[i]; });
+}
+
+template <class Wide>
+NOINLINE void add_squares(Sum& sum, const Wide* x, int64_t n) {
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return x[i] * x[i]; });
+}
+
+template <class Wide>  // g * m / (sqrt(v) / correction + eps)
+NOINLINE void add_gains(Sum& sum, const Coefficients& c, const Wide* g, const Wide* m,
+                        const Wide* v, int64_t n) {
+  const Wide sign = Wide(c.sign), eps = Wide(c.eps);
+  const Wide correction = Wide(c.past_sqrt_bias_correction2);
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA {
+    return (sign * g[i] * m[i]) / (root(v[i]) / correction + eps);
+  });
 }
 
 template <class Wide>  // |sign * x - y|
-NOINLINE void add_differences(AbsSum& sum, Wide sign, const Wide* x, const Wide* y, int64_t n) {
+NOINLINE void add_differences(Sum& sum, Wide sign, const Wide* x, const Wide* y, int64_t n) {
   add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(sign * x[i] - y[i]); });
 }
 
@@ -342,7 +357,7 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
   // through buffers.
   const bool in_registers = work.is_bf16 || (work.is_fp16 && Half::kTogether > 1);
   const bool only_updates = in_registers && work.tasks == kUpdate;
-  AbsSum numerator, denominator, magnitude;
+  Sum numerator, denominator, magnitude;
   Chunk<Wide> p, g, m, v, v_max, prev;
   Wide old_p[kChunk];
   const bool uses_prev = statistic == Statistic::change || work.does(kKeep);
@@ -372,8 +387,13 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
       case Statistic::signal:
         m.load(work.exp_avg, first, n);
         v.load(work.exp_avg_sq, first, n);
-        add_absolute(numerator, m.data, n);
-        add_roots(denominator, v.data, n);
+        add_squares(numerator, m.data, n);
+        add(denominator, v.data, n);
+        break;
+      case Statistic::gain:
+        m.load(work.exp_avg, first, n);
+        v.load(work.exp_avg_sq, first, n);
+        add_gains(numerator, c, g.data, m.data, v.data, n);
         break;
       case Statistic::weight_change:
         p.load(work.param, first, n);

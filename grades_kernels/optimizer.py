@@ -46,28 +46,29 @@ class GradESAdamW(AdamW):
             reference; True is a fused backend or a RuntimeError that says why not. May differ per
             parameter group.
         tau: Threshold of the statistic; may differ per parameter group and be changed between
-            steps. None (default): not monitored. 0.0 measures and never freezes. "auto", for the
-            statistic "signal" alone: 1.1 times its noise floor.
+            steps. None (default): not monitored. 0.0 measures and never freezes. "auto", for
+            "signal" alone: 1.2.
         alpha: Share of `total_steps` that is the grace period, in [0, 1). Default 0.5.
         total_steps: Planned optimizer steps, at least 1.
         grace_steps: Steps before the first check; in place of `alpha * total_steps`.
         statistic: What is compared with tau, summed over all elements of a unit. "change"
             (default, Eq. 1): :math:`|g_t - g_{t-1}|`. "norm" (Eq. 3): :math:`|g_t|`. "momentum":
             :math:`|g_t - m_{t-1}|` with AdamW's first moment, which needs no memory. "signal":
-            :math:`\sum |\hat m_{t-1}| / \sum \sqrt{\hat v_{t-1}}`, which has the same scale for
-            every matrix and model: 1 for a constant gradient, 0.18 for noise (beta1 = 0.9).
+            :math:`\sum \hat m_{t-1}^2 / (\rho_{t-1} \sum \hat v_{t-1})`, where rho makes it 1 for
+            noise, whatever the betas and the model. "gain": :math:`\sum g_t \hat m_{t-1} /
+            (\sqrt{\hat v_{t-1}} + \epsilon)`, the loss that a step would gain per learning rate;
+            compared with tau as 0 where it is negative.
             "weight_change": :math:`|w_t - w_{t-1}|`, what the paper's own code measures; only
             with `freeze_timing="next_step"`. May differ per parameter group.
         tau_per: "unit" (default, the paper) compares the sum, "element" the sum divided by the
-            number of elements; "signal" is a ratio and never divided.
+            number of elements ("signal" excepted).
         check_every: Steps from one check to the next. Default 1.
         patience: Consecutive checks below tau that freeze a unit. Default 1 (the paper).
         freeze_timing: "same_step" (default, Algorithm 1) decides before the update, so that a unit
             is not updated in its decisive step; "next_step" applies that update still.
         cooldown: Steps over which the learning rate of a decided unit falls linearly to zero
             before it freezes. Default 0 (the paper): it freezes at once.
-        max_frozen: Share of the monitored units, in (0, 1]. Once as many are decided, all others
-            are decided with them. Default 1.0: each decides for itself.
+        max_frozen: Share of the monitored units, in (0, 1], that decides all others. Default 1.0.
         stop_grad: Whether frozen tensors are released: they get `requires_grad=False`, so that
             backward skips their gradient, and give up their moments, at the start of the step
             after, in at most six batches a run. "auto" (default): where that is safe, which is on

@@ -212,8 +212,18 @@ def _(real):
         numerator, denominator, magnitude = real(tensors, i, statistic, options)
         step = tensors.state_steps[i].item()
         if statistic == STATISTIC_CODES["signal"] and step > 0:
-            denominator = denominator * math.sqrt(1 - float(options.beta2) ** step)
+            denominator = denominator * (1 - float(options.beta2) ** step)
         return numerator, denominator, magnitude
+
+    return measure
+
+
+@wrapping("gain against the sign of maximize", reference, "_measure", STATISTICS, ORACLE)
+def _(real):
+    def measure(tensors, i, statistic, options):
+        if statistic == STATISTIC_CODES["gain"]:
+            options = options._replace(maximize=False)
+        return real(tensors, i, statistic, options)
 
     return measure
 

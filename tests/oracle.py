@@ -58,7 +58,8 @@ class Oracle:
     After every `step(grads)` the public attributes are the state: params, exp_avg, exp_avg_sq,
     max_exp_avg_sq, count (per tensor), events, hits, statistics, decided, frozen (per unit).
     `closest` is the smallest relative distance |statistic - tau| / tau of all comparisons so far,
-    `measured` holds (unit, statistic) of each, `seen` counts what happened, by rule.
+    `measured` holds (unit, statistic) of each, `terms` per unit the sum of the absolute terms of
+    its last "gain", whose terms cancel, and `seen` counts what happened, by rule.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Oracle:
         self.frozen = [False] * len(units)
         self.hits = [0] * len(units)
         self.statistics = [math.nan] * len(units)
+        self.terms = [0.0] * len(units)
         self.events, self.measured, self.seen, self.closest = [], [], Counter(), math.inf
 
     @np.errstate(invalid="ignore")
@@ -123,8 +125,9 @@ class Oracle:
                 tau = self.tau(u)
                 self.measured.append((u, statistic))
                 if tau > 0:
-                    self.closest = min(self.closest, abs(statistic - tau) / tau)
-                if statistic < tau:
+                    size = max(tau, self.terms[u])
+                    self.closest = min(self.closest, abs(statistic - tau) / size)
+                if max(statistic, 0.0) < tau:  # a negative gain is none, and tau=0 observes
                     self.hits[u] += 1
                 else:
                     self.seen["patience reset"] += self.hits[u] > 0
@@ -162,7 +165,7 @@ class Oracle:
     def measure(self, u, grads):
         """The statistic of a unit, or None where the check is void."""
         members = self.units[u]
-        parts, roots = [], []
+        parts, variances, terms = [], [], 0.0
         for i in members:
             g, kind = grads[i], self.group_of[i]["statistic"]
             if g is None:
@@ -182,22 +185,34 @@ class Oracle:
             elif kind == "momentum":
                 sign = -1.0 if self.group_of[i]["maximize"] else 1.0
                 parts.append(np.abs(sign * g - self.exp_avg[i]).sum())
-            else:  # "signal"
+            else:
                 beta1, beta2 = self.group_of[i]["betas"]
-                parts.append(np.abs(self.exp_avg[i]).sum() / (1 - beta1 ** self.count[i]))
+                power = beta1 ** self.count[i]
+                mean = self.exp_avg[i] / (1 - power)
                 variance = self.exp_avg_sq[i] / (1 - beta2 ** self.count[i])
-                roots.append(np.sqrt(variance).sum())
+                if kind == "gain":
+                    sign = -1.0 if self.group_of[i]["maximize"] else 1.0
+                    direction = mean / (np.sqrt(variance) + self.group_of[i]["eps"])
+                    parts.append((sign * g * direction).sum())
+                    terms += np.abs(g * direction).sum()
+                else:  # "signal"
+                    noise = (1 - beta1) * (1 + power) / ((1 + beta1) * (1 - power))
+                    parts.append((mean**2).sum() / noise)
+                    variances.append(variance.sum())
         # A moment carries no trace of this gradient yet; an infinite one is no evidence either.
         if not np.isfinite(parts).all() or not all(np.isfinite(grads[i]).all() for i in members):
             return self.void("not finite")
         if kind == "signal":
-            if sum(roots) == 0:  # steps, but none with a gradient
+            if sum(variances) == 0:  # steps, but none with a gradient
                 return self.void("not finite")
-            return float(sum(parts) / sum(roots))
+            return float(sum(parts) / sum(variances))
         if kind == "weight_change" and sum(parts) == 0:
             return self.void("no movement")
-        size = sum(self.params[i].size for i in members)
-        return float(sum(parts)) / (size if self.tau_per == "element" else 1)
+        size = 1
+        if self.tau_per == "element":
+            size = sum(self.params[i].size for i in members)
+        self.terms[u] = terms / size
+        return float(sum(parts)) / size
 
     def trial_update(self, i, g):
         """What tensor i would be after this step's update; changes nothing."""

@@ -45,7 +45,7 @@ def patched(tmp_path: Path, old: str, new: str) -> str:
 def test_aligned_path_is_wide_and_nothing_spills(target):
     run = codegen("--quick", "--target", target)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "42 kernels" in run.stdout
+    assert "48 kernels" in run.stdout
 
 
 FAULTS = {

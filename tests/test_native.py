@@ -49,7 +49,7 @@ SIZES = (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, BLOCK - 1, BLOCK, BLOCK + 1
 HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
 # Statistics fall by a third a step: the small matrix freezes first, the large one steps later.
 FREEZING = {"tau": 50.0, "grace_steps": 2}
-TAUS = {"signal": 0.7, "weight_change": 3.3}
+TAUS = {"signal": 1.55, "weight_change": 3.3, "gain": 2.5}
 
 
 def make_run(fused, shapes=SHAPES, dtype=torch.float32, params=None, **options):

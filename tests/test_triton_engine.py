@@ -124,7 +124,8 @@ def same_buffers(run):
     return run.buffer
 
 
-SIGNAL = {"statistic": "signal", "tau": 0.5}
+SIGNAL = {"statistic": "signal", "tau": 1.02}
+GAIN = {"statistic": "gain", "tau": 2.5}
 SLOW = {"tau": 20.0}  # a later freeze, so that the change falls into the active phase
 SCENARIOS = {
     "a matrix without gradient": (SLOW, without(0, at=(3, 4))),
@@ -137,7 +138,8 @@ SCENARIOS = {
     "gradients that are not finite": (SLOW, filled(math.inf, 0, at=(4,))),
     "gradients that are not numbers": ({**SLOW, "amsgrad": True}, filled(math.nan, 0, at=(4,))),
     "gradients at one address": (SLOW, same_buffers),
-    "gradients that are not finite, signal": (SIGNAL, filled(math.inf, 0, at=(4,))),
+    "gradients that are not finite, signal": (SIGNAL, filled(math.inf, 0, at=(6,))),
+    "gradients that are not finite, gain": (GAIN, filled(-math.inf, 0, at=(4,))),
     "zero gradients, signal": (SIGNAL, filled(0.0, 0, 1, at=(4, 5))),
     "a first gradient after the first check, signal": (SIGNAL, without(1, at=range(1, 5))),
     "tau lower": ({}, once(3, set_group(tau=5.0))),

@@ -67,9 +67,10 @@ KERNEL_FAULTS = {
     ' & (magnitude < float("inf")) -> ': change("gradients that are not finite, signal"),
     "FIELDS.is_measured) != 0.0 -> FIELDS.is_measured) >= 0.0": change("a matrix without gradient"),
     "(value > 0) | -> (value >= 0) |": option("weight change, lr zero"),
-    "numerator = m\n -> numerator = m + (signed - m) * tl.load(coefficients)\n": variant(
-        "signal", "next_step", maximize=False
-    ),
+    "numerator = m * m -> numerator = m": variant("signal", "next_step", maximize=False),
+    "tl.div_rn(signed * m, past_root -> tl.div_rn(g * m, past_root": variant("gain", amsgrad=False),
+    "past_root + tl.load(coefficients + FIELDS.eps) -> past_root": option("gain, eps large"),
+    "FIELDS.divisor), 0.0) -> FIELDS.divisor), -9.0)": option("gain, observe only"),
     "p.to(PARAM).to(tl.float32) - before -> p - before": partial(
         kernels.test_weight_change_is_measured_after_rounding, torch.bfloat16
     ),
@@ -85,9 +86,9 @@ KERNEL_FAULTS = {
     "partial, tl.sum(numerators) -> partial, tl.load(partial) + tl.sum(numerators)": variant(),
 }
 TABLE_FAULTS = {
-    "past = steps_taken[ratio] -> past = steps_taken[ratio] + 1": variant("signal", maximize=False),
-    "np.sqrt(1 - beta2[ratio] ** past) -> 1": variant("signal", "next_step", maximize=False),
-    '[1 if u.statistic == "signal" else u.n_elements for u -> [u.n_elements for u': option(
+    "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
+    "= np.sqrt(correction2) -> = 1": variant("gain", "next_step", maximize=False),
+    "[1 if u.statistic in RATIOS else u.n_elements for u -> [u.n_elements for u": option(
         "signal, per element"
     ),
     'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': partial(

@@ -89,8 +89,9 @@ def test_step_never_waits_for_the_device(statistic, timing, lr):
     That mode sees calls of torch, not event waits: reading back the step before is one.
     """
     options = {"lr": torch.tensor(0.03)} if lr == "tensor" else {}
-    tau = tr.TAUS.get(statistic, 50.0)
-    run = tr.start(statistic=statistic, freeze_timing=timing, tau=tau, **options).steps(3)
+    options |= {"tau": 50.0, **tr.SCALES.get(statistic, {})}
+    run = tr.start(statistic=statistic, freeze_timing=timing, **options).steps(3)
+    tau = run.opt.param_groups[0]["tau"]
     grads = gradients(run, range(4, 10))
     torch.cuda.set_sync_debug_mode("error")
     try:

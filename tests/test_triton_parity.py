@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu] if tr.CUDA else []
 @pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
 def test_every_variant_equals_the_reference(statistic, timing, amsgrad, maximize):
     """Across freezes that really happen."""
-    options = {"statistic": statistic, "freeze_timing": timing, "tau": tr.TAUS.get(statistic, 50.0)}
+    options = {"statistic": statistic, "freeze_timing": timing, **tr.SCALES.get(statistic, {})}
     decay = 0.0 if amsgrad == maximize else 0.1
     run = tr.compare(amsgrad=amsgrad, maximize=maximize, weight_decay=decay, **options)
     steps = [step for step, *_ in run.events]
@@ -47,10 +47,14 @@ OPTIONS = {
     "gradients not stopped": {"stop_grad": False},
     "infinite tau": {"tau": math.inf},
     "momentum, no grace": {"statistic": "momentum", "grace_steps": 0},
-    "signal, no grace": {"statistic": "signal", "grace_steps": 0, "tau": 0.7},
-    "signal, per element": {"statistic": "signal", "tau_per": "element", "tau": 0.7},
+    "signal, no grace": {"statistic": "signal", "grace_steps": 0, **tr.SCALES["signal"]},
+    "signal, per element": {"statistic": "signal", "tau_per": "element", **tr.SCALES["signal"]},
     "signal, auto": {"statistic": "signal", "tau": "auto", "betas": (0.6, 0.97), "cooldown": 1},
     "signal, beta1 zero": {"statistic": "signal", "tau": 0.7, "betas": (0.0, 0.9)},
+    "gain, no grace": {"statistic": "gain", "grace_steps": 0, "tau": 2.5},
+    "gain, observe only": {"statistic": "gain", "tau": 0.0, "betas": (0.0, 0.9)},
+    "gain, per element": {"statistic": "gain", "tau_per": "element", "tau": 0.01},
+    "gain, eps large": {"statistic": "gain", "eps": 0.3, "tau": 2.5, "maximize": True},
     "weight change, per element": {**tr.WEIGHT_CHANGE, "tau": 0.009, "tau_per": "element"},
     "weight change, lr zero": {**tr.WEIGHT_CHANGE, "lr": 0.0},
     "weight change, cooldown": {**tr.WEIGHT_CHANGE, "cooldown": 2, "patience": 2},
@@ -91,13 +95,13 @@ def test_the_oracles_problems():
 @pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
 def test_tau_is_compared_strictly(statistic, timing):
     """tau = statistic leaves a unit alone, the next larger number freezes it."""
-    shapes, check = ((3, 5), (17, 23), (4, 4)), 3
+    shapes, check = ((3, 5), (17, 23), (4, 4)), 4
 
     def run(taus):
         def groups(params):
             return [{"params": [p], "tau": tau} for p, tau in zip(params, taus, strict=True)]
 
-        options = {"statistic": statistic, "freeze_timing": timing}
+        options = {"statistic": statistic, "freeze_timing": timing, "grace_steps": check - 1}
         return tr.start(True, shapes, groups=groups, **options).steps(check)
 
     measured = list(run([0.0] * 3).opt.statistics().values())
@@ -106,7 +110,8 @@ def test_tau_is_compared_strictly(statistic, timing):
     for k in range(3):
         taus = list(measured)
         taus[k] = math.nextafter(measured[k], math.inf)
-        assert [(step, unit) for step, unit, *_ in run(taus).events] == [(3, f"group{k}.param0")]
+        events = [(step, unit) for step, unit, *_ in run(taus).events]
+        assert events == [(check, f"group{k}.param0")]
 
 
 @pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)

@@ -188,7 +188,7 @@ def differing_in_a_job(fused, act, tau):
 JOBS = {
     **{statistic: {"statistic": statistic, **tr.NEXT_STEP} for statistic in STATISTICS},
     "same step": {},
-    "signal, same step": {"statistic": "signal", "tau": 0.7},
+    "signal, same step": {"statistic": "signal", **tr.SCALES["signal"]},
     "max_frozen": {"max_frozen": 0.5},
     "cooldown, patience": {"cooldown": 2, "patience": 2},
     "every third step": {"check_every": 3, "grace_steps": 1},
@@ -204,7 +204,7 @@ def agreed(events, others):
 @pytest.mark.parametrize("name", JOBS)
 def test_ranks_decide_together(name):
     """Every rank compares the largest statistic, as on the reference: the same events on all."""
-    options = {"tau": tr.TAUS.get(JOBS[name].get("statistic"), 50.0), **JOBS[name]}
+    options = {**tr.SCALES.get(JOBS[name].get("statistic"), {}), **JOBS[name]}
     assert len(agreed(*ranks.run(2, in_a_job, options))) == 2
 
 

@@ -32,7 +32,11 @@ HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
 # The gradients fall by a third a step: the small matrix freezes first, the large one steps later.
 FREEZING = {"tau": 50.0, "grace_steps": 2}
 # The statistics that are no sum over gradients have scales of their own, with the same outcome.
-TAUS = {"signal": 0.7, "weight_change": 3.3}
+SCALES = {
+    "signal": {"tau": 1.55, "betas": (0.6, 0.97)},
+    "weight_change": {"tau": 3.3},
+    "gain": {"tau": 2.5},
+}
 NEXT_STEP = {"freeze_timing": "next_step"}
 WEIGHT_CHANGE = {"statistic": "weight_change", "tau": 3.3, **NEXT_STEP}
 LORA = [f"layers.0.self_attn.q_proj.lora_{x}.default.weight" for x in "AB"]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..distributed import Ranks
-from ..freezing.table import NEVER, FreezeTable, Unit
+from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
 from .step_tensors import (
     Groups,
     Layout,
@@ -246,10 +246,10 @@ def _values(rows: Mapping[Unit, list[list[float]]]) -> dict[Unit, float]:
             continue
         numerators, denominators, magnitudes = zip(*own, strict=True)
         value = sum(numerators)
-        if unit.statistic == "signal":
+        if unit.statistic in RATIOS:
             value = value / sum(denominators) if sum(denominators) else math.nan
         # A NaN makes each of these false.
-        evidence = value < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0
+        evidence = abs(value) < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0
         if evidence and (unit.statistic != "weight_change" or value > 0):
             values[unit] = value
     return values

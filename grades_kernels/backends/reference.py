@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from .tasks import KEEP, STATISTIC_BITS, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
 
-_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE = STATISTIC_CODES.values()
+_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = STATISTIC_CODES.values()
 
 
 def run_tasks(
@@ -69,12 +69,20 @@ def _measure(
     if step == 0:
         return torch.full_like(zero, math.nan), zero, magnitude
     m = _widened(_local(tensors.exp_avgs[i], p))
+    signed = -grad if options.maximize else grad
     if statistic == _MOMENTUM:
-        return _abs_sum((-grad if options.maximize else grad) - m), zero, magnitude
-    root = _abs_sum(_widened(_local(tensors.exp_avg_sqs[i], p)).sqrt())
-    bias_correction1 = 1 - float(options.beta1) ** step
+        return _abs_sum(signed - m), zero, magnitude
+    v = _widened(_local(tensors.exp_avg_sqs[i], p))
+    beta1 = float(options.beta1)
     bias_correction2 = 1 - float(options.beta2) ** step
-    return _abs_sum(m) / bias_correction1, root / math.sqrt(bias_correction2), magnitude
+    if statistic == _GAIN:
+        denominator = v.sqrt() / math.sqrt(bias_correction2) + options.eps
+        gain = (signed * m / denominator).sum(dtype=torch.float64)
+        return gain / (1 - beta1**step), zero, magnitude
+    # The share of the gradient's variance that is left in exp_avg when gradients are pure noise.
+    noise = (1 - beta1) / (1 + beta1) * (1 - beta1 ** (2 * step))
+    squares = m.square().sum(dtype=torch.float64)
+    return squares / noise, v.sum(dtype=torch.float64) / bias_correction2, magnitude
 
 
 def _update(

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-STATISTIC_CODES = {"change": 1, "norm": 2, "momentum": 3, "signal": 4, "weight_change": 5}
+STATISTIC_CODES = {
+    "change": 1,
+    "norm": 2,
+    "momentum": 3,
+    "signal": 4,
+    "weight_change": 5,
+    "gain": 6,
+}
+OF_MOMENTS = ("momentum", "signal", "gain")
+"""Statistics of the moments before the step, void while there are none."""
 STATISTIC_BITS = 7
 UPDATE, KEEP, UNSCALE = 8, 16, 32
 

@@ -119,9 +119,9 @@ def _do_block(
         v = _load(exp_avg_sq_address, first, n_left, MOMENT, FULL, BLOCK)
         p = _load(param_address, first, n_left, PARAM, FULL, BLOCK)
     else:
-        if STATISTIC == "momentum" or STATISTIC == "signal":
+        if STATISTIC == "momentum" or STATISTIC == "signal" or STATISTIC == "gain":
             m = _load(tl.load(row + FIELDS.exp_avg), first, n_left, MOMENT, FULL, BLOCK)
-        if STATISTIC == "signal":
+        if STATISTIC == "signal" or STATISTIC == "gain":
             v = _load(tl.load(row + FIELDS.exp_avg_sq), first, n_left, MOMENT, FULL, BLOCK)
 
     denominator = tl.zeros_like(g)
@@ -129,14 +129,18 @@ def _do_block(
         if STATISTIC == "change":
             if measuring:
                 prev_address = tl.load(row + FIELDS.prev_grad)
-                numerator = g - _load(prev_address, first, n_left, GRAD, FULL, BLOCK)
+                numerator = tl.abs(g - _load(prev_address, first, n_left, GRAD, FULL, BLOCK))
         elif STATISTIC == "momentum":
-            numerator = signed - m
+            numerator = tl.abs(signed - m)
         elif STATISTIC == "signal":
-            numerator = m
-            denominator = tl.sqrt_rn(v)
+            numerator = m * m
+            denominator = v
+        elif STATISTIC == "gain":
+            past_correction = tl.load(coefficients + FIELDS.past_root_correction2)
+            past_root = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + past_correction)
+            numerator = tl.div_rn(signed * m, past_root + tl.load(coefficients + FIELDS.eps))
         elif STATISTIC == "norm":
-            numerator = g
+            numerator = tl.abs(g)
 
     if STORE_GRAD:
         if keeping:
@@ -165,9 +169,9 @@ def _do_block(
         p = p - tl.div_rn(step_size * m, root + tl.load(coefficients + FIELDS.eps))
         _store(param_address, first, n_left, p, PARAM, FULL, BLOCK)
         if MEASURE and STATISTIC == "weight_change":
-            numerator = p.to(PARAM).to(tl.float32) - before
+            numerator = tl.abs(p.to(PARAM).to(tl.float32) - before)
 
-    return tl.abs(numerator), denominator, tl.abs(g)
+    return numerator, denominator, tl.abs(g)
 
 
 @triton.jit(do_not_specialize=["first_program"])
@@ -238,9 +242,9 @@ def step_kernel(
         if AMSGRAD:
             addresses |= tl.load(row + FIELDS.max_exp_avg_sq)
     else:
-        if STATISTIC == "momentum" or STATISTIC == "signal":
+        if STATISTIC == "momentum" or STATISTIC == "signal" or STATISTIC == "gain":
             addresses |= tl.load(row + FIELDS.exp_avg)
-        if STATISTIC == "signal":
+        if STATISTIC == "signal" or STATISTIC == "gain":
             addresses |= tl.load(row + FIELDS.exp_avg_sq)
     if STATISTIC == "change":
         if MEASURE or STORE_GRAD:
@@ -321,14 +325,14 @@ def _value_of(
         magnitude = _sum_partials(partials + 1, n_programs, TILE)
         evidence = evidence & (magnitude > 0) & (magnitude < float("inf"))
         numerator = _sum_partials(partials, n_programs, TILE)
-        value += numerator / tl.load(past + FIELDS.past_correction1)
+        value += numerator / tl.load(past + FIELDS.numerator_divisor)
         if is_ratio:
-            root = _sum_partials(partials + 2, n_programs, TILE)
-            denominator += root / tl.load(past + FIELDS.past_root_correction2)
+            part = _sum_partials(partials + 2, n_programs, TILE)
+            denominator += part / tl.load(past + FIELDS.denominator_divisor)
     if is_ratio:
         evidence = evidence & (denominator > 0)
         value = value / tl.where(denominator > 0, denominator, 1.0)
-    evidence = evidence & (value < float("inf"))  # False for NaN too
+    evidence = evidence & (tl.abs(value) < float("inf"))  # False for NaN too
     evidence = evidence & ((value > 0) | (tl.load(unit_row + FIELDS.must_be_positive) == 0.0))
     return tl.where(evidence, value, float("inf"))
 
@@ -357,7 +361,9 @@ def decide_kernel(
     else:
         value = tl.load(values_ptr + unit)
     if COMPARE:
-        is_hit = value / tl.load(unit_row + FIELDS.divisor) < tl.load(unit_row + FIELDS.tau)
+        # "gain" may be negative, and tau=0.0 freezes nothing.
+        compared = tl.maximum(value / tl.load(unit_row + FIELDS.divisor), 0.0)
+        is_hit = compared < tl.load(unit_row + FIELDS.tau)
         enough = tl.load(unit_row + FIELDS.hits_missing) <= 1.0
         decided = (value < float("inf")) & is_hit & enough
         tl.store(decided_ptr + unit, decided.to(tl.float64))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..freezing.table import NEVER, FreezeTable, Unit
+from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
 from ..state_tensors import MOMENTS, gradient_dtype, same_memory_order
-from .tasks import KEEP, STATISTIC_BITS, StepTensors
+from .tasks import KEEP, OF_MOMENTS, STATISTIC_BITS, StepTensors
 from .triton_kernels import PARTIALS, block_size
 
 DEPENDS, FREEZES = 64, 128
@@ -33,9 +33,11 @@ TENSOR = _row(  # addresses (0: none), then numbers; written when an engine is m
 )
 INPUT = _row("grad task", np.int64)  # address of the gradient, 0: none
 COEFFICIENT = _row(
-    "step_size root_correction2 decay one_minus_beta1 beta2 one_minus_beta2 eps sign", np.float32
+    "step_size root_correction2 decay one_minus_beta1 beta2 one_minus_beta2 eps sign "
+    "past_root_correction2",
+    np.float32,
 )
-PAST = _row("past_correction1 past_root_correction2", np.float64)  # divisors of "signal", else 1
+PAST = _row("numerator_divisor denominator_divisor", np.float64)
 UNIT = _row(
     "tau divisor hits_missing is_measured first_member n_members is_ratio must_be_positive",
     np.float64,
@@ -61,7 +63,7 @@ FIELDS: Any = namedtuple("Fields", _constants)(**_constants)
 _MIN_SPAN = 2048
 _MAX_PROGRAMS_PER_TENSOR = 4096  # what the program that decides a unit has to sum
 _N_STAGING = 4
-_VIEWS = (torch.int64, torch.float64, torch.float64, torch.float32, torch.float64)
+_VIEWS = (torch.int64, torch.float64, torch.float64, torch.float64, torch.float32)
 """dtype of the tables of a `Staging` on the device, in their order."""
 
 
@@ -79,18 +81,22 @@ class Staging:
     """A pinned buffer with the inputs of one step, and when the device has read it."""
 
     def __init__(self, n_tensors: int, n_units: int, cuda: bool) -> None:
-        tables = ((INPUT, n_tensors), (PAST, n_tensors), (UNIT, n_units), (COEFFICIENT, n_tensors))
-        n_bytes = sum(table.itemsize * n for table, n in tables) + 16
+        checksum = (np.dtype(np.float64), 2)
+        tables = (  # 8-byte numbers first, so that all are aligned
+            (INPUT, n_tensors), (PAST, n_tensors), (UNIT, n_units), checksum,
+            (COEFFICIENT, n_tensors),
+        )  # fmt: skip
+        n_bytes = sum(table.itemsize * n for table, n in tables)
         # The device is given because torch.set_default_device may say otherwise.
         self.buffer = torch.zeros(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=cuda)
         self.slices: list[slice] = []
         views = []
         start = 0
-        for table, n in (*tables, (np.dtype(np.float64), 2)):
+        for table, n in tables:
             self.slices.append(slice(start, start + table.itemsize * n))
             views.append(self.buffer.numpy()[self.slices[-1]].view(table))
             start = self.slices[-1].stop
-        self.inputs, self.past, self.units, self.coefficients, self.checksum = views
+        self.inputs, self.past, self.units, self.checksum, self.coefficients = views
         self.read = torch.cuda.Event() if cuda else None
 
 
@@ -133,7 +139,7 @@ class DeviceTables:
         self.ring = [Staging(n, m, self.cuda) for _ in range(_N_STAGING)]
         self.turn = 0
         self.step_inputs = torch.zeros_like(self.ring[0].buffer, device=device)
-        self.inputs, self.past, self.unit_table, self.coefficients, self.checksum = (
+        self.inputs, self.past, self.unit_table, self.checksum, self.coefficients = (
             self.step_inputs[part].view(dtype)
             for part, dtype in zip(self.ring[0].slices, _VIEWS, strict=True)
         )
@@ -225,17 +231,13 @@ class DeviceTables:
         self.unit_rows["n_members"] = sizes
         self.n_tensors = np.array([unit.n_tensors for unit in self.own_units], dtype=np.int64)
         statistics = [unit.statistic for unit in self.own_units]
-        self.unit_rows["is_ratio"] = [name == "signal" for name in statistics]
+        self.unit_rows["is_ratio"] = [name in RATIOS for name in statistics]
         self.unit_rows["must_be_positive"] = [name == "weight_change" for name in statistics]
         self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
         self.unit_of = self.rows["unit"].copy()
-        self.is_ratio = np.array(
-            [u is not None and u.statistic == "signal" for u in self.units], dtype=bool
-        )
-        self.uses_moments = np.array(
-            [u is not None and u.statistic in ("momentum", "signal") for u in self.units],
-            dtype=bool,
-        )
+        self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
+        self.uses_moments = np.isin(self.statistics, OF_MOMENTS)
+        self.corrects = bool(np.isin(self.statistics, ("signal", "gain")).any())
 
     def _lay_out_programs(self) -> None:
         """The programs of every launch: first those that may measure; no dropped tensors."""
@@ -314,11 +316,19 @@ class DeviceTables:
         out["eps"] = eps
         out["sign"] = sign
         staging.past[:] = 1
-        ratio = self.is_ratio & (steps_taken > 0)
-        if ratio.any():
-            past = steps_taken[ratio]
-            staging.past["past_correction1"][ratio] = 1 - beta1[ratio] ** past
-            staging.past["past_root_correction2"][ratio] = np.sqrt(1 - beta2[ratio] ** past)
+        if not self.corrects:
+            return
+        # Without a step there is no evidence, whatever is divided by.
+        past = np.maximum(steps_taken, 1)
+        correction2 = 1 - beta2**past
+        out["past_root_correction2"] = np.sqrt(correction2)
+        for statistic, numerator, denominator in (
+            ("signal", (1 - beta1) / (1 + beta1) * (1 - beta1 ** (2 * past)), correction2),
+            ("gain", 1 - beta1**past, np.ones_like(beta1)),
+        ):
+            chosen = self.statistics == statistic
+            staging.past["numerator_divisor"][chosen] = numerator[chosen]
+            staging.past["denominator_divisor"][chosen] = denominator[chosen]
 
     def fill_units(self, staging: Staging, table: FreezeTable, tasks: np.ndarray) -> None:
         rows, units = staging.units, self.own_units
@@ -326,7 +336,7 @@ class DeviceTables:
         rows["tau"] = [unit.tau for unit in units]
         rows["divisor"] = 1
         if table.config.tau_per == "element":
-            rows["divisor"] = [1 if u.statistic == "signal" else u.n_elements for u in units]
+            rows["divisor"] = [1 if u.statistic in RATIOS else u.n_elements for u in units]
         rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
         rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 NEVER = -1
 """Value of a step number before there is such a step."""
 
+RATIOS = ("signal",)
+"""Statistics that are a quotient of two sums, which does not grow with the number of elements."""
 MAX_HISTORY_ROWS = 512
 MAX_RELEASE_BATCHES = 6
 """The largest number of batches in which the frozen units of a run are released: torch.compile
@@ -55,7 +57,7 @@ class FreezeConfig:
         cooldown: Steps over which a decided unit's learning rate falls to zero before it freezes.
         max_frozen: Share of decided units, in (0, 1], from which on all others are decided too.
         tau_per: "unit" compares the sum with tau, "element" the sum over the number of elements.
-            "signal" is a ratio, which is never divided.
+            A ratio ("signal") is never divided.
         total_steps: Planned optimizer steps, at least 1, or None.
         stop_grad: Whether frozen tensors are released: "auto", True or False.
     """
@@ -243,10 +245,11 @@ class FreezeTable:
             values: The sums of the undecided units whose check is not void.
         """
         for unit, value in values.items():
-            if self.config.tau_per == "element" and unit.statistic != "signal":
+            if self.config.tau_per == "element" and unit.statistic not in RATIOS:
                 value /= unit.n_elements
             unit.value = value
-            unit.hits = unit.hits + 1 if value < unit.tau else 0
+            # "gain" may be negative, and tau=0.0 freezes nothing.
+            unit.hits = unit.hits + 1 if max(value, 0.0) < unit.tau else 0
             if unit.hits >= self.config.patience:
                 unit.decide(self.t, value)
         if values:

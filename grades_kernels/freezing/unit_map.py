@@ -30,7 +30,8 @@ class UnitMap:
         units: The unit of each of them, None where it is not monitored.
         members: Unit -> its tensors on this rank, none for a unit of another rank.
         group_units: Per group its units.
-        settings: Per group its number of tensors, whether it is monitored, and its statistic.
+        settings: Per group its number of tensors, whether it is monitored, its statistic, and
+            whether embeddings, heads, norms and biases are monitored too (`monitor_all`).
         taus: Per group the threshold that its units have.
         untrained: Tensors of monitored groups that need no gradient and so belong to no unit.
         names: Per group the names of its tensors, or None.
@@ -42,7 +43,7 @@ class UnitMap:
     units: tuple[Unit | None, ...]
     members: dict[Unit, tuple[Tensor, ...]]
     group_units: tuple[tuple[Unit, ...], ...]
-    settings: list[tuple[int, bool, str]]
+    settings: list[tuple[int, bool, str, bool]]
     taus: list[float | None]
     untrained: tuple[Tensor, ...]
     names: list[list[str] | None]
@@ -143,7 +144,12 @@ def make_unit_map(
             frozen = is_frozen(p)
             name = None
             if tau is not None and (p.requires_grad or frozen):
-                name = _unit_name(p, names[j] if names else None, f"{prefix}group{i}.param{j}")
+                name = _unit_name(
+                    p,
+                    names[j] if names else None,
+                    f"{prefix}group{i}.param{j}",
+                    everything=bool(group.get("monitor_all")),
+                )
             elif tau is not None:
                 untrained.append(p)
             if tau is None or name is None:
@@ -221,10 +227,16 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
     )
 
 
-def _settings(groups: Groups) -> list[tuple[int, bool, str]]:
+def _settings(groups: Groups) -> list[tuple[int, bool, str, bool]]:
     # The threshold is no part of it: it may change in every step.
     return [
-        (len(group["params"]), group["tau"] is not None, group["statistic"]) for group in groups
+        (
+            len(group["params"]),
+            group["tau"] is not None,
+            group["statistic"],
+            bool(group.get("monitor_all")),
+        )
+        for group in groups
     ]
 
 
@@ -235,11 +247,12 @@ def _names_of(group: dict[str, Any], attached: list[list[str]] | None, i: int) -
     return names if names and len(names) == len(group["params"]) else None
 
 
-def _unit_name(p: Tensor, name: str | None, nameless: str) -> str | None:
-    if name is not None:
-        return unit_of(name, p.shape, p.dtype)
-    can_be_monitored = p.is_floating_point() and p.dim() >= 2 and p.numel() > 0
-    return nameless if can_be_monitored else None
+def _unit_name(p: Tensor, name: str | None, nameless: str, *, everything: bool) -> str | None:
+    unit = None if name is None else unit_of(name, p.shape, p.dtype)
+    is_matrix = name is None and p.dim() >= 2
+    if unit is None and (everything or is_matrix) and p.is_floating_point() and p.numel() > 0:
+        unit = nameless if name is None else canonical_name(name)
+    return unit
 
 
 def _check_alike(unit: Unit, one: tuple[float, str], other: tuple[float, str]) -> None:

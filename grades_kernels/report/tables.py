@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median, stdev
 
 from ..freezing.table import FreezeEvent
 from .record import Memory, Timeline, finite
@@ -49,9 +49,19 @@ def headline(
     return lines
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of the mean of independent values, at least two."""
+    return stdev(values) / math.sqrt(len(values))
+
+
 def report_tables(timeline: Timeline) -> list[Table]:
     """The tables of kinds, of the last events and of layers, without those that have no rows."""
-    tables = [_kind_table(timeline), _event_table(timeline.events), _layer_table(timeline)]
+    tables = [
+        _kind_table(timeline),
+        _gain_table(timeline),
+        _event_table(timeline.events),
+        _layer_table(timeline),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -69,6 +79,22 @@ def _kind_table(timeline: Timeline) -> Table:
         rows.append([*row, number_range([unit.tau for unit in units])])
     title = f'By kind (first, last: steps of freezing; min to max: last "{criteria}" statistic)'
     return Table(title, header, rows, left=["kind"])
+
+
+def _gain_table(timeline: Timeline) -> Table:
+    """Per kind the "gain" of its units together: mean over the steps and its standard error."""
+    rows, means = [], []
+    for kind, units in timeline.kinds.items():
+        columns = [timeline.units.index(unit) for unit in units if unit.criterion == "gain"]
+        sums = [sum(finite(row[k] for k in columns)) for _, row in timeline.history]
+        if columns and len(sums) > 1:
+            means.append(fmean(sums))
+            rows.append([shorten(kind, 20), f"{means[-1]:.4g}", f"{standard_error(sums):.2g}"])
+    total = sum(means)
+    for row, mean in zip(rows, means, strict=True):
+        row.append(f"{100 * mean / total:.1f} %" if total > 0 else "-")
+    title = 'Mean "gain" over the recorded steps: loss that a step would gain per learning rate'
+    return Table(title, ["kind", "gain", "standard error", "share"], rows, left=["kind"])
 
 
 def _event_table(events: Sequence[FreezeEvent]) -> Table:
