@@ -13,7 +13,7 @@ import argparse
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -27,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import harness
 from benchmarks.study_report import read, report
 from benchmarks.study_tasks import QUICK, TASKS, Setup, Task, batches, prepare, wordnet_folder
-from grades_kernels import GradESAdamW, calibrate
+from grades_kernels import GradESAdamW, calibrate, choose_cut
 
 TUNING_SEED = 100
 EPS, BETAS = 1e-8, (0.9, 0.999)
+CHOICE_BATCHES = 8  # of choose_cut, whose choice the runs are judged by
 PROBES = 64  # batches of the longest probe; shorter ones are its beginning
 CHECKS = 8  # validations of a run that could be stopped early
 PATIENCE = 2
@@ -352,37 +353,52 @@ def probe_rows(job: Row) -> list[Row]:
     torch.set_num_threads(1)
     task, seed, share = job["settings"], job["seed"], job["share"]
     setup = start(task, seed)
+    whole = {"task": job["task"], "seed": seed, "batch_share": share}
     cuts = [None, *range(max(setup.parts()))]
     costs = [_counted(task, k, True) for k in cuts]
     torch.manual_seed(seed)
     values, seconds, macs = probe(setup, PROBES if not task.quick else 8, share)
     rows, n = [], len(values) + 1
     while n >= 8:
+        spent = {"seconds": seconds * n / (len(values) + 1), "macs": macs * n / (len(values) + 1)}
         for variant in VARIANTS:
-            if variant == "head x10" and not setup.head:
-                continue
             weighed = weigh(gains(values[: n - 1], setup, variant), costs)
-            choice = chosen(weighed)
-            for k, cost, (gain, ratio, error) in zip(cuts, costs, weighed, strict=True):
-                rows.append(
-                    {
-                        "task": job["task"],
-                        "seed": seed,
-                        "batches": n,
-                        "batch_share": share,
-                        "variant": variant,
-                        "cut": "none" if k is None else k,
-                        "gain": gain,
-                        "cost": cost / costs[0],
-                        "ratio": ratio,
-                        "error": error,
-                        "chosen": int(k == choice),
-                        "seconds": seconds * n / (len(values) + 1),
-                        "macs": macs * n / (len(values) + 1),
-                    }
-                )
+            found = [
+                (k, g, c / costs[0], *x) for k, c, (g, *x) in zip(cuts, costs, weighed, strict=True)
+            ]
+            rows += _cut_rows(
+                {**whole, "batches": n, "variant": variant}, found, chosen(weighed), spent
+            )
         n //= 2
-    return [{key: _rounded(value) for key, value in row.items()} for row in rows]
+    return rows
+
+
+def choice_rows(job: Row) -> list[Row]:
+    """Rows of all cuts that `choose_cut` compared; its whole time is that of the probe."""
+    torch.set_num_threads(1)
+    task, seed, share, n = job["settings"], job["seed"], job["share"], CHOICE_BATCHES
+    setup = start(task, seed)
+    setup.freeze(None)
+    torch.manual_seed(seed)
+    few = list(batches(setup, 200_000, n, share))
+    began = time.process_time()
+    cut = choose_cut(setup.model, setup.loss, few, n_batches=n, tied="freeze")
+    spent = {"seconds": time.process_time() - began}
+    # Ten more passes count the cost of the cuts.
+    spent["macs"] = (n + 10) * share * _counted(task, None, True)
+    whole = {"task": job["task"], "seed": seed, "batch_share": share, "batches": n}
+    return _cut_rows({**whole, "variant": "choose_cut"}, cut.candidates, cut.k, spent)
+
+
+def _cut_rows(
+    whole: Row, candidates: Iterable[Any], choice: int | None, spent: dict[str, float]
+) -> list[Row]:
+    rows = []
+    for k, gain, cost, ratio, error in candidates:
+        found = {"cut": "none" if k is None else k, "gain": gain, "cost": cost, "ratio": ratio}
+        row = {**whole, **found, "error": error, "chosen": int(k == choice), **spent}
+        rows.append({key: _rounded(value) for key, value in row.items()})
+    return rows
 
 
 # The jobs
@@ -444,14 +460,17 @@ class Study:
 
     def probe(self, name: str) -> None:
         task = self.tasks[name]
-        done = {(r["task"], r["seed"], r["batch_share"]) for r in read(f"{self.name}-probe")}
-        jobs = [
-            {"task": name, "settings": task, "seed": seed, "share": share}
-            for seed in task.seeds
-            for share in ((0.25, 1.0) if task.kind != "smollm2" else (0.5,))
-            if (name, seed, share) not in done
-        ]
-        self._all(probe_rows, jobs, "probe")
+        rows = [row for row in read(f"{self.name}-probe") if row["task"] == name]
+        for function, library in ((choice_rows, True), (probe_rows, False)):
+            mine = [row for row in rows if (row["variant"] == "choose_cut") == library]
+            done = {(row["seed"], row["batch_share"]) for row in mine}
+            jobs = [
+                {"task": name, "settings": task, "seed": seed, "share": share}
+                for seed in task.seeds
+                for share in (task.probes[:1] if library else task.probes)
+                if (seed, share) not in done
+            ]
+            self._all(function, jobs, "probe")
 
     def tune(self, name: str) -> None:
         task = self.tasks[name]
@@ -501,6 +520,7 @@ class Study:
     def with_grades(self, name: str) -> list[Arm]:
         """GradES alone, and above the cut that the first probe of the task chose."""
         rows = [row for row in read(f"{self.name}-probe") if row["task"] == name]
+        rows = [row for row in rows if row["variant"] == "choose_cut"]
         cuts = [int(row["cut"]) for row in rows if row["cut"] != "none"]
         choice = next(row["cut"] for row in rows if row["chosen"])
         alone = Arm(grades="change")

@@ -16,7 +16,6 @@ from benchmarks import harness
 
 Row = dict[str, Any]
 AXES = {"seconds": "processor time, seconds", "macs": "multiply-adds"}
-PROBE = {"variant": "sum", "batches": 8}  # the probe that chooses; of its shares the smallest
 NEAR = 0.95  # share of the best speed-up that counts as the right choice
 # Okabe and Ito's colours, which remain distinct under the usual colour deficiencies.
 STYLES = {
@@ -97,12 +96,8 @@ class Results:
     """The runs of one study, with those of the chosen cut and of the best cut among them."""
 
     def __init__(self, name: str) -> None:
-        self.probes = [r for r in read(f"{name}-probe") if all(r[k] == PROBE[k] for k in PROBE)]
-        smallest = {
-            task: min(row["batch_share"] for row in rows)
-            for task, rows in grouped(self.probes, "task").items()
-        }
-        self.probes = [r for r in self.probes if r["batch_share"] == smallest[r["task"]]]
+        self.all_probes = read(f"{name}-probe")
+        self.probes = [row for row in self.all_probes if row["variant"] == "choose_cut"]
         self.choice = {(r["task"], r["seed"]): r for r in self.probes if r["chosen"]}
         self.runs = [row for row in read(f"{name}-runs") if row["stage"] == "run"]
         self.runs = [row for row in self.runs if (row["task"], row["seed"]) in self.choice]
@@ -215,22 +210,57 @@ class Results:
             measured = {row["cut"]: row["measured"] for row in rows}
             best = max(measured, key=measured.__getitem__)
             choices = [r["cut"] for (t, _), r in self.choice.items() if t == task]
-            losses = [measured[c] / measured[best] for c in choices if c in measured]
-            lines.append(
-                {
-                    "task": task,
-                    "budget": budget,
-                    "rank correlation": round(
-                        spearman([r["predicted"] for r in rows], [r["measured"] for r in rows]), 2
-                    ),
-                    "best cut": best,
-                    "its speed-up": round(measured[best], 2),
-                    "chosen": choices,
-                    "of the best": [round(x, 2) for x in losses],
-                    "right": sum(x >= NEAR for x in losses) / len(losses) if losses else math.nan,
-                }
+            kept = [measured[c] / measured[best] for c in choices if c in measured]
+            ranks = spearman([r["predicted"] for r in rows], [r["measured"] for r in rows])
+            line = {"task": task, "budget": budget, "cuts": len(rows), "rank correlation": ranks}
+            line |= {"best cut": best, "speed-up of the best": measured[best]}
+            line |= {"chosen": "/".join(map(str, choices)), "kept": fmean(kept or [math.nan])}
+            lines.append(line | {"right": f"{sum(x >= NEAR for x in kept)} of {len(choices)}"})
+        return [{k: _short(v) for k, v in line.items()} for line in lines]
+
+    def trials(self, axis: str) -> list[Row]:
+        """What other probes would have chosen: kept share of the best speed-up, and right choices.
+
+        "after head steps" is the probe of the task whose head is trained first, asked for the task
+        with a new head.
+        """
+        measured = {
+            key: {row["cut"]: row["measured"] for row in rows}
+            for key, rows in grouped(self.predictions(axis), "task", "budget").items()
+            if len(rows) > 1
+        }
+        rows = [{**row, "asked": row["task"]} for row in self.all_probes]
+        rows += [
+            {**row, "asked": "MiniLM, new head", "variant": f"{row['variant']} after head steps"}
+            for row in self.all_probes
+            if row["task"] == "MiniLM, trained head"
+        ]
+        lines = []
+        for (variant, n, share), members in grouped(
+            rows, "variant", "batches", "batch_share"
+        ).items():
+            chosen = [row for row in members if row["chosen"]]
+            kept = [
+                speed_ups.get(row["cut"], math.nan) / max(speed_ups.values())
+                for row in chosen
+                for (task, _), speed_ups in measured.items()
+                if task == row["asked"]
+            ]
+            known = [x for x in kept if not math.isnan(x)]
+            line = {"variant": variant, "batches": n, "batch_share": share}
+            line |= {"tasks": len({row["asked"] for row in members}), "kept": fmean(known or [0])}
+            line["right"] = f"{sum(x >= NEAR for x in known)} of {len(known)}"
+            line["not run"] = len(kept) - len(known)
+            line["choices"] = " ".join(
+                f"{task}: " + "/".join(_short(row["cut"]) for row in mine)
+                for task, mine in grouped(chosen, "asked").items()
             )
+            lines.append({k: _short(v) for k, v in line.items()})
         return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def cut_name(cut: Any) -> str:
@@ -364,6 +394,7 @@ def report(name: str) -> None:
     harness.print_table("means over the seeds", results.table())
     for axis in AXES:
         harness.print_table(f"the rule, by {AXES[axis]}", results.rule(axis))
+    harness.print_table("other probes", results.trials("seconds"))
     harness.print_table("noise floors", noise_floors())
     draw_compute(results, "seconds", harness.RESULTS / f"{name}-compute.png")
     draw_compute(results, "macs", harness.RESULTS / f"{name}-macs.png")

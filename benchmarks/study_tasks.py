@@ -46,6 +46,7 @@ class Task:
         seeds: Of the head, the batches and dropout.
         rates: Learning rates that are tried first.
         heads: Factors of the learning rate of the head that are tried.
+        probes: Shares of a batch that probes use.
         per_class: Examples per class to train on; 0: as many as there are.
         head_steps: Steps of the head alone before the run starts; not counted.
         pace: Cut to the relative time of a step, from which runs are planned; for other cuts on
@@ -67,6 +68,7 @@ class Task:
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
     heads: tuple[float, ...] = (1.0,)
+    probes: tuple[float, ...] = (0.25,)
     per_class: int = 0
     head_steps: int = 0
     pace: tuple[tuple[int, float], ...] = ()
@@ -87,15 +89,34 @@ _MINILM = Task(
     held_out=320,
 )
 _SMOLLM2 = Task(
-    "smollm2", 16, 2, 32, (0, 4, 8, 15), (0, 8), (), seeds=(0, 1), rates=(1e-4, 2e-4, 4e-4)
+    "smollm2",
+    16,
+    2,
+    32,
+    (0, 4, 8, 15),
+    (0, 8),
+    (),
+    seeds=(0, 1),
+    rates=(1e-4, 2e-4, 4e-4),
+    probes=(0.5,),
 )
 _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0, 1, 2, 3))
 TASKS = {
-    "MiniLM, new head": replace(_MINILM, longer=(8,)),
-    "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96),
+    "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0)),
+    "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0)),
     "SmolLM2, next token": replace(_SMOLLM2, held_out=48, pace=((0, 0.587), (15, 0.406))),
-    "MiniLM, 20 examples a class": replace(_MINILM, per_class=20, tuned=(0, 4)),
-    "MiniLM, trained head": replace(_MINILM, head_steps=60, cuts=(0, 2, 3, 4, 5), tuned=(0, 3)),
+    "MiniLM, 20 examples a class": replace(
+        _MINILM,
+        steps=60,
+        per_class=20,
+        cuts=(0, 3, 4, 5),
+        tuned=(0, 4),
+        long_cuts=(4, 5),
+        heads=(10.0,),
+    ),
+    "MiniLM, trained head": replace(
+        _MINILM, head_steps=60, cuts=(0, 2, 3, 4), tuned=(0, 3), long_cuts=(3, 4)
+    ),
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
         lora=True,
