@@ -1,5 +1,7 @@
 """AdamW that freezes each weight matrix when it has converged (GradES, arXiv 2509.01842)."""
 
+from .cut.choose import choose_cut
+from .cut.cut import Cut
 from .freezing.param_groups import grades_param_groups
 from .freezing.table import FreezeEvent
 from .functional import grades_adamw
@@ -11,10 +13,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Cut",
     "FreezeEvent",
     "FreezeReport",
     "GradESAdamW",
     "calibrate",
+    "choose_cut",
     "grades_adamw",
     "grades_param_groups",
 ]

@@ -25,6 +25,8 @@ from .report.report import FreezeReport
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from .cut.cut import Cut
+
 
 class GradESAdamW(AdamW):
     r"""AdamW that freezes each weight matrix when its gradient has stopped changing.
@@ -37,14 +39,13 @@ class GradESAdamW(AdamW):
     Args:
         params: Tensors, parameter groups or `(name, tensor)` pairs, as AdamW takes them. With
             names, units carry them; embeddings, output heads, norms and biases are not monitored,
-            and LoRA pairs freeze together. Without names every floating tensor of two or more
-            dimensions in a group with `tau` is a unit of its own, `group{i}.param{j}`.
+            and LoRA pairs freeze together. Without names every floating tensor of two dimensions or
+            more in a group with `tau` is a unit, `group{i}.param{j}`.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable:
             As in `torch.optim.AdamW`. `differentiable` excludes `tau`; with `tau`, `step()` cannot
             be captured in a CUDA graph.
         fused: None chooses a fused backend where there is one, else the reference; False is the
-            reference; True is a fused backend or a RuntimeError that says why not. May differ per
-            parameter group.
+            reference; True is a fused backend or a RuntimeError. May differ per group.
         tau: Threshold of the statistic; may differ per parameter group and be changed between
             steps. None (default): not monitored. 0.0 measures and never freezes. "auto", for
             "signal" alone: 1.2.
@@ -187,8 +188,8 @@ class GradESAdamW(AdamW):
         """The last statistic of every unit as it is compared with tau; NaN before the first."""
         return {unit.name: unit.value for unit in self._exact().table.units}
 
-    def report(self) -> FreezeReport:
-        """What froze when, with the history of every statistic."""
+    def report(self, cut: Cut | None = None) -> FreezeReport:
+        """What froze when, with every statistic, and what the `cut` had frozen before."""
         freezer = self._exact()
         frozen_blocks, trained_below = frozen_prefix(freezer.table.units, freezer.unit_map)
         return FreezeReport.from_table(
@@ -198,6 +199,7 @@ class GradESAdamW(AdamW):
             memory=memory_of(freezer.unit_map, self.state, freezer.release.released),
             frozen_blocks=frozen_blocks,
             trained_below=trained_below,
+            cut="" if cut is None else cut.summary(),
         )
 
     def register_freeze_hook(
@@ -209,7 +211,7 @@ class GradESAdamW(AdamW):
         next step, or earlier when something exact is read.
 
         Returns:
-            A handle whose `remove()` removes the hook.
+            A handle; its `remove()` removes the hook.
         """
         handle = RemovableHandle(self._freeze_hooks)
         self._freeze_hooks[handle.id] = hook
@@ -251,9 +253,8 @@ class GradESAdamW(AdamW):
             model: A `DistributedDataParallel` model. Not needed otherwise.
 
         Returns:
-            `model`, or a new wrapper around the same module where DDP has to be built anew: where
-            `find_unused_parameters` is off, and after a thaw. The bare module if nothing is left to
-            train.
+            `model`, or a new wrapper where DDP has to be built anew: without
+            `find_unused_parameters`, and after a thaw. The bare module if nothing is left to train.
 
         Raises:
             RuntimeError: In a job of several processes without their DDP model, and where reentrant

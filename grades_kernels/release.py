@@ -164,6 +164,12 @@ class ReentrantDetector:
             if p.requires_grad:
                 self._handles[p] = p.register_hook(self._hook_of(p))
 
+    def stop(self) -> None:
+        """Observe nothing any more."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
     def _hook_of(self, p: Tensor) -> Callable[[Tensor], None]:
         # A copy or pickle of the tensor goes without it, and need not warn about that.
         return unserializable_hook(lambda grad: self._look(p))

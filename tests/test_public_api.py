@@ -17,7 +17,7 @@ import grades_kernels
 from grades_kernels import FreezeEvent, GradESAdamW
 
 NAMES = {"Calibration", "FreezeEvent", "FreezeReport", "GradESAdamW"}
-NAMES |= {"calibrate", "grades_adamw", "grades_param_groups"}
+NAMES |= {"Cut", "calibrate", "choose_cut", "grades_adamw", "grades_param_groups"}
 
 OWN_OPTIONS = {
     "tau": None,

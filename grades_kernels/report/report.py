@@ -45,6 +45,7 @@ class FreezeReport:
         frozen_blocks: How many of the lowest blocks have no matrix left to train.
         trained_below: Names of tensors in or below these blocks that still train, so that backward
             has to pass through the blocks; without any, it stops above them.
+        cut: What was frozen before the first step, in one line; see `Cut.summary`.
 
     Raises:
         ValueError: A row of ``history`` has not one statistic per unit.
@@ -61,6 +62,7 @@ class FreezeReport:
     memory: Memory = NO_MEMORY
     frozen_blocks: int = 0
     trained_below: tuple[str, ...] = ()
+    cut: str = ""
 
     def __post_init__(self) -> None:
         for step, row in self.history:
@@ -102,6 +104,8 @@ class FreezeReport:
     def __str__(self) -> str:
         blocks = (self.frozen_blocks, self.trained_below)
         lines = headline(self._timeline, self.backend, self.memory, *blocks)
+        if self.cut:
+            lines.append(f"Before the first step: {self.cut}")
         tables = map(layout, report_tables(self._timeline))
         return "\n\n".join(["\n".join(lines), *tables])
 

@@ -1,0 +1,128 @@
+"""The repeated blocks of a model, and which of its tensors lie below a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..freezing.naming import canonical_name
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The repeated blocks of a model, lowest first.
+
+    Attributes:
+        name: Where they are, "encoder.layer" for example.
+        blocks: The modules.
+    """
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that need a gradient, by canonical name; a tied one under its first name."""
+    return {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def find_stack(model: nn.Module, name: str | None = None) -> Stack:
+    """The stack of blocks in which something trains.
+
+    A stack is a list of two or more modules of one class, outside of any other stack.
+
+    Args:
+        model: The model.
+        name: Path of the stack, where a model has several; None: there is one.
+
+    Raises:
+        ValueError: If there is none, or several and `name` is None; the message names them.
+    """
+    stacks = {
+        canonical_name(path): Stack(canonical_name(path), own) for path, own in _stacks(model)
+    }
+    if name is None and len(stacks) == 1:
+        return next(iter(stacks.values()))
+    if name is not None and canonical_name(name) in stacks:
+        return stacks[canonical_name(name)]
+    found = ", ".join(f"{x.name!r} ({len(x.blocks)} blocks)" for x in stacks.values())
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks in which something trains: a cut lies "
+            "between two modules of one class in a ModuleList, Sequential or ModuleDict."
+        )
+    if name is None:
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of blocks: {found}. Choose one with "
+            "blocks=...; everything that only it depends on is below its cut, all else is above."
+        )
+    raise ValueError(f"blocks={name!r} is no stack of blocks of {type(model).__name__}: {found}.")
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            continue
+        if any(path.startswith(f"{outer}.") for outer in inside):
+            continue
+        blocks = tuple(module.children())
+        trains = any(p.requires_grad for p in module.parameters())
+        if len(blocks) > 1 and trains and len({_class_of(block) for block in blocks}) == 1:
+            inside.append(path)
+            yield path, blocks
+
+
+def _class_of(block: nn.Module) -> type[nn.Module]:
+    # torch.compile and checkpoint wrappers of a block
+    while inner := getattr(block, "_orig_mod", getattr(block, "_checkpoint_wrapped_module", None)):
+        block = inner
+    return type(block)
+
+
+def below_the_blocks(model: nn.Module, stack: Stack, backward: Callable[[], Any]) -> list[str]:
+    """Names of the tensors outside of the blocks that act on the loss through the blocks alone.
+
+    They are those that get no gradient once the inputs of the lowest block are detached: token and
+    position embeddings, the norm above these, a tower whose output enters the blocks. A tensor that
+    is also used elsewhere, such as an embedding tied to the head, is not one of them.
+
+    Args:
+        model: The model; all gradients are None.
+        stack: Its blocks.
+        backward: Computes the loss and its gradients.
+    """
+    with detached_inputs(stack.blocks[0]):
+        backward()
+    inside = {p for block in stack.blocks for p in block.parameters()}
+    return [name for name, p in trainable(model).items() if p.grad is None and p not in inside]
+
+
+@contextmanager
+def detached_inputs(block: nn.Module) -> Iterator[None]:
+    """Let no gradient leave a block downward."""
+
+    def detach(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(_detached, (args, kwargs))
+
+    handle = block.register_forward_pre_hook(detach, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def tied_embeddings(model: nn.Module, above: set[str]) -> list[str]:
+    """Names of the embeddings among the tensors above the blocks: they are the head as well."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [name for name, p in trainable(model).items() if name in above and p in tables]

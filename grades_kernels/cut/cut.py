@@ -1,0 +1,254 @@
+"""Cut: which tensors of a model are left as they are from the first step on, and why."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..freezing.naming import canonical_name
+from ..report.plot import picture_path
+from ..report.text import Table, layout, shorten
+
+
+class Candidate(NamedTuple):
+    """One place for a cut.
+
+    Attributes:
+        k: Frozen blocks, counted from the lowest; 0: only what lies below the blocks; None: no cut.
+        gain: Share of the predicted gain that is left above the cut, at most 1.
+        cost: Forward and backward pass of a step as a share of that without a cut.
+        ratio: `gain / cost`: predicted gain per compute, relative to no cut.
+        error: Standard error of `ratio` over the probe's batches.
+    """
+
+    k: int | None
+    gain: float
+    cost: float
+    ratio: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A choice of the lowest blocks that are not trained, with what it was chosen from.
+
+    `choose_cut` makes it. It refers to no tensor and can be pickled.
+
+    Attributes:
+        k: Blocks that are not trained, counted from the lowest, with everything below them; 0: only
+            what lies below the blocks; None: no cut is worth it.
+        stack: Where the blocks are, "encoder.layer" for example.
+        candidates: All places that were compared.
+        segments: Names of the tensors below the blocks, then those of every block, lowest first.
+        gains: Predicted gain of a step per learning rate: below the blocks, of every block, above.
+        shapes: Every trained tensor of the model with its shape.
+        reason: Why this one was chosen, in one sentence.
+    """
+
+    k: int | None
+    stack: str
+    candidates: tuple[Candidate, ...]
+    segments: tuple[tuple[str, ...], ...]
+    gains: tuple[float, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    reason: str
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.segments) - 1
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the tensors that the cut freezes."""
+        segments = () if self.k is None else self.segments[: self.k + 1]
+        return tuple(name for segment in segments for name in segment)
+
+    def at(self, k: int | None) -> Cut:
+        """The cut at another place.
+
+        Raises:
+            ValueError: If `k` is not one of the candidates.
+        """
+        if k not in [candidate.k for candidate in self.candidates]:
+            places = [candidate.k for candidate in self.candidates]
+            raise ValueError(f"k={k!r} is no candidate of this cut: choose one of {places}")
+        return replace(self, k=k, reason=f"k={k} was set by hand")
+
+    def apply(self, model: nn.Module, *, eval_frozen: bool = False) -> list[str]:
+        """Freeze everything below the cut; make the optimizer afterwards.
+
+        The tensors get `requires_grad=False` and lose their gradients. What would keep the backward
+        pass alive below the cut is undone: `enable_input_require_grads` of transformers and PEFT.
+        LoRA adapters below the cut that have not changed anything yet (B = 0) are disabled, which
+        spares their forward pass.
+
+        Args:
+            model: The model that the cut was chosen for, or a copy of it.
+            eval_frozen: Whether modules below the cut stay in evaluation mode: no dropout, and no
+                update of running statistics.
+
+        Returns:
+            The names of the frozen tensors, none without a cut.
+
+        Raises:
+            ValueError: If the model has other tensors than the one that the cut was chosen for.
+                Nothing has changed then.
+        """
+        params = {canonical_name(name): p for name, p in model.named_parameters()}
+        for name, shape in self.shapes:
+            if name not in params or tuple(params[name].shape) != shape:
+                found = tuple(params[name].shape) if name in params else "nothing"
+                raise ValueError(
+                    f"this cut was chosen for another model: {name!r} has shape {shape} there, in "
+                    f"{type(model).__name__} it is {found}. Call choose_cut for this model."
+                )
+        if self.k is None:
+            return []
+        frozen = [params[name] for name in self.frozen]
+        for p in frozen:
+            p.requires_grad_(False)
+            p.grad = None
+        disable_input_grads(model)
+        for module in _maximal(model, set(frozen)):
+            if eval_frozen:
+                module.register_forward_pre_hook(_stay_in_eval)
+            for inner in module.modules():
+                _disable_idle_adapters(inner)
+        return list(self.frozen)
+
+    def summary(self) -> str:
+        """What is frozen, in one line."""
+        if self.k is None:
+            return "no cut: everything trains"
+        sizes = {name: math.prod(shape) for name, shape in self.shapes}
+        elements = sum(sizes[name] for name in self.frozen)
+        return (
+            f"{self.k} of {self.n_blocks} blocks of {self.stack} and everything below them are "
+            f"frozen: {elements:,} of {sum(sizes.values()):,} elements"
+        )
+
+    def __str__(self) -> str:
+        header = ["frozen blocks", "gain left", "cost", "gain/cost", "standard error", ""]
+        rows = [
+            [
+                "no cut" if x.k is None else f"{x.k}",
+                *(f"{x.gain:.3f}", f"{x.cost:.3f}", f"{x.ratio:.3f}", f"{x.error:.3f}"),
+                "<- chosen" if x.k == self.k else "",
+            ]
+            for x in self.candidates
+        ]
+        names = ["below the blocks", *map(str, range(self.n_blocks)), "above the blocks"]
+        total = sum(self.gains)
+        shares = [
+            [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
+            for name, gain in zip(names, self.gains, strict=True)
+        ]
+        return "\n\n".join(
+            [
+                f"Cut of {shorten(self.stack, 60)}: {self.reason}\n{self.summary()}",
+                layout(Table("Places for a cut, relative to no cut", header, rows, left=[""])),
+                layout(
+                    Table(
+                        "Predicted gain of a step per learning rate, by block",
+                        ["block", "gain", "share"],
+                        shares,
+                        left=["block"],
+                    )
+                ),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cut in the types of JSON, without the names of tensors."""
+        return {
+            "k": self.k,
+            "stack": self.stack,
+            "reason": self.reason,
+            "candidates": [candidate._asdict() for candidate in self.candidates],
+            "gains": list(self.gains),
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw gain by block, gain and cost left by cut, and their ratio with its standard error.
+
+        The suffix of `path` chooses the format, ".png" when there is none. Returns the path.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to install it.
+        """
+        path = picture_path(path, "Cut.plot()")
+        from matplotlib.figure import Figure
+
+        figure = Figure((13, 4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        total = sum(self.gains) or 1.0
+        names = ["below", *map(str, range(self.n_blocks)), "above"]
+        left.bar(range(len(names)), [gain / total for gain in self.gains], color="#117733")
+        left.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
+        left.set_title("Share of the predicted gain, by block", loc="left")
+        places = ["none" if x.k is None else str(x.k) for x in self.candidates]
+        x = range(len(places))
+        middle.plot(x, [c.gain for c in self.candidates], "o-", color="#117733", label="gain left")
+        middle.plot(x, [c.cost for c in self.candidates], "s--", color="#882255", label="cost")
+        middle.set_title("Gain and cost above the cut", loc="left")
+        middle.set_ylim(bottom=0)
+        middle.legend(frameon=False)
+        ratios, errors = zip(*((c.ratio, c.error) for c in self.candidates), strict=True)
+        right.errorbar(x, ratios, errors, fmt="o-", color="#332288", capsize=3)
+        right.axhline(1.0, color="0.5", linestyle="dotted")
+        chosen = [c.k for c in self.candidates].index(self.k)
+        right.plot([chosen], [ratios[chosen]], "o", color="#CC6677", markersize=11, zorder=3)
+        right.set_title("Gain per cost (chosen: large dot)", loc="left")
+        for axis in (middle, right):
+            axis.set_xticks(x, places, rotation=90 if len(places) > 12 else 0)
+            axis.set_xlabel("frozen blocks")
+        for axis in (left, middle, right):
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150)
+        return path
+
+
+def disable_input_grads(model: nn.Module) -> list[nn.Module]:
+    """Undo `enable_input_require_grads` of transformers and PEFT; the modules that had it."""
+    having = [m for m in model.modules() if m.__dict__.get("_require_grads_hook") is not None]
+    for module in having:
+        module.disable_input_require_grads()  # type: ignore[operator]
+    return having
+
+
+def _maximal(model: nn.Module, frozen: set[Tensor]) -> list[nn.Module]:
+    """The largest modules that have parameters and train none, the new ones among them."""
+    found: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
+        params = list(module.parameters())
+        if any(p in frozen for p in params):
+            if not any(p.requires_grad for p in params):
+                found.append(module)
+            else:
+                for child in module.children():
+                    search(child)
+
+    search(model)
+    return found
+
+
+def _stay_in_eval(module: nn.Module, args: Sequence[Any]) -> None:
+    """A hook, since `model.train()` reaches every module."""
+    if module.training:
+        module.eval()
+
+
+def _disable_idle_adapters(module: Any) -> None:
+    """Disable the adapters of a PEFT layer that do not change its output yet."""
+    factors = getattr(module, "lora_B", None)
+    if isinstance(factors, nn.ModuleDict) and len(factors) and hasattr(module, "enable_adapters"):
+        weights = [p for factor in factors.values() for p in factor.parameters()]
+        if not any(p.count_nonzero() for p in weights):
+            module.enable_adapters(False)

@@ -1,0 +1,421 @@
+"""choose_cut and Cut.apply: what they choose, what they freeze, and that nothing else changes."""
+
+import copy
+import math
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from grades_kernels import FreezeReport, GradESAdamW, choose_cut, grades_param_groups
+from grades_kernels.cut import choose
+from grades_kernels.cut.blocks import find_stack
+from grades_kernels.cut.cut import Candidate
+
+
+class Block(nn.Module):
+    def __init__(self, dim, dropout=0.0):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.fc2(self.dropout(torch.tanh(self.fc1(self.norm(x)))))
+
+
+class Model(nn.Module):
+    """Embedding and position, blocks, head; `tied` makes the head the embedding."""
+
+    def __init__(self, n=4, dim=12, vocabulary=9, tied=False, dropout=0.0, checkpointing=None):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.embed = nn.Embedding(vocabulary, dim)
+        self.position = nn.Parameter(0.1 * torch.randn(6, dim))
+        self.layers = nn.ModuleList(Block(dim, dropout) for _ in range(n))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.position
+        for layer in self.layers:
+            if self.checkpointing is None:
+                x = layer(x)
+            else:
+                x = checkpoint(layer, x, use_reentrant=self.checkpointing)
+        return self.head(self.norm(x).mean(1))
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch), batch.sum(1) % 9)
+
+
+def batches(n=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 9, (8, 6), generator=generator) for _ in range(n)]
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    return Model(**options)
+
+
+def cut_of(model=None, **options):
+    return choose_cut(model or make(), loss_of, batches(), **options)
+
+
+BELOW = ("position", "embed.weight")
+
+
+def bits(model):
+    """Everything that training depends on."""
+    return {
+        **{name: x.detach().clone() for name, x in model.state_dict().items()},
+        **{f"grad {name}": p.grad for name, p in model.named_parameters()},
+        **{f"flag {name}": p.requires_grad for name, p in model.named_parameters()},
+        **{f"mode {name}": m.training for name, m in model.named_modules()},
+        "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
+        "tensor hooks": [len(p._backward_hooks or ()) for p in model.parameters()],
+        "random": (torch.get_rng_state(), random.getstate()),
+    }
+
+
+def assert_unchanged(before, after):
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, after[key]), key
+        elif key == "random":
+            assert torch.equal(value[0], after[key][0]) and value[1] == after[key][1]
+        else:
+            assert value == after[key] if not torch.is_tensor(value) else True, key
+
+
+# What is below
+
+
+def test_what_acts_through_the_blocks_alone_is_below_them():
+    cut = cut_of()
+    assert sorted(cut.segments[0]) == sorted(BELOW)
+    assert [len(segment) for segment in cut.segments[1:]] == [6] * 4
+    assert [candidate.k for candidate in cut.candidates] == [None, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("tied", ["train", "freeze"])
+def test_a_tied_embedding_trains_unless_asked_otherwise(tied):
+    cut = cut_of(make(tied=True), tied=tied)
+    assert ("embed.weight" in cut.segments[0]) == (tied == "freeze")
+    cost = {x.k: x.cost for x in cut.candidates}
+    model = make(tied=True)
+    cut.at(2).apply(model)
+    loss_of(model, batches()[0]).backward()
+    assert (model.embed.weight.grad is None) == (tied == "freeze")
+    assert cost[2] < 0.7 if tied == "freeze" else cost[2] > 0.7  # backward reaches the bottom
+
+
+def test_a_tower_that_feeds_the_blocks_is_below_them_and_another_stack_is_named():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision = nn.ModuleList(Block(12) for _ in range(2))
+            self.text = Model(n=3)
+
+        def forward(self, batch):
+            x = self.text.embed(batch)
+            for block in self.vision:
+                x = block(x)
+            for block in self.text.layers:
+                x = block(x)
+            return self.text.head(x.mean(1))
+
+    torch.manual_seed(0)
+    model = Pair()
+    with pytest.raises(
+        ValueError, match=r"several stacks.*'vision' \(2 blocks\), 'text.layers' \(3"
+    ):
+        cut_of(model)
+    cut = cut_of(model, blocks="text.layers")
+    assert {name for name in cut.segments[0] if name.startswith("vision")} == {
+        f"vision.{name}" for name, _ in model.vision.named_parameters()
+    }
+    assert "text.embed.weight" in cut.segments[0]
+    with pytest.raises(ValueError, match=r"blocks='text' is no stack.*'vision'"):
+        cut_of(model, blocks="text")
+
+
+def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
+    model = nn.ModuleDict({
+        "frozen": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False),
+        "layers": nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)),
+    })  # fmt: skip
+    assert find_stack(model).name == "layers"
+
+
+# The measurement
+
+
+def test_nothing_has_changed_afterwards():
+    model = make(dropout=0.3)
+    model.layers[0].register_buffer("count", torch.zeros(3))
+    model.layers[0].register_forward_pre_hook(lambda m, _: m.count.add_(1).__len__() and None)
+    loss_of(model, batches()[0]).backward()
+    model.layers[1].eval()
+    random.seed(3)
+    before = bits(model)
+    choose_cut(model, loss_of, batches())
+    assert_unchanged(before, bits(model))
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "head.weight"])
+def test_the_gain_is_what_a_small_step_takes_from_the_loss(name):
+    """Against finite differences: the mean over batches of what -lr * m_hat / sqrt(v_hat) gains."""
+    model, seen = make(seed=2), batches(6)
+    steps = choose._probe(model, loss_of, seen, 6, find_stack(model), (0.9, 0.999), 1e-8)[1]
+    p = dict(model.named_parameters())[name]
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, batch in enumerate(seen, start=1):
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        if t > 1:
+            direction = m / (1 - 0.9 ** (t - 1)) / ((v / (1 - 0.999 ** (t - 1))).sqrt() + 1e-8)
+            expected = (p.grad * direction).sum().item()
+            assert steps[t - 2][name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        m.lerp_(p.grad, 0.1)
+        v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+
+
+def test_costs_are_those_of_a_prefix():
+    """Blocks of one size: a step costs (3 - 2k) forward passes, the embedding costs none."""
+    cost = {x.k: x.cost for x in cut_of(make(n=8, dim=64)).candidates}
+    assert cost[None] == 1
+    for k in range(1, 8):
+        assert cost[k] == pytest.approx(1 - 2 / 3 * k / 8, abs=0.06)
+
+
+def test_costs_between_the_measured_cuts_are_interpolated():
+    cost = {x.k: x.cost for x in cut_of(make(n=20, dim=64)).candidates}
+    for k in range(1, 20):
+        assert cost[k] == pytest.approx(1 - 2 / 3 * k / 20, abs=0.04)
+
+
+def test_time_as_cost_orders_the_cuts_as_multiply_adds_do():
+    cut = cut_of(make(n=3), cost="time")
+    assert all(candidate.cost > 0 for candidate in cut.candidates)
+
+
+def test_the_same_call_gives_the_same_cut():
+    assert cut_of() == cut_of()
+
+
+# The choice
+
+
+def gains_of(*means, n=12, noise=0.01):
+    generator = random.Random(0)
+    return [[mean + generator.gauss(0, noise) for mean in means] for _ in range(n)]
+
+
+def test_the_best_ratio_is_chosen_with_its_standard_error():
+    gains = gains_of(0.02, 0.05, 0.05, 0.9)
+    candidates = [
+        choose._candidate(gains, k, c) for k, c in ((None, 1), (0, 0.9), (1, 0.6), (2, 0.4))
+    ]
+    assert [round(x.gain, 1) for x in candidates] == [1.0, 1.0, 0.9, 0.9]
+    assert choose._choice(candidates, gains)[0] == 2
+    assert 0 < candidates[-1].error < 0.1
+
+
+def test_no_cut_where_every_block_gains_as_much_as_it_costs():
+    gains = gains_of(0.4, 0.2, 0.2, 0.2)
+    candidates = [
+        choose._candidate(gains, k, c) for k, c in ((None, 1), (0, 0.9), (1, 0.6), (2, 0.4))
+    ]
+    k, reason = choose._choice(candidates, gains)
+    assert k is None and "loses more of the gain" in reason
+
+
+def test_no_cut_that_is_better_within_its_standard_error_alone():
+    candidates = [Candidate(None, 1, 1, 1, 0), Candidate(0, 0.9, 0.85, 1.06, 0.07)]
+    k, reason = choose._choice(candidates, gains_of(1.0))
+    assert k is None and "within the standard error" in reason
+
+
+def test_no_cut_where_the_probe_saw_noise():
+    k, reason = choose._choice(
+        [Candidate(None, 1, 1, 1, 0), Candidate(0, 2, 1, 2, 0)], gains_of(0.0)
+    )
+    assert k is None and "no gain beyond its noise" in reason
+
+
+def test_a_task_that_the_head_learns_is_cut_and_one_that_needs_the_embedding_is_not():
+    """A new head on features that tell the classes apart; and features that do not exist yet."""
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[:, :1].expand(-1, 6)), batch[:, 0])
+
+    model = make(seed=1)
+    nn.init.zeros_(model.head.weight)
+    assert choose_cut(model, loss, batches()).k == 4
+    model = make(seed=1)
+    nn.init.zeros_(model.embed.weight)
+    assert choose_cut(model, loss, batches()).k is None
+
+
+# Applying it
+
+
+def test_a_cut_stops_the_backward_pass_and_the_optimizer_gets_the_rest(tmp_path):
+    model = make()
+    cut = cut_of(model).at(2)
+    names = cut.apply(model)
+    assert set(names) == {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert set(names) == {*BELOW, *(n for n in names if n.startswith(("layers.0.", "layers.1.")))}
+    inputs = []
+    model.layers[2].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    loss_of(model, batches()[0]).backward()
+    assert not inputs[0].requires_grad
+    groups = grades_param_groups(model, tau=0.0)
+    trained = {name for group in groups for name, _ in group["params"]}
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+    opt = GradESAdamW(groups, lr=1e-3, total_steps=4)
+    opt.step()
+    assert all(name.startswith(("layers.2.", "layers.3.")) for name in opt.monitored_units)
+    report = opt.report(cut)
+    assert (
+        cut.summary() in str(report)
+        and FreezeReport.load(report.save(tmp_path / "r.json")) == report
+    )
+
+
+def test_no_cut_freezes_nothing():
+    model = make()
+    cut = cut_of(model).at(None)
+    assert cut.apply(model) == [] and all(p.requires_grad for p in model.parameters())
+    assert cut.summary() == "no cut: everything trains"
+
+
+@pytest.mark.parametrize("eval_frozen", [False, True])
+def test_dropout_below_the_cut_follows_eval_frozen(eval_frozen):
+    model = make(dropout=0.5)
+    cut_of(model).at(2).apply(model, eval_frozen=eval_frozen)
+    for _ in range(2):
+        model.train()
+        loss_of(model, batches()[0])
+        modes = [layer.dropout.training for layer in model.layers]
+        assert modes == [not eval_frozen, not eval_frozen, True, True]
+    pickle.loads(pickle.dumps(copy.deepcopy(model)))
+
+
+def test_a_cut_for_another_model_changes_nothing():
+    cut, other = cut_of().at(2), make(dim=8)
+    with pytest.raises(
+        ValueError, match=r"another model: 'position' has shape \(6, 12\).*choose_cut"
+    ):
+        cut.apply(other)
+    assert all(p.requires_grad for p in other.parameters())
+    with pytest.raises(ValueError, match="k=9 is no candidate"):
+        cut.at(9)
+
+
+def test_a_cut_can_be_pickled_printed_drawn_and_written(tmp_path):
+    cut = cut_of().at(1)
+    assert pickle.loads(pickle.dumps(cut)) == cut
+    assert "<- chosen" in str(cut) and "above the blocks" in str(cut)
+    assert cut.to_dict()["k"] == 1 and len(cut.to_dict()["gains"]) == 6
+    assert cut.plot(tmp_path / "cut").stat().st_size > 0
+
+
+def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config)
+    base.enable_input_require_grads()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+
+    def loss(model, batch):
+        return model(input_ids=batch, labels=batch).loss
+
+    cut = choose_cut(model, loss, batches())
+    assert base._require_grads_hooks  # as before
+    assert [x.k for x in cut.candidates] == [None, 1, 2]  # nothing trains below or above the blocks
+    cut.at(2).apply(model)
+    assert not base._require_grads_hooks
+    disabled = [
+        m.disable_adapters for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    ]
+    assert disabled == [True] * 4 + [False] * 2
+    loss(model, batches()[0]).backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert trained and all(".layers.2." in name for name in trained)
+
+
+def test_non_reentrant_checkpointing_is_fine_and_reentrant_is_an_error():
+    assert cut_of(make(checkpointing=False)).candidates[0].k is None
+    model = make(checkpointing=True)
+    before = bits(model)
+    with pytest.raises(
+        ValueError, match=r"reentrant activation checkpointing.*use_reentrant=False"
+    ):
+        cut_of(model)
+    assert_unchanged(before, bits(model))
+
+
+def test_autocast_is_the_callers():
+    def loss(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(model, batch)
+
+    assert choose_cut(make(), loss, batches()).candidates[0].k is None
+
+
+# Bad input
+
+BAD = {
+    "no batches": ({}, loss_of, [], r"batches: 0 instead of n_batches=16"),
+    "few batches": ({}, loss_of, batches(3), r"batches: 3 instead of n_batches=16"),
+    "few probes": ({"n_batches": 2}, loss_of, batches(), r"Invalid n_batches: 2"),
+    "tied": ({"tied": "x"}, loss_of, batches(), r"Invalid tied: 'x'"),
+    "cost": ({"cost": "x"}, loss_of, batches(), r"Invalid cost: 'x'"),
+    "vector": ({}, lambda m, b: m(b).sum(1), batches(), r"scalar tensor; batch 1 gave \(8,\)"),
+    "number": ({}, lambda m, b: 1.0, batches(), "scalar tensor; batch 1 gave float"),
+    "NaN": ({}, lambda m, b: loss_of(m, b) * math.nan, batches(), r"of batch 1 is nan"),
+    "detached": ({}, lambda m, b: loss_of(m, b).detach(), batches(), "no tensor that trains"),
+    "head alone": ({}, lambda m, b: m.head.weight.sum(), batches(), "depend on the blocks"),
+    "infinite gradient": (
+        {}, lambda m, b: (m(b) * 0).abs().sqrt().sum(), batches(), "is not finite in batch 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_an_error_and_changes_nothing(name):
+    options, loss, given, message = BAD[name]
+    model = make()
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        choose_cut(model, loss, given, **options)
+    assert_unchanged(before, bits(model))
+
+
+def test_a_model_without_repeated_blocks_is_refused():
+    with pytest.raises(ValueError, match="Linear has no repeated blocks"):
+        choose_cut(nn.Linear(2, 2), loss_of, batches())
+
+
+def test_a_probe_that_writes_to_the_weights_would_be_noticed(monkeypatch):
+    """Negative control: without copies the optimizer's step reaches the model."""
+    model = make()
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x: x)
+    before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    real = choose.GradESAdamW
+    monkeypatch.setattr(choose, "GradESAdamW", lambda *a, lr, **k: real(*a, lr=0.1, **k))
+    choose_cut(model, loss_of, batches())
+    assert any((p.detach().numpy() != before[n]).any() for n, p in model.named_parameters())
