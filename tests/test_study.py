@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import bench_training, harness, study, study_report, study_tasks
-from grades_kernels import GradESAdamW
+from grades_kernels import GradESAdamW, choose_cut
 
 pytest.importorskip("matplotlib")
 
@@ -79,6 +79,16 @@ def test_what_lies_below_a_cut_keeps_its_weights(name, k):
     above = {n for n, part in parts.items() if k is None or part > k}
     assert changed <= above
     assert {parts[n] for n in changed} == {parts[n] for n in above}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_arms_freeze_what_a_cut_of_the_library_freezes(name):
+    setup = study.start(study_tasks.QUICK[name], 0)
+    few = list(study_tasks.batches(setup, 0, 4))
+    cut = choose_cut(setup.model, setup.loss, few, n_batches=4, tied="freeze")
+    for k in (x.k for x in cut.candidates):
+        setup.freeze(k)
+        assert {n for n, p in setup.tensors if not p.requires_grad} == set(cut.at(k).frozen)
 
 
 def test_a_frozen_matrix_spares_the_product_of_its_gradient():
