@@ -44,16 +44,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained and how: `k` as in `Setup.freeze`; `grades`: a statistic, or empty."""
+    """What is trained: `k` as in `Setup.freeze`; `grades`: whether GradESAdamW freezes the rest."""
 
     k: int | None = None
-    grades: str = ""
+    grades: bool = False
 
     @property
     def name(self) -> str:
-        cut = "all weights" if self.k is None else f"cut {self.k}"
-        grades = {"change": "GradES", "weight_change": "callback", "": ""}[self.grades]
-        return cut if not grades else grades if self.k is None else f"{cut} + {grades}"
+        names = ["all weights" if self.k is None else f"cut {self.k}"]
+        if self.grades:
+            names = [*names, "GradES"] if self.k is not None else ["GradES"]
+        return " + ".join(names)
 
 
 def start(task: Task, seed: int) -> Setup:
@@ -114,14 +115,7 @@ def advance(
     groups = groups_of(setup, lr, head, taus or {})
     optimizer: Any
     if arm.grades:
-        optimizer = GradESAdamW(
-            groups,
-            tau=0.0,
-            alpha=0.5,
-            total_steps=steps,
-            statistic=arm.grades,
-            freeze_timing="same_step" if arm.grades == "change" else "next_step",
-        )
+        optimizer = GradESAdamW(groups, tau=0.0, alpha=0.5, total_steps=steps)
     else:
         for group in groups:
             del group["tau"]
@@ -151,16 +145,10 @@ def advance(
             checks.append((step, seconds, macs, value, spent, counted, validate(setup)[0]))
         if arm.grades and optimizer.all_frozen:
             break
-    return {
-        "planned": steps,
-        "steps": step,
-        "seconds": seconds,
-        "macs": macs,
-        "frozen": len(optimizer.frozen_units) / max(1, len(optimizer.monitored_units))
-        if arm.grades
-        else 0,
-        "checks": checks,
-    }, optimizer
+    done = {"planned": steps, "steps": step, "seconds": seconds, "macs": macs, "frozen": 0.0}
+    if arm.grades:
+        done["frozen"] = len(optimizer.frozen_units) / len(optimizer.monitored_units)
+    return {**done, "checks": checks}, optimizer
 
 
 def validate(setup: Setup, n: int | None = None) -> tuple[float, float, float]:
@@ -523,8 +511,8 @@ class Study:
         rows = [row for row in rows if row["variant"] == "choose_cut"]
         cuts = [int(row["cut"]) for row in rows if row["cut"] != "none"]
         choice = next(row["cut"] for row in rows if row["chosen"])
-        alone = Arm(grades="change")
-        return [alone] if choice in ("none", max(cuts)) else [alone, Arm(int(choice), "change")]
+        alone = Arm(grades=True)
+        return [alone] if choice in ("none", max(cuts)) else [alone, Arm(int(choice), True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
