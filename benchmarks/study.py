@@ -125,7 +125,9 @@ def advance(
     whole = multiply_adds(setup)
     sizes = {name: p.numel() for name, p in setup.tensors}
     tokens = setup.task.batch * setup.task.length
-    macs, seconds, checks, step = 0.0, 0.0, [], 0
+    macs, seconds, step = 0.0, 0.0, 0
+    values: list[float] = []  # of the validations for early stopping, and what these cost
+    spent, counted, early = 0.0, 0.0, {}
     while step < steps:
         frozen = optimizer.frozen_units if arm.grades else ()
         # A matrix that is frozen alone spares the product that makes its gradient.
@@ -140,15 +142,18 @@ def advance(
         scheduler.step()
         seconds += time.process_time() - began
         step += 1
-        if check_every and step % check_every == 0:
-            value, spent, counted = validate(setup, CHECKED)
-            checks.append((step, seconds, macs, value, spent, counted, validate(setup)[0]))
+        if check_every and step % check_every == 0 and not early:
+            value, more_seconds, more_macs = validate(setup, CHECKED)
+            values, spent, counted = [*values, value], spent + more_seconds, counted + more_macs
+            if is_over(values) or step + check_every > steps:
+                early = {"steps": step, "seconds": seconds + spent, "macs": macs + counted}
+                early["loss"] = validate(setup)[0]
         if arm.grades and optimizer.all_frozen:
             break
     done = {"planned": steps, "steps": step, "seconds": seconds, "macs": macs, "frozen": 0.0}
     if arm.grades:
         done["frozen"] = len(optimizer.frozen_units) / len(optimizer.monitored_units)
-    return {**done, "checks": checks}, optimizer
+    return {**done, "early": early}, optimizer
 
 
 def validate(setup: Setup, n: int | None = None) -> tuple[float, float, float]:
@@ -214,7 +219,7 @@ def run_rows(job: Row) -> list[Row]:
         taus=taus_of(task, job["lr"], job["head"], arm) if arm.grades else None,
         check_every=planned // CHECKS if checked else 0,
     )
-    checks = measured.pop("checks")
+    early = measured.pop("early")
     loss = validate(setup)[0]
     row = {
         "task": job["task"],
@@ -227,14 +232,9 @@ def run_rows(job: Row) -> list[Row]:
         "loss": loss,
     }
     rows = [row]
-    if checks:
-        last = stopped_at([value for *_, value, _, _, _ in checks])
-        step, seconds, macs, *_, loss = checks[last]
-        seconds += sum(check[4] for check in checks[: last + 1])
-        macs += sum(check[5] for check in checks[: last + 1])
-        measured = {"steps": step, "seconds": seconds, "macs": macs, "loss": loss}
-        share = macs / (task.steps * full)
-        rows.append({**row, **measured, "arm": "early stopping", "share": share})
+    if early:
+        share = early["macs"] / (task.steps * full)
+        rows.append({**row, **early, "arm": "early stopping", "share": share})
     return [{key: _rounded(value) for key, value in row.items()} for row in rows]
 
 
@@ -242,12 +242,9 @@ def _rounded(value: Any) -> Any:
     return harness.rounded(value, 5) if isinstance(value, float) else value
 
 
-def stopped_at(values: Sequence[float]) -> int:
-    """Index of the validation after which patience ends, or of the last."""
-    for n in range(len(values)):
-        if n - min(range(n + 1), key=values.__getitem__) >= PATIENCE:
-            return n
-    return len(values) - 1
+def is_over(values: Sequence[float]) -> bool:
+    """Whether the last `PATIENCE` validations have brought no new best."""
+    return len(values) - 1 - min(range(len(values)), key=values.__getitem__) >= PATIENCE
 
 
 @cache

@@ -177,7 +177,7 @@ class Results:
         return "/".join(sorted(cuts))
 
     def predictions(self, axis: str) -> list[Row]:
-        """G/c of the probe and measured speed-up of each cut, means over the seeds."""
+        """G/c of the probe, measured speed-up and loss of each cut, means over the seeds."""
         predicted = {
             key: fmean(row["ratio"] for row in rows)
             for key, rows in grouped(self.probes, "task", "cut").items()
@@ -189,18 +189,12 @@ class Results:
             cut = "none" if arm == "all weights" else float(arm.removeprefix("cut "))
             if (task, cut) not in predicted:  # with LoRA nothing trains below the blocks
                 continue
-            measured = math.exp(fmean(math.log(self.speed_up(r, axis)) for r in rows))
-            if arm == "all weights":
-                measured = 1.0
-            lines.append(
-                {
-                    "task": task,
-                    "budget": budget,
-                    "cut": cut,
-                    "predicted": predicted[task, cut],
-                    "measured": measured,
-                }
-            )
+            speed_up = math.exp(fmean(math.log(self.speed_up(r, axis)) for r in rows))
+            line = {"task": task, "budget": budget, "cut": cut, "predicted": predicted[task, cut]}
+            line["measured"] = speed_up if cut != "none" else 1.0
+            line["bound"] = cut != "none" and any(map(self.is_bound, rows))
+            line["loss"] = fmean(self.difference(r, axis) for r in rows)
+            lines.append(line)
         return lines
 
     def rule(self, axis: str) -> list[Row]:
@@ -213,7 +207,8 @@ class Results:
             best = max(measured, key=measured.__getitem__)
             choices = [r["cut"] for (t, _), r in self.choice.items() if t == task]
             kept = [measured[c] / measured[best] for c in choices if c in measured]
-            ranks = spearman([r["predicted"] for r in rows], [r["measured"] for r in rows])
+            # Speed-ups that are lower bounds have no order; the losses at equal compute do.
+            ranks = spearman([r["predicted"] for r in rows], [-r["loss"] for r in rows])
             line = {"task": task, "budget": budget, "cuts": len(rows), "rank correlation": ranks}
             line |= {"best cut": best, "speed-up of the best": measured[best]}
             line |= {"chosen": "/".join(map(str, choices)), "kept": fmean(kept or [math.nan])}
@@ -380,6 +375,8 @@ def draw_rule(results: Results, axis: str, path: Any) -> None:
             panel.plot(x, y, "o-", color=colour, label=f"budget {budget:g}x", lw=0.8)
             for row, at, height in zip(members, x, y, strict=True):
                 cut = row["cut"] if row["cut"] == "none" else f"{row['cut']:g}"
+                if row["bound"]:
+                    panel.plot(at, height, "o", color=colour, mfc="white")
                 panel.annotate(
                     cut, (at, height), fontsize=8, xytext=(3, 3), textcoords="offset points"
                 )
@@ -388,7 +385,7 @@ def draw_rule(results: Results, axis: str, path: Any) -> None:
         panel.set_xlabel("predicted: G/c")
         panel.set_ylabel("measured speed-up")
 
-    _panels(list(grouped(results.runs, "task")), draw, path, "numbers: cut")
+    _panels(list(grouped(results.runs, "task")), draw, path, "numbers: cut; hollow: a lower bound")
 
 
 def report(name: str) -> None:

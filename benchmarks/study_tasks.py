@@ -89,22 +89,15 @@ _MINILM = Task(
     held_out=320,
 )
 _SMOLLM2 = Task(
-    "smollm2",
-    16,
-    2,
-    32,
-    (0, 4, 8, 15),
-    (0, 8),
-    (),
-    seeds=(0, 1),
-    rates=(1e-4, 2e-4, 4e-4),
-    probes=(0.5,),
+    "smollm2", 16, 2, 32, (0, 8, 15), (0, 8), (0, 8), (1, 2), seeds=(0, 1), probes=(0.5,)
 )
 _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0, 1, 2, 3))
 TASKS = {
     "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0)),
     "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0)),
-    "SmolLM2, next token": replace(_SMOLLM2, held_out=48, pace=((0, 0.587), (15, 0.406))),
+    "SmolLM2, next token": replace(
+        _SMOLLM2, rates=(1e-4, 2e-4, 4e-4), held_out=48, pace=((0, 0.587), (15, 0.406))
+    ),
     "MiniLM, 20 examples a class": replace(
         _MINILM,
         steps=60,
@@ -120,10 +113,10 @@ TASKS = {
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
         lora=True,
-        cuts=(4, 8, 15, 22),
+        cuts=(8, 15, 22),
         tuned=(15,),
+        long_cuts=(8, 15, 22),
         rates=(1e-3, 2e-3, 4e-3),
-        budgets=(1, 2),
         held_out=48,
     ),
 }

@@ -123,10 +123,11 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero():
 
 
 @pytest.mark.parametrize(
-    ("values", "at"), [([3, 2, 1], 2), ([3, 1, 2, 2, 0], 3), ([1, 2, 0, 2, 2], 4), ([1], 0)]
+    ("values", "over"),
+    [([3, 2, 1], False), ([3, 1, 2], False), ([3, 1, 2, 2], True), ([1, 2, 0], False)],
 )
-def test_early_stopping_ends_after_two_validations_without_a_new_best(values, at):
-    assert study.stopped_at(values) == at
+def test_early_stopping_ends_after_two_validations_without_a_new_best(values, over):
+    assert study.is_over(values) == over
 
 
 def run_row(**changes):
