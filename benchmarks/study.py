@@ -390,7 +390,7 @@ def _cut_rows(
 
 
 def tuning_rows(job: Row) -> list[Row]:
-    """Runs of one arm at budget 1 with several rates; further ones while the best is an end."""
+    """Runs of one arm with several rates; further ones while the best is an end."""
     task, arm = job["settings"], job["arm"]
     done: dict[tuple[float, float], float] = {}
     rows: list[Row] = []
@@ -418,7 +418,8 @@ def tuning_rows(job: Row) -> list[Row]:
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
-    return (row["task"], row["stage"], row["arm"], float(row["budget"]), float(row["seed"]))
+    numbers = (float(row[x]) for x in ("budget", "seed", "lr", "head"))
+    return (row["task"], row["stage"], row["arm"], *numbers)
 
 
 class Study:
@@ -458,29 +459,29 @@ class Study:
             self._all(function, jobs, "probe")
 
     def tune(self, name: str) -> None:
+        """Learning rates of all arms at budget 1, and of all weights around the best at others."""
         task = self.tasks[name]
-        done = {row["arm"] for row in self._rows(name, "tune")}
-        tuned = [Arm(), *map(Arm, task.tuned)]
-        job = {"task": name, "settings": task, "stage": "tune", "budget": 1, "seed": TUNING_SEED}
-        self._all(tuning_rows, [{**job, "arm": a} for a in tuned if a.name not in done], "runs")
-
-    def check(self, name: str) -> None:
-        """All weights of the first seed at the largest budget with half and twice the best rate."""
-        task, (lr, head) = self.tasks[name], self.best(name, Arm())
-        job = {"task": name, "settings": task, "stage": "check", "arm": Arm(), "head": head}
-        job |= {"budget": max(task.budgets), "seed": task.seeds[0]}
-        if not self._rows(name, "check"):
-            self._all(run_rows, [{**job, "lr": lr * factor} for factor in (0.5, 2)], "runs")
+        for budget in task.tunings:
+            done = {row["arm"] for row in self._rows(name, "tune") if row["budget"] == budget}
+            settings, arms = task, [Arm(), *map(Arm, task.tuned)]
+            if budget > 1:
+                lr, head = self.best(name, Arm(), budget)
+                settings, arms = replace(task, rates=(lr / 2, lr, 2 * lr), heads=(head,)), [Arm()]
+            job = {"task": name, "settings": settings, "stage": "tune", "seed": TUNING_SEED}
+            job["budget"] = budget
+            jobs = [{**job, "arm": arm} for arm in arms if arm.name not in done]
+            self._all(tuning_rows, jobs, "runs")
 
     def _rows(self, name: str, stage: str) -> list[Row]:
         return [r for r in read(f"{self.name}-runs") if (r["task"], r["stage"]) == (name, stage)]
 
-    def best(self, name: str, arm: Arm) -> tuple[float, float]:
-        """Learning rate and factor of the head that were best for the arm's cut."""
+    def best(self, name: str, arm: Arm, budget: float) -> tuple[float, float]:
+        """Learning rate and factor of the head that were best at the nearest budget below."""
         tuned = [Arm(k) for k in self.tasks[name].tuned] if arm.k is not None else [Arm()]
         same = min(tuned, key=lambda other: abs((other.k or 0) - (arm.k or 0)))
         rows = [row for row in self._rows(name, "tune") if row["arm"] == same.name]
-        row = min(rows, key=lambda row: row["loss"])
+        nearest = max(row["budget"] for row in rows if row["budget"] <= budget)
+        row = min((r for r in rows if r["budget"] == nearest), key=lambda row: row["loss"])
         return row["lr"], row["head"]
 
     def run(self, name: str, grades: bool) -> None:
@@ -495,7 +496,7 @@ class Study:
                 if grades:
                     arms = self.with_grades(name) if budget in task.budgets else []
                 for arm in arms:
-                    lr, head = self.best(name, arm)
+                    lr, head = self.best(name, arm, budget)
                     job = {"task": name, "settings": task, "stage": "run", "arm": arm, "lr": lr}
                     job |= {"head": head, "budget": budget, "seed": seed}
                     if key_of({**job, "arm": arm.name}) not in done:
@@ -520,7 +521,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="at most so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--grades", action="store_true", help="also the arms with GradES")
-    parser.add_argument("--check", action="store_true", help="other rates at the largest budget")
     parser.add_argument("--quick", action="store_true", help="tiny random models, no data fetched")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -537,8 +537,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study.tune(task)
             study.probe(task)
             study.run(task, grades=False)
-            if options.check:
-                study.check(task)
             if options.grades:
                 study.run(task, grades=True)
     if "draw" in options.part:

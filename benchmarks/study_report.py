@@ -99,8 +99,13 @@ class Results:
         self.all_probes = read(f"{name}-probe")
         self.probes = [row for row in self.all_probes if row["variant"] == "choose_cut"]
         self.choice = {(r["task"], r["seed"]): r for r in self.probes if r["chosen"]}
-        self.runs = [row for row in read(f"{name}-runs") if row["stage"] == "run"]
-        self.runs = [row for row in self.runs if (row["task"], row["seed"]) in self.choice]
+        keys = ("task", "arm", "budget", "seed")
+        runs = {  # of a run that was repeated with a better learning rate the last row
+            tuple(row[key] for key in keys): row
+            for row in read(f"{name}-runs")
+            if row["stage"] == "run" and (row["task"], row["seed"]) in self.choice
+        }
+        self.runs = list(runs.values())
         self.full = grouped((r for r in self.runs if r["arm"] == "all weights"), "task", "seed")
         self.runs += [*self._chosen(), *self._best()]
 

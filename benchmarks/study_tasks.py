@@ -45,6 +45,7 @@ class Task:
         longer: Budgets at which only "all weights" is run.
         seeds: Of the head, the batches and dropout.
         rates: Learning rates that are tried first.
+        tunings: Budgets at which the rates of "all weights" are tried.
         heads: Factors of the learning rate of the head that are tried.
         probes: Shares of a batch that probes use.
         per_class: Examples per class to train on; 0: as many as there are.
@@ -67,6 +68,7 @@ class Task:
     longer: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
+    tunings: tuple[float, ...] = (1,)
     heads: tuple[float, ...] = (1.0,)
     probes: tuple[float, ...] = (0.25,)
     per_class: int = 0
@@ -93,8 +95,10 @@ _SMOLLM2 = Task(
 )
 _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0, 1, 2, 3))
 TASKS = {
-    "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0)),
-    "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0)),
+    "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0), tunings=(1, 2, 4)),
+    "bytes": replace(
+        _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0), tunings=(1, 2, 4)
+    ),
     "SmolLM2, next token": replace(
         _SMOLLM2, rates=(1e-4, 2e-4, 4e-4), held_out=48, pace=((0, 0.587), (15, 0.406))
     ),
@@ -106,9 +110,16 @@ TASKS = {
         tuned=(0, 4),
         long_cuts=(4, 5),
         heads=(10.0,),
+        tunings=(1, 4),
     ),
     "MiniLM, trained head": replace(
-        _MINILM, head_steps=60, cuts=(0, 2, 3, 4), tuned=(0, 3), long_cuts=(3, 4)
+        _MINILM,
+        head_steps=60,
+        cuts=(0, 2, 3, 4),
+        tuned=(0, 3),
+        long_cuts=(3, 4),
+        heads=(10.0,),
+        tunings=(1, 4),
     ),
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
