@@ -60,7 +60,7 @@ struct Array {
 
 struct Coefficients {
   double sign, beta1, beta2, eps, decay, step_size, sqrt_bias_correction2;
-  double past_sqrt_bias_correction2;  // of the step before, for "gain"
+  double past_correction, past_eps;  // for "gain": sqrt(1 - beta2^t) of the step before, times eps
 };
 
 struct Work {
@@ -294,9 +294,10 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
     const double lr = row[0], beta1 = row[1], beta2 = row[2], eps = row[3], weight_decay = row[4];
     work.old_step = read_step(steps[k], work.does(kUpdate));
     const double step = work.old_step + 1;
+    const double past_correction = std::sqrt(1 - std::pow(beta2, work.old_step));
     work.coefficients = {row[5], beta1, beta2, eps, lr * weight_decay,
                          lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step)),
-                         std::sqrt(1 - std::pow(beta2, work.old_step))};
+                         past_correction, past_correction * eps};
     for (int64_t first = 0; first < work.n_elements; first += kBlock) {
       blocks.push_back({k, first, n_elements + first});
     }
@@ -334,7 +335,9 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
       sum[0] /= (1 - beta1) / (1 + beta1) * (1 - std::pow(beta1, 2 * work.old_step));
       sum[1] /= 1 - std::pow(work.coefficients.beta2, work.old_step);
     } else if (work.statistic == Statistic::gain) {
-      sum[0] /= 1 - std::pow(beta1, work.old_step);
+      // g * m_hat / (sqrt(v_hat) + eps), with v_hat = v / past_correction^2
+      sum[0] *= work.coefficients.sign * work.coefficients.past_correction /
+                (1 - std::pow(beta1, work.old_step));
     }
   }
 }

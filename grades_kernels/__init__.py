@@ -1,5 +1,6 @@
 """AdamW that freezes each weight matrix when it has converged (GradES, arXiv 2509.01842)."""
 
+from .cut.cache import ActivationCache
 from .cut.choose import choose_cut
 from .cut.cut import Cut
 from .freezing.param_groups import grades_param_groups
@@ -12,6 +13,7 @@ from .report.report import FreezeReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationCache",
     "Calibration",
     "Cut",
     "FreezeEvent",

@@ -1,17 +1,29 @@
 """choose_cut and Cut.apply: what they choose, what they freeze, and that nothing else changes."""
 
+import contextlib
 import copy
 import math
 import pickle
 import random
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from grades_kernels import FreezeReport, GradESAdamW, choose_cut, grades_param_groups
+from grades_kernels import (
+    ActivationCache,
+    Cut,
+    FreezeReport,
+    GradESAdamW,
+    choose_cut,
+    grades_param_groups,
+)
 from grades_kernels.cut import choose
 from grades_kernels.cut.blocks import find_stack
 from grades_kernels.cut.cut import Candidate
@@ -153,6 +165,29 @@ def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
         "layers": nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)),
     })  # fmt: skip
     assert find_stack(model).name == "layers"
+
+
+def test_a_stack_may_alternate_two_classes_and_a_model_is_none():
+    layers = nn.ModuleList(nn.Linear(2, 2) if k % 2 else nn.LayerNorm(2) for k in range(4))
+    model = nn.ModuleDict({"embed": nn.Embedding(2, 2), "layers": layers, "norm": nn.LayerNorm(2)})
+    assert find_stack(model).name == "layers"
+    with pytest.raises(ValueError, match="has no repeated blocks"):
+        find_stack(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+
+
+def test_blocks_are_counted_as_they_run():
+    class Reversed(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for layer in reversed(self.layers):
+                x = layer(x)
+            return self.head(x.mean(1))
+
+    torch.manual_seed(0)
+    cut = cut_of(Reversed())
+    assert cut.segments[1][0].startswith("layers.3.")
+    cost = [candidate.cost for candidate in cut.candidates]
+    assert cost == sorted(cost, reverse=True) and cost[-1] < 0.5
 
 
 # The measurement
@@ -327,6 +362,10 @@ def test_a_cut_can_be_pickled_printed_drawn_and_written(tmp_path):
     assert "<- chosen" in str(cut) and "above the blocks" in str(cut)
     assert cut.to_dict()["k"] == 1 and len(cut.to_dict()["gains"]) == 6
     assert cut.plot(tmp_path / "cut").stat().st_size > 0
+    assert Cut.load(cut.save(tmp_path / "deep" / "cut.json")) == cut
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json' is not a cut"):
+        Cut.load(tmp_path / "other.json")
 
 
 def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
@@ -419,3 +458,133 @@ def test_a_probe_that_writes_to_the_weights_would_be_noticed(monkeypatch):
     monkeypatch.setattr(choose, "GradESAdamW", lambda *a, lr, **k: real(*a, lr=0.1, **k))
     choose_cut(model, loss_of, batches())
     assert any((p.detach().numpy() != before[n]).any() for n, p in model.named_parameters())
+
+
+# Several processes
+
+
+def cut_in_a_job(kind):
+    """The cut that this rank gets from its half of every batch, and the model after it."""
+    model = make(dim=16)
+    # bits() of a wrapped model would compare DTensors and reducers, so only what may differ.
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    elif kind == "fsdp2":
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    cut = choose_cut(model, loss_of, [batch[half] for batch in batches()])
+    inner = model.module if kind == "ddp" else model
+    for name, p in inner.named_parameters():
+        whole = p.full_tensor() if kind == "fsdp2" else p
+        assert torch.equal(whole, before[name]) and p.grad is None
+    cut.at(2).apply(inner)
+    if kind == "ddp":
+        model = DistributedDataParallel(inner)
+    optimizer = GradESAdamW([p for p in inner.parameters() if p.requires_grad], lr=0.01)
+    loss_of(model, batches()[0][half]).backward()
+    optimizer.step()
+    moved = []
+    for name, p in inner.named_parameters():
+        whole = p.full_tensor() if kind == "fsdp2" else p
+        moved += [] if torch.equal(whole, before[name]) else [name]
+    assert not set(moved) & set(cut.at(2).frozen) and moved
+    return cut
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "not wrapped"])
+def test_the_ranks_choose_the_cut_of_one_process_with_the_whole_batch(kind):
+    first, second = ranks.run(2, cut_in_a_job, kind)
+    alone = cut_of(make(dim=16))
+    assert first == second
+    assert (first.k, first.stack, first.segments) == (alone.k, alone.stack, alone.segments)
+    for got, expected in zip(first.candidates, alone.candidates, strict=True):
+        assert got.gain == pytest.approx(expected.gain, rel=1e-3)
+        assert got.cost == pytest.approx(expected.cost, rel=1e-3)
+
+
+# Activations of the frozen prefix
+
+
+def cached(model, k=2, **options):
+    cut = cut_of(model).at(k)
+    cut.apply(model, eval_frozen=True)
+    return ActivationCache(model, cut, **{"max_bytes": 1e6, **options})
+
+
+def train_epochs(model, cache, n=3):
+    """Losses of three epochs in another order each, and how often the lowest block computed."""
+    optimizer = GradESAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    runs, losses = [], []
+    handle = model.layers[0].fc1.register_forward_hook(lambda *_: runs.append(1))
+    data = torch.cat(batches(4))
+    for epoch in range(n):
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(epoch))
+        torch.manual_seed(epoch)
+        for ids in order.split(8):
+            model.train()
+            with cache.rows(ids) if cache else contextlib.nullcontext():
+                loss = loss_of(model, data[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    handle.remove()
+    return losses, len(runs)
+
+
+def with_cut(**options):
+    model = make(**options)
+    cut_of(model).at(2).apply(model, eval_frozen=True)
+    return model
+
+
+def test_later_epochs_skip_the_frozen_blocks_with_the_same_bits():
+    model, other = make(dropout=0.2), with_cut(dropout=0.2)
+    cache = cached(model)
+    with_cache, runs = train_epochs(model, cache)
+    without, all_runs = train_epochs(other, None)
+    assert with_cache == without and (runs, all_runs) == (4, 12)
+    assert cache.n_skipped == 8 and cache.n_bytes == 32 * 6 * 12 * 4
+    assert "forward" not in model.layers[0].__dict__
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_rows_in_half_precision_and_beyond_the_limit():
+    expected = train_epochs(with_cut(), None)[0]
+    model = make()
+    half, runs = train_epochs(model, cached(model, dtype=torch.bfloat16))
+    assert runs == 4 and half == pytest.approx(expected, rel=0.02)
+    model = make()
+    small = cached(model, max_bytes=6 * 12 * 4 * 20)
+    assert train_epochs(model, small)[0] == expected
+    assert small.n_bytes == small.max_bytes
+
+
+def test_what_cannot_be_cached_is_refused():
+    model = make(dropout=0.1)
+    cut = cut_of(model)
+    with pytest.raises(ValueError, match="the cut freezes 0 of 4 blocks"):
+        ActivationCache(model, cut.at(0), max_bytes=1)
+    with pytest.raises(ValueError, match="tensors below the cut still train"):
+        ActivationCache(model, cut.at(2), max_bytes=1)
+    cut.at(2).apply(model)
+    cache = ActivationCache(model, cut.at(2), max_bytes=1e6)
+    with (
+        pytest.raises(ValueError, match=r"frozen block is in training mode.*eval_frozen=True"),
+        cache.rows(range(8)),
+    ):
+        loss_of(model, batches()[0])
+    model = make()
+    cache = cached(model)
+    with pytest.raises(ValueError, match="3 ids for 8 rows"), cache.rows(range(3)):
+        loss_of(model, batches()[0])
+    with cache.rows(range(8)):
+        loss_of(model, batches()[0])
+    message = r"7 ids for rows of shape \(8, 6, 12\)"
+    with pytest.raises(ValueError, match=message), cache.rows(range(7)):
+        loss_of(model, batches()[0])
+    assert "forward" not in model.layers[0].__dict__

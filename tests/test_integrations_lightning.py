@@ -11,7 +11,7 @@ from tiny import assert_same_run, assert_same_weights, regression_data, tiny_net
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from grades_kernels import FreezeReport, GradESAdamW
+from grades_kernels import Cut, FreezeReport, GradESAdamW
 from grades_kernels.integrations import measurements
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -72,6 +72,43 @@ def fit(folder, model=None, *callbacks, resume=None, **changes):
     trainer = lightning.Trainer(**{**settings, **changes})
     trainer.fit(model or Regression(), LOADER, ckpt_path=resume)
     return trainer
+
+
+class Deep(Regression):
+    """Four blocks below a new head; it logs, as a training step does."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        nn.init.zeros_(self.net[0].weight)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        loss = self.loss(x, y)
+        self.log("loss", loss)
+        return {"loss": loss}
+
+
+def test_a_chosen_cut_leaves_no_trace_but_frozen_tensors(tmp_path):
+    """The run equals the one that is given the same cut."""
+    callback = GradESCallback(cut="auto")
+    first, second = Deep(), Deep()
+    fit(tmp_path / "a", first, callbacks=[callback])
+    cut = callback.cut
+    assert cut.k is not None and "log" not in first.__dict__
+    fit(tmp_path / "b", second, callbacks=[GradESCallback(cut=cut)])
+    assert_same_weights(first, second)
+    start = dict(Deep().named_parameters())
+    for name, p in first.named_parameters():
+        assert torch.equal(p, start[name]) == (name in cut.frozen)
+    assert Cut.load(tmp_path / "a" / "grades_cut.json") == cut
+    report = FreezeReport.load(tmp_path / "a" / "grades_report.json")
+    assert report.cut == cut.summary()
+    with pytest.raises(ValueError, match="Invalid cut: 'half'"):
+        GradESCallback(cut="half")
 
 
 def plain_loop(*, accumulate=1, clip=None, **options):

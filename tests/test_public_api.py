@@ -17,7 +17,14 @@ import grades_kernels
 from grades_kernels import FreezeEvent, GradESAdamW
 
 NAMES = {"Calibration", "FreezeEvent", "FreezeReport", "GradESAdamW"}
-NAMES |= {"Cut", "calibrate", "choose_cut", "grades_adamw", "grades_param_groups"}
+NAMES |= {
+    "ActivationCache",
+    "Cut",
+    "calibrate",
+    "choose_cut",
+    "grades_adamw",
+    "grades_param_groups",
+}
 
 OWN_OPTIONS = {
     "tau": None,

@@ -35,7 +35,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     """The stack of blocks in which something trains.
 
-    A stack is a list of two or more modules of one class, outside of any other stack.
+    A stack is a list of two or more modules of one class, outside of any other stack; a ModuleList
+    may have a few classes, as in models that alternate attention with something else.
 
     Args:
         model: The model.
@@ -55,7 +56,7 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     if not stacks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks in which something trains: a cut lies "
-            "between two modules of one class in a ModuleList, Sequential or ModuleDict."
+            "between two modules of a ModuleList, or of one class in a Sequential or ModuleDict."
         )
     if name is None:
         raise ValueError(
@@ -74,7 +75,9 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
             continue
         blocks = tuple(module.children())
         trains = any(p.requires_grad for p in module.parameters())
-        if len(blocks) > 1 and trains and len({_class_of(block) for block in blocks}) == 1:
+        n_classes = len({_class_of(block) for block in blocks})
+        most = len(blocks) // 2 if isinstance(module, nn.ModuleList) else 1
+        if len(blocks) > 1 and trains and n_classes <= most:
             inside.append(path)
             yield path, blocks
 
@@ -84,6 +87,23 @@ def _class_of(block: nn.Module) -> type[nn.Module]:
     while inner := getattr(block, "_orig_mod", getattr(block, "_checkpoint_wrapped_module", None)):
         block = inner
     return type(block)
+
+
+@contextmanager
+def as_they_run(stack: Stack) -> Iterator[list[nn.Module]]:
+    """Within the context, the list of the blocks that have run, in the order of their first run."""
+    order: list[nn.Module] = []
+
+    def note(block: nn.Module, _: Any) -> None:
+        if block not in order:
+            order.append(block)
+
+    handles = [block.register_forward_pre_hook(note) for block in stack.blocks]
+    try:
+        yield order
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def below_the_blocks(model: nn.Module, stack: Stack, backward: Callable[[], Any]) -> list[str]:

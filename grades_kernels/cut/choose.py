@@ -29,12 +29,12 @@ from ..distributed import is_initialized
 from ..freezing.table import MAX_HISTORY_ROWS
 from ..optimizer import GradESAdamW
 from ..release import ReentrantDetector
-from .blocks import Stack, below_the_blocks, find_stack, tied_embeddings, trainable
+from .blocks import Stack, as_they_run, below_the_blocks, find_stack, tied_embeddings, trainable
 from .cut import Candidate, Cut, disable_input_grads
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-MEASURED_PLACES = 8
+MEASURED_PLACES = 4
 """Cuts whose cost is measured; those between them are interpolated, as blocks are alike."""
 
 
@@ -92,11 +92,13 @@ def choose_cut(
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
     with _unchanged(inner):
-        first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
+        with as_they_run(stack) as order:
+            first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
+        stack = Stack(stack.name, tuple(dict.fromkeys([*order, *stack.blocks])))
 
-        def backward(module: nn.Module = inner) -> None:
+        def backward() -> None:
             _clear(inner)
-            _loss_of(loss, module, first, "the first batch").backward()
+            _loss_of(loss, inner, first, "the first batch").backward()
 
         below = below_the_blocks(inner, stack, backward)
         names = trainable(inner)

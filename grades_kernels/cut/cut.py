@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,11 @@ class Cut:
     @property
     def n_blocks(self) -> int:
         return len(self.segments) - 1
+
+    @property
+    def leaves_blocks(self) -> bool:
+        """Whether a block is left to train, in which matrices can freeze later."""
+        return self.k is None or self.k < self.n_blocks
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -165,14 +171,35 @@ class Cut:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The cut in the types of JSON, without the names of tensors."""
-        return {
-            "k": self.k,
-            "stack": self.stack,
-            "reason": self.reason,
-            "candidates": [candidate._asdict() for candidate in self.candidates],
-            "gains": list(self.gains),
-        }
+        """The cut in the types of JSON."""
+        return {**asdict(self), "candidates": [each._asdict() for each in self.candidates]}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the cut to a JSON file, from which a run can be resumed, and return its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Cut:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: If it is not such a file; the message names it and the reason.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data["candidates"] = tuple(Candidate(**each) for each in data["candidates"])
+            data["segments"] = tuple(map(tuple, data["segments"]))
+            data["gains"] = tuple(data["gains"])
+            data["shapes"] = tuple((name, tuple(shape)) for name, shape in data["shapes"])
+            return cls(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is not a cut ({type(error).__name__}: {error}); give a file "
+                "that Cut.save() wrote"
+            ) from error
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw gain by block, gain and cost left by cut, and their ratio with its standard error.

@@ -9,13 +9,19 @@ trainer = Trainer(max_epochs=3, callbacks=[GradESCallback()])
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
+from ..cut.choose import choose_cut
+from ..cut.cut import Cut
 from ..optimizer import GradESAdamW
-from .shared import is_finished, measurements, save_report
+from .shared import is_choice, is_finished, measurements, repeated, save_report
 
 __all__ = ["GradESCallback"]
 
@@ -28,7 +34,16 @@ class GradESCallback(Callback):
     numbers of `grades_kernels.integrations.measurements` every `log_every_n_steps` steps. At the
     end "grades_report.json" and "grades_report.png" are written to the folder of the first logger,
     or to `default_root_dir`; with several optimizers, to "optimizer0", "optimizer1", ... in it.
+
+    Args:
+        cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 16
+            of the Trainer's batches, before `configure_optimizers` is called; a `Cut` is applied as
+            it is, which is how a run is resumed. None: everything trains.
     """
+
+    def __init__(self, cut: Cut | str | None = None) -> None:
+        is_choice(cut)
+        self.cut = cut
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise ValueError under a strategy that flattens the parameters."""
@@ -37,10 +52,16 @@ class GradESCallback(Callback):
                 f"{type(trainer.strategy).__name__} flattens the parameters, so that no matrix can "
                 "be measured or frozen. Use ModelParallelStrategy (FSDP2) or DDPStrategy."
             )
+        if stage == "fit" and is_choice(self.cut):
+            self.cut = _chosen_cut(trainer, pl_module)
+        if stage == "fit" and isinstance(self.cut, Cut):
+            rank_zero_info(str(self.cut))
+            self.cut.apply(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError, before the first step, if no optimizer monitors a unit."""
-        if not _optimizers(trainer):
+        leaves_blocks = not isinstance(self.cut, Cut) or self.cut.leaves_blocks
+        if not _optimizers(trainer) and leaves_blocks:
             found = [type(x).__name__ for x in trainer.optimizers]
             raise ValueError(
                 "no optimizer of configure_optimizers is a GradESAdamW that monitors a unit, but "
@@ -72,7 +93,35 @@ class GradESCallback(Callback):
         found = _optimizers(trainer)
         if trainer.is_global_zero:
             for k, optimizer in enumerate(found):
-                save_report(optimizer, f"{folder}/optimizer{k}" if len(found) > 1 else folder)
+                own = f"{folder}/optimizer{k}" if len(found) > 1 else folder
+                save_report(optimizer, own, self.cut if isinstance(self.cut, Cut) else None)
+            if isinstance(self.cut, Cut):
+                self.cut.save(f"{folder}/grades_cut.json")
+
+
+def _chosen_cut(trainer: Trainer, pl_module: LightningModule) -> Cut:
+    """The cut that `choose_cut` chooses from the Trainer's batches and the module's loss."""
+    device = trainer.strategy.root_device
+    numbers = itertools.count()
+
+    def loss(module: Any, batch: Any) -> Any:
+        batch = move_data_to_device(batch, device)
+        with trainer.precision_plugin.forward_context():
+            output = module.training_step(batch, next(numbers))
+        return output["loss"] if isinstance(output, Mapping) else output
+
+    loader = trainer.fit_loop._data_source.dataloader()
+    training = pl_module.training
+    pl_module.to(device).train()
+    # There is no loop yet that could log.
+    silent = {"log": lambda *args, **kwargs: None, "log_dict": lambda *args, **kwargs: None}
+    pl_module.__dict__.update(silent)
+    try:
+        return choose_cut(pl_module, loss, repeated(loader))
+    finally:
+        for name in silent:
+            del pl_module.__dict__[name]
+        pl_module.train(training)
 
 
 def _optimizers(trainer: Trainer) -> list[GradESAdamW]:

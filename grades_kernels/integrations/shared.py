@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch.distributed as dist
 
+from ..cut.cut import Cut
 from ..distributed import is_initialized
 from ..optimizer import GradESAdamW
 
@@ -68,9 +70,32 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
     return numbers | {name: median(values) for name, values in statistics.items()}
 
 
-def save_report(optimizer: GradESAdamW, folder: str | os.PathLike[str]) -> None:
+def repeated(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a data loader, epoch after epoch; nothing where it has none."""
+    is_empty = False
+    while not is_empty:
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+
+
+def is_choice(cut: Any) -> bool:
+    """Whether a cut has still to be chosen.
+
+    Raises:
+        ValueError: If `cut` is neither None nor "auto" nor a `Cut`.
+    """
+    if not (cut is None or cut == "auto" or isinstance(cut, Cut)):
+        raise ValueError(f"Invalid cut: {cut!r} (choose 'auto', a Cut, or None)")
+    return cut == "auto"
+
+
+def save_report(
+    optimizer: GradESAdamW, folder: str | os.PathLike[str], cut: Cut | None = None
+) -> None:
     """Write "grades_report.json" and, where matplotlib is installed, "grades_report.png"."""
-    report = optimizer.report()
+    report = optimizer.report(cut)
     report.save(Path(folder) / "grades_report.json")
     try:
         report.plot(Path(folder) / "grades_report.png")

@@ -10,22 +10,25 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..cut.choose import choose_cut
+from ..cut.cut import Cut
 from ..freezing.param_groups import grades_param_groups
 from ..optimizer import GradESAdamW
-from .shared import is_finished, measurements, save_report, unwrap_optimizer
+from .shared import is_choice, is_finished, measurements, repeated, save_report, unwrap_optimizer
 
 __all__ = ["GradESCallback", "GradESFactory", "add_grades", "unwrap_optimizer"]
 
 logger = logging.getLogger(__name__)
 
 
-def add_grades(trainer: Trainer, **options: Any) -> GradESCallback:
+def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any) -> GradESCallback:
     """Make a Trainer train with GradESAdamW, and add a `GradESCallback` to it.
 
     Learning rate, betas, eps and weight decay are those of the `TrainingArguments`, `total_steps`
@@ -34,6 +37,9 @@ def add_grades(trainer: Trainer, **options: Any) -> GradESCallback:
 
     Args:
         trainer: A Trainer, or one of a class derived from it (TRL's SFTTrainer), before `train()`.
+        cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 16
+            of the Trainer's batches, and applies it now; a `Cut` is applied as it is, which is how
+            a run is resumed: `Cut.load(output_dir + "/grades_cut.json")`. None: everything trains.
         **options: `tau`, which is required; `taus` and `verbose` of `grades_param_groups`; and any
             option of GradESAdamW that `TrainingArguments` does not have.
 
@@ -43,8 +49,10 @@ def add_grades(trainer: Trainer, **options: Any) -> GradESCallback:
 
     Raises:
         ValueError: Under FSDP1 or DeepSpeed, for an option that `TrainingArguments` sets,
-            without `tau`, or if the Trainer has another optimizer already.
+            without `tau`, or if the Trainer has another optimizer already, or any with a `cut`.
+            Also the errors of `choose_cut` and `Cut.apply`.
     """
+    chooses = is_choice(cut)
     is_fsdp1 = trainer.is_fsdp_enabled and (
         trainer.accelerator.state.fsdp_plugin.fsdp_version == 1  # absent without FSDP
     )
@@ -56,6 +64,11 @@ def add_grades(trainer: Trainer, **options: Any) -> GradESCallback:
         )
     if trainer.optimizer is not None:
         unwrap_optimizer(trainer.optimizer)
+        if cut is not None:
+            raise ValueError(
+                "add_grades: cut has to come before the optimizer, which this Trainer has already. "
+                "Call Cut.apply(model) before you make it."
+            )
         if options:
             raise ValueError(
                 f"add_grades: this trainer already has an optimizer: pass {sorted(options)} to it, "
@@ -83,11 +96,43 @@ def add_grades(trainer: Trainer, **options: Any) -> GradESCallback:
             raise ValueError(
                 f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW. Remove optim."
             )
+        if chooses:
+            cut = _chosen_cut(trainer)
+        if isinstance(cut, Cut):
+            logger.info("%s", cut)
+            model: Any = trainer.model
+            cut.apply(model)
         factory: Any = GradESFactory  # annotated as an optimizer class, but any callable works
-        trainer.optimizer_cls_and_kwargs = (factory, {"trainer": trainer, **options})
-    callback = GradESCallback()
+        options |= {"trainer": trainer, "cut": cut}
+        trainer.optimizer_cls_and_kwargs = (factory, options)
+    callback = GradESCallback(cut if isinstance(cut, Cut) else None)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
+
+
+def _chosen_cut(trainer: Trainer) -> Cut:
+    """The cut that `choose_cut` chooses from the Trainer's own batches and loss."""
+    model: Any = trainer.model
+    args = trainer.args
+    if args.gradient_checkpointing:  # as train() does
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
+
+    loader: Any = trainer.get_train_dataloader()
+    training = model.training
+    model.train()
+    try:
+        return choose_cut(model, loss, repeated(loader))
+    finally:
+        model.train(training)
+        # The loader was left in the middle of an epoch, and train() makes its own.
+        prepared = trainer.accelerator._dataloaders
+        if loader in prepared:
+            prepared.remove(loader)
+            loader.end()
 
 
 class GradESFactory:
@@ -104,12 +149,14 @@ class GradESFactory:
         tau: Any,
         taus: Mapping[str, float | None] | None = None,
         verbose: bool = False,
+        cut: Cut | None = None,
         **options: Any,
     ) -> GradESAdamW:
         """Return a GradESAdamW with parameter names, the Trainer's weight decay and its length.
 
-        `tau`, `taus` and `verbose` are those of `grades_param_groups`, `options` of GradESAdamW;
-        `total_steps` or `grace_steps` replaces the planned steps.
+        `tau`, `taus` and `verbose` are those of `grades_param_groups`, `options` of GradESAdamW,
+        `cut` is the cut that was applied to the model; `total_steps` or `grace_steps` replaces the
+        planned steps.
 
         Raises:
             ValueError: If no matrix can be monitored, or if the Trainer plans no number of steps.
@@ -124,9 +171,12 @@ class GradESFactory:
             options["total_steps"] = trainer.state.max_steps
         decayed = set(trainer.get_decay_parameter_names(model))
         groups: dict[Any, dict[str, Any]] = {}
-        for monitored in grades_param_groups(model, tau=tau, taus=taus, verbose=verbose):
+        found: Any = [{"params": [x for x in model.named_parameters() if x[1].requires_grad]}]
+        if cut is None or cut.leaves_blocks:
+            found = grades_param_groups(model, tau=tau, taus=taus, verbose=verbose)
+        for monitored in found:
             for name, p in monitored["params"]:
-                own_tau, decay = monitored["tau"], args.weight_decay if name in decayed else 0.0
+                own_tau, decay = monitored.get("tau"), args.weight_decay if name in decayed else 0.0
                 empty = {"params": [], "tau": own_tau, "weight_decay": decay}
                 groups.setdefault((own_tau, decay), empty)["params"].append((name, p))
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -140,7 +190,13 @@ class GradESCallback(TrainerCallback):
     gets the numbers of `grades_kernels.integrations.measurements`; at the end "grades_report.json"
     and "grades_report.png" are written to `args.output_dir`. Use `add_grades` to add it: as one of
     the Trainer's `callbacks` it comes after the trackers, which then do not log the numbers.
+
+    Args:
+        cut: The cut that was applied to the model; it is written to "grades_cut.json".
     """
+
+    def __init__(self, cut: Cut | None = None) -> None:
+        self.cut = cut
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,6 +204,10 @@ class GradESCallback(TrainerCallback):
         """Raise, before the first step, if the optimizer cannot freeze or train anything."""
         grades = unwrap_optimizer(kwargs["optimizer"])
         report = grades.report()
+        if self.cut is not None and args.should_save and args.output_dir is not None:
+            self.cut.save(Path(args.output_dir) / "grades_cut.json")
+        if not report.units and self.cut is not None and not self.cut.leaves_blocks:
+            return  # the head alone trains
         if not report.units:
             raise ValueError("the optimizer monitors no unit: set tau or remove GradESCallback")
         if report.total_steps not in (None, state.max_steps):
@@ -188,4 +248,4 @@ class GradESCallback(TrainerCallback):
     ) -> None:
         """Save the report and its plot."""
         if args.should_save and args.output_dir is not None:
-            save_report(unwrap_optimizer(kwargs["optimizer"]), args.output_dir)
+            save_report(unwrap_optimizer(kwargs["optimizer"]), args.output_dir, self.cut)
