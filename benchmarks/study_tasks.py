@@ -100,7 +100,11 @@ TASKS = {
         _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0), tunings=(1, 2, 4)
     ),
     "SmolLM2, next token": replace(
-        _SMOLLM2, rates=(1e-4, 2e-4, 4e-4), held_out=48, pace=((0, 0.587), (15, 0.406))
+        _SMOLLM2,
+        longer=(4,),
+        rates=(1e-4, 2e-4, 4e-4),
+        held_out=48,
+        pace=((0, 0.587), (15, 0.406)),
     ),
     "MiniLM, 20 examples a class": replace(
         _MINILM,
