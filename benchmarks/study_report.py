@@ -78,9 +78,7 @@ class Curve:
         return self._on_line(math.log(cost), 0)
 
     def cost(self, loss: float) -> float:
-        """Cost that reaches `loss`; beyond the last point that point's: a lower bound."""
-        if loss < self.points[-1][1]:
-            return math.exp(self.points[-1][0])
+        """Cost that reaches `loss`."""
         return math.exp(self._on_line(loss, 1))
 
     def _on_line(self, at: float, known: int) -> float:
@@ -139,7 +137,8 @@ class Results:
         curve = Curve.of(self.full[row["task"], row["seed"]], axis)
         return curve.cost(row["loss"]) / row[axis]
 
-    def is_bound(self, row: Row) -> bool:
+    def is_beyond(self, row: Row) -> bool:
+        """Whether no run of "all weights" reached the loss."""
         return row["loss"] < min(r["loss"] for r in self.full[row["task"], row["seed"]])
 
     def difference(self, row: Row, axis: str) -> float:
@@ -153,7 +152,7 @@ class Results:
         for (task, budget, arm), rows in grouped(self.runs, "task", "budget", "arm").items():
             if arm.startswith("cut ") and arm not in ("cut 0",):
                 continue
-            bound = ">" if any(map(self.is_bound, rows)) and arm != "all weights" else ""
+            beyond = "~" if any(map(self.is_beyond, rows)) and arm != "all weights" else ""
             line = {"task": task, "budget": budget, "arm": arm, "seeds": len(rows)}
             line["cut"] = self._cuts(rows)
             line["loss"] = f"{fmean(r['loss'] for r in rows):.3f}"
@@ -163,7 +162,7 @@ class Results:
                 line[f"difference, {axis}"] = (
                     f"{fmean(differences):+.3f} ({standard_error(differences):.3f})"
                 )
-                line[f"speed-up, {axis}"] = f"{bound}{math.exp(fmean(ratios)):.2f}"
+                line[f"speed-up, {axis}"] = f"{beyond}{math.exp(fmean(ratios)):.2f}"
             line["frozen"] = f"{fmean(r['frozen'] for r in rows):.2f}"
             line["probe"] = ""
             if arm.startswith("chosen"):
@@ -182,7 +181,7 @@ class Results:
         return "/".join(sorted(cuts))
 
     def predictions(self, axis: str) -> list[Row]:
-        """G/c of the probe, measured speed-up and loss of each cut, means over the seeds."""
+        """G/c of the probe, measured speed-up of each cut, means over the seeds."""
         predicted = {
             key: fmean(row["ratio"] for row in rows)
             for key, rows in grouped(self.probes, "task", "cut").items()
@@ -197,8 +196,7 @@ class Results:
             speed_up = math.exp(fmean(math.log(self.speed_up(r, axis)) for r in rows))
             line = {"task": task, "budget": budget, "cut": cut, "predicted": predicted[task, cut]}
             line["measured"] = speed_up if cut != "none" else 1.0
-            line["bound"] = cut != "none" and any(map(self.is_bound, rows))
-            line["loss"] = fmean(self.difference(r, axis) for r in rows)
+            line["beyond"] = cut != "none" and any(map(self.is_beyond, rows))
             lines.append(line)
         return lines
 
@@ -212,8 +210,7 @@ class Results:
             best = max(measured, key=measured.__getitem__)
             choices = [r["cut"] for (t, _), r in self.choice.items() if t == task]
             kept = [measured[c] / measured[best] for c in choices if c in measured]
-            # Speed-ups that are lower bounds have no order; the losses at equal compute do.
-            ranks = spearman([r["predicted"] for r in rows], [-r["loss"] for r in rows])
+            ranks = spearman([r["predicted"] for r in rows], [r["measured"] for r in rows])
             line = {"task": task, "budget": budget, "cuts": len(rows), "rank correlation": ranks}
             line |= {"best cut": best, "speed-up of the best": measured[best]}
             line |= {"chosen": "/".join(map(str, choices)), "kept": fmean(kept or [math.nan])}
@@ -380,7 +377,7 @@ def draw_rule(results: Results, axis: str, path: Any) -> None:
             panel.plot(x, y, "o-", color=colour, label=f"budget {budget:g}x", lw=0.8)
             for row, at, height in zip(members, x, y, strict=True):
                 cut = row["cut"] if row["cut"] == "none" else f"{row['cut']:g}"
-                if row["bound"]:
+                if row["beyond"]:
                     panel.plot(at, height, "o", color=colour, mfc="white")
                 panel.annotate(
                     cut, (at, height), fontsize=8, xytext=(3, 3), textcoords="offset points"
@@ -390,7 +387,12 @@ def draw_rule(results: Results, axis: str, path: Any) -> None:
         panel.set_xlabel("predicted: G/c")
         panel.set_ylabel("measured speed-up")
 
-    _panels(list(grouped(results.runs, "task")), draw, path, "numbers: cut; hollow: a lower bound")
+    _panels(
+        list(grouped(results.runs, "task")),
+        draw,
+        path,
+        "numbers: cut; hollow: beyond the longest run of all weights",
+    )
 
 
 def report(name: str) -> None:

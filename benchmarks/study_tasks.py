@@ -47,7 +47,7 @@ class Task:
         rates: Learning rates that are tried first.
         tunings: Budgets at which the rates of "all weights" are tried.
         heads: Factors of the learning rate of the head that are tried.
-        probes: Shares of a batch that probes use.
+        probes: Shares of a batch that probes use; `choose_cut` the first.
         per_class: Examples per class to train on; 0: as many as there are.
         head_steps: Steps of the head alone before the run starts; not counted.
         pace: Cut to the relative time of a step, from which runs are planned; for other cuts on
@@ -97,7 +97,7 @@ _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0,
 TASKS = {
     "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0), tunings=(1, 2, 4)),
     "bytes": replace(
-        _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0), tunings=(1, 2, 4)
+        _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(1.0, 0.25), tunings=(1, 2, 4)
     ),
     "SmolLM2, next token": replace(
         _SMOLLM2,
