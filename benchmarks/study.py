@@ -338,7 +338,6 @@ def probe_rows(job: Row) -> list[Row]:
     torch.set_num_threads(1)
     task, seed, share = job["settings"], job["seed"], job["share"]
     setup = start(task, seed)
-    whole = {"task": job["task"], "seed": seed, "batch_share": share}
     cuts = [None, *range(max(setup.parts()))]
     costs = [_counted(task, k, True) for k in cuts]
     torch.manual_seed(seed)
@@ -351,9 +350,7 @@ def probe_rows(job: Row) -> list[Row]:
             found = [
                 (k, g, c / costs[0], *x) for k, c, (g, *x) in zip(cuts, costs, weighed, strict=True)
             ]
-            rows += _cut_rows(
-                {**whole, "batches": n, "variant": variant}, found, chosen(weighed), spent
-            )
+            rows += _cut_rows(job, n, variant, found, chosen(weighed), spent)
         n //= 2
     return rows
 
@@ -371,17 +368,22 @@ def choice_rows(job: Row) -> list[Row]:
     spent = {"seconds": time.process_time() - began}
     # Ten more passes count the cost of the cuts.
     spent["macs"] = (n + 10) * share * _counted(task, None, True)
-    whole = {"task": job["task"], "seed": seed, "batch_share": share, "batches": n}
-    return _cut_rows({**whole, "variant": "choose_cut"}, cut.candidates, cut.k, spent)
+    return _cut_rows(job, n, "choose_cut", cut.candidates, cut.k, spent)
 
 
 def _cut_rows(
-    whole: Row, candidates: Iterable[Any], choice: int | None, spent: dict[str, float]
+    job: Row,
+    n: int,
+    variant: str,
+    candidates: Iterable[Any],
+    choice: int | None,
+    spent: dict[str, float],
 ) -> list[Row]:
     rows = []
     for k, gain, cost, ratio, error in candidates:
-        found = {"cut": "none" if k is None else k, "gain": gain, "cost": cost, "ratio": ratio}
-        row = {**whole, **found, "error": error, "chosen": int(k == choice), **spent}
+        row = {"task": job["task"], "seed": job["seed"], "batches": n, "batch_share": job["share"]}
+        row |= {"variant": variant, "cut": "none" if k is None else k, "gain": gain, "cost": cost}
+        row |= {"ratio": ratio, "error": error, "chosen": int(k == choice), **spent}
         rows.append({key: _rounded(value) for key, value in row.items()})
     return rows
 
