@@ -455,7 +455,7 @@ class Study:
             jobs = [
                 {"task": name, "settings": task, "seed": seed, "share": share}
                 for seed in task.seeds
-                for share in (task.probes[:1] if library else task.probes)
+                for share in ((task.choice,) if library else task.probes)
                 if (seed, share) not in done
             ]
             self._all(function, jobs, "probe")
@@ -508,7 +508,8 @@ class Study:
     def with_grades(self, name: str) -> list[Arm]:
         """GradES alone, and above the cut that the first probe of the task chose."""
         rows = [row for row in read(f"{self.name}-probe") if row["task"] == name]
-        rows = [row for row in rows if row["variant"] == "choose_cut"]
+        share = self.tasks[name].choice
+        rows = [r for r in rows if (r["variant"], r["batch_share"]) == ("choose_cut", share)]
         cuts = [int(row["cut"]) for row in rows if row["cut"] != "none"]
         choice = next(row["cut"] for row in rows if row["chosen"])
         alone = Arm(grades=True)

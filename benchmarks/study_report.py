@@ -96,6 +96,11 @@ class Results:
     def __init__(self, name: str) -> None:
         self.all_probes = read(f"{name}-probe")
         self.probes = [row for row in self.all_probes if row["variant"] == "choose_cut"]
+        largest = {
+            task: max(row["batch_share"] for row in rows)
+            for task, rows in grouped(self.probes, "task").items()
+        }
+        self.probes = [r for r in self.probes if r["batch_share"] == largest[r["task"]]]
         self.choice = {(r["task"], r["seed"]): r for r in self.probes if r["chosen"]}
         keys = ("task", "arm", "budget", "seed")
         runs = {  # of a run that was repeated with a better learning rate the last row

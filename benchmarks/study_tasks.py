@@ -47,7 +47,8 @@ class Task:
         rates: Learning rates that are tried first.
         tunings: Budgets at which the rates of "all weights" are tried.
         heads: Factors of the learning rate of the head that are tried.
-        probes: Shares of a batch that probes use; `choose_cut` the first.
+        choice: Share of a batch that `choose_cut` uses.
+        probes: Shares of a batch that the probes on trial use.
         per_class: Examples per class to train on; 0: as many as there are.
         head_steps: Steps of the head alone before the run starts; not counted.
         pace: Cut to the relative time of a step, from which runs are planned; for other cuts on
@@ -70,6 +71,7 @@ class Task:
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
     tunings: tuple[float, ...] = (1,)
     heads: tuple[float, ...] = (1.0,)
+    choice: float = 1.0
     probes: tuple[float, ...] = (0.25,)
     per_class: int = 0
     head_steps: int = 0
@@ -91,13 +93,23 @@ _MINILM = Task(
     held_out=320,
 )
 _SMOLLM2 = Task(
-    "smollm2", 16, 2, 32, (0, 8, 15), (0, 8), (0, 8), (1, 2), seeds=(0, 1), probes=(0.5,)
+    "smollm2",
+    16,
+    2,
+    32,
+    (0, 8, 15),
+    (0, 8),
+    (0, 8),
+    (1, 2),
+    seeds=(0, 1),
+    choice=0.5,
+    probes=(0.5,),
 )
 _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0, 1, 2, 3))
 TASKS = {
     "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0), tunings=(1, 2, 4)),
     "bytes": replace(
-        _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(1.0, 0.25), tunings=(1, 2, 4)
+        _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0), tunings=(1, 2, 4)
     ),
     "SmolLM2, next token": replace(
         _SMOLLM2,
