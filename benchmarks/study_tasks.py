@@ -126,7 +126,6 @@ TASKS = {
         tuned=(0, 4),
         long_cuts=(4, 5),
         heads=(10.0,),
-        tunings=(1, 4),
     ),
     "MiniLM, trained head": replace(
         _MINILM,
@@ -135,7 +134,6 @@ TASKS = {
         tuned=(0, 3),
         long_cuts=(3, 4),
         heads=(10.0,),
-        tunings=(1, 4),
     ),
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
