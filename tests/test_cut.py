@@ -11,6 +11,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tiny import tiny_llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -127,6 +128,7 @@ def test_a_tied_embedding_trains_unless_asked_otherwise(tied):
     loss_of(model, batches()[0]).backward()
     assert (model.embed.weight.grad is None) == (tied == "freeze")
     assert cost[2] < 0.7 if tied == "freeze" else cost[2] > 0.7  # backward reaches the bottom
+    assert ("embed.weight is used above the blocks too" in str(cut)) == (tied == "train")
 
 
 def test_a_tower_that_feeds_the_blocks_is_below_them_and_another_stack_is_named():
@@ -157,6 +159,21 @@ def test_a_tower_that_feeds_the_blocks_is_below_them_and_another_stack_is_named(
     assert "text.embed.weight" in cut.segments[0]
     with pytest.raises(ValueError, match=r"blocks='text' is no stack.*'vision'"):
         cut_of(model, blocks="text")
+
+
+def test_an_embedding_of_another_stack_is_not_tied():
+    class Two(Model):
+        def __init__(self):
+            super().__init__(n=2, dropout=0.5)
+            self.other = Model(n=2)
+
+        def forward(self, tokens):
+            return super().forward(tokens) + self.other(tokens)
+
+    torch.manual_seed(0)
+    cut = cut_of(Two(), blocks="layers", tied="freeze")
+    assert not [name for name in cut.at(2).frozen if name.startswith("other.")]
+    assert cut_of(Two(), blocks="layers").tied == ()
 
 
 def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
@@ -405,6 +422,18 @@ def test_non_reentrant_checkpointing_is_fine_and_reentrant_is_an_error():
     ):
         cut_of(model)
     assert_unchanged(before, bits(model))
+
+
+def test_a_cut_is_not_applied_under_reentrant_checkpointing_of_transformers():
+    pytest.importorskip("transformers")
+    model = tiny_llama(num_hidden_layers=3)
+    cut = choose_cut(model, lambda m, b: m(input_ids=b, labels=b).loss, batches()).at(1)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"Cut\.apply: with reentrant.*use_reentrant"):
+        cut.apply(model)
+    assert all(p.requires_grad for p in model.parameters())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert cut.apply(model)
 
 
 def test_autocast_is_the_callers():

@@ -106,22 +106,45 @@ def as_they_run(stack: Stack) -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
-def below_the_blocks(model: nn.Module, stack: Stack, backward: Callable[[], Any]) -> list[str]:
-    """Names of the tensors outside of the blocks that act on the loss through the blocks alone.
+def below_the_blocks(
+    model: nn.Module, stack: Stack, backward: Callable[[], Any]
+) -> tuple[list[str], list[str]]:
+    """Names of the tensors outside of the blocks that act on the loss through the blocks.
 
-    They are those that get no gradient once the inputs of the lowest block are detached: token and
-    position embeddings, the norm above these, a tower whose output enters the blocks. A tensor that
-    is also used elsewhere, such as an embedding tied to the head, is not one of them.
+    The first are those that act in no other way: token and position embeddings, the norm above
+    these, a tower whose output enters the blocks. They get no gradient once the inputs of the
+    lowest block are detached. The second are embeddings that are also used elsewhere, as a tied
+    head: their gradient changes then.
 
     Args:
-        model: The model; all gradients are None.
-        stack: Its blocks.
-        backward: Computes the loss and its gradients.
+        model: The model.
+        stack: Its blocks, lowest first.
+        backward: Computes the loss and all gradients anew, the same in every call.
     """
     with detached_inputs(stack.blocks[0]):
         backward()
+    named = trainable(model)
     inside = {p for block in stack.blocks for p in block.parameters()}
-    return [name for name, p in trainable(model).items() if p.grad is None and p not in inside]
+    detached = {name: p.grad for name, p in named.items() if p not in inside}
+    below = [name for name, grad in detached.items() if grad is None]
+    backward()
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tied = [
+        name
+        for name, grad in detached.items()
+        if grad is not None and named[name] in tables and _differ(grad, named[name].grad)
+    ]
+    return below, tied
+
+
+def _differ(a: Tensor, b: Any) -> bool:
+    """Whether two gradients differ by more than the rounding of another order of sums."""
+    difference, size = (_whole(x.float().norm()).item() for x in (a - b, b))
+    return difference > 1e-3 * size
+
+
+def _whole(x: Any) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @contextmanager
@@ -140,9 +163,3 @@ def detached_inputs(block: nn.Module) -> Iterator[None]:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, torch.Tensor) else x
-
-
-def tied_embeddings(model: nn.Module, above: set[str]) -> list[str]:
-    """Names of the embeddings among the tensors above the blocks: they are the head as well."""
-    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [name for name, p in trainable(model).items() if name in above and p in tables]

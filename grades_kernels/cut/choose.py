@@ -29,8 +29,8 @@ from ..distributed import is_initialized
 from ..freezing.table import MAX_HISTORY_ROWS
 from ..optimizer import GradESAdamW
 from ..release import ReentrantDetector
-from .blocks import Stack, as_they_run, below_the_blocks, find_stack, tied_embeddings, trainable
-from .cut import Candidate, Cut, disable_input_grads
+from .blocks import Stack, as_they_run, below_the_blocks, find_stack, trainable
+from .cut import NO_REENTRANT, Candidate, Cut, disable_input_grads
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -98,14 +98,13 @@ def choose_cut(
 
         def backward() -> None:
             _clear(inner)
+            torch.manual_seed(0)  # the same dropout in every call
             _loss_of(loss, inner, first, "the first batch").backward()
 
-        below = below_the_blocks(inner, stack, backward)
+        below, shared = _of_rank_0(below_the_blocks(inner, stack, backward))
         names = trainable(inner)
         if tied == "freeze":
-            inside = {p for block in stack.blocks for p in block.parameters()}
-            above = {name for name, p in names.items() if name not in below and p not in inside}
-            below += tied_embeddings(inner, above)
+            below += shared
         segments = (tuple(below), *(_names_in(block, names) for block in stack.blocks))
         places = _places(segments, len(names))
         costs = _costs(inner, backward, segments, places, cost)
@@ -120,6 +119,7 @@ def choose_cut(
         gains=tuple(_mean(column) for column in zip(*gains, strict=True)),
         shapes=tuple((name, tuple(p.shape)) for name, p in names.items()),
         reason=reason,
+        tied=tuple(shared) if tied == "train" else (),
     )
 
 
@@ -198,10 +198,7 @@ def _check_gradients(
     grads: dict[str, Tensor], stack: Stack, n: int, detector: ReentrantDetector
 ) -> None:
     if detector.found:
-        raise ValueError(
-            "with reentrant activation checkpointing the blocks above a frozen prefix get no "
-            "gradients at all. Use checkpoint(..., use_reentrant=False)."
-        )
+        raise ValueError(f"choose_cut: {NO_REENTRANT}")
     if not any(p.grad is not None for block in stack.blocks for p in block.parameters()):
         raise ValueError(f"loss(model, batch) does not depend on the blocks of {stack.name!r}.")
     for name, grad in grads.items():
@@ -220,6 +217,15 @@ def _average(grads: Iterable[Tensor]) -> None:
         if not hasattr(grad, "to_local"):
             dist.all_reduce(grad)
             grad /= dist.get_world_size()
+
+
+def _of_rank_0(value: Any) -> Any:
+    """The value of the first rank of a job, so that all ranks choose alike."""
+    if not is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 # Costs
@@ -275,11 +281,7 @@ def _costs(
         low, high = max(x for x in measured if x <= k), min(x for x in measured if x >= k)
         part = (k - low) / (high - low) if high > low else 0.0
         costs[k] = measured[low] + part * (measured[high] - measured[low])
-    if is_initialized() and dist.get_world_size() > 1:
-        shared = [costs]
-        dist.broadcast_object_list(shared)
-        costs = shared[0]
-    return costs
+    return _of_rank_0(costs)
 
 
 def _multiply_adds(backward: Callable[[], None]) -> float:

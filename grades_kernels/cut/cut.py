@@ -16,6 +16,12 @@ from ..freezing.naming import canonical_name
 from ..report.plot import picture_path
 from ..report.text import Table, layout, shorten
 
+NO_REENTRANT = (
+    "with reentrant activation checkpointing the blocks above a frozen prefix get no gradients at "
+    "all. Use checkpoint(..., use_reentrant=False), in transformers "
+    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+)
+
 
 class Candidate(NamedTuple):
     """One place for a cut.
@@ -50,6 +56,8 @@ class Cut:
         gains: Predicted gain of a step per learning rate: below the blocks, of every block, above.
         shapes: Every trained tensor of the model with its shape.
         reason: Why this one was chosen, in one sentence.
+        tied: Names of embeddings that are the head as well and go on training above the cut, so
+            that the backward pass has to reach the lowest block.
     """
 
     k: int | None
@@ -59,6 +67,7 @@ class Cut:
     gains: tuple[float, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     reason: str
+    tied: tuple[str, ...] = ()
 
     @property
     def n_blocks(self) -> int:
@@ -103,8 +112,8 @@ class Cut:
             The names of the frozen tensors, none without a cut.
 
         Raises:
-            ValueError: If the model has other tensors than the one that the cut was chosen for.
-                Nothing has changed then.
+            ValueError: If the model has other tensors than the one that the cut was chosen for, or
+                uses reentrant activation checkpointing. Nothing has changed then.
         """
         params = {canonical_name(name): p for name, p in model.named_parameters()}
         for name, shape in self.shapes:
@@ -116,6 +125,8 @@ class Cut:
                 )
         if self.k is None:
             return []
+        if any(_is_reentrant(module) for module in model.modules()):
+            raise ValueError(f"Cut.apply: {NO_REENTRANT}")
         frozen = [params[name] for name in self.frozen]
         for p in frozen:
             p.requires_grad_(False)
@@ -155,9 +166,15 @@ class Cut:
             [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
             for name, gain in zip(names, self.gains, strict=True)
         ]
+        lines = [f"Cut of {shorten(self.stack, 60)}: {self.reason}", self.summary()]
+        lines += [
+            f"{shorten(name, 50)} is used above the blocks too and goes on training, so the "
+            "backward pass reaches the lowest block. tied='freeze' freezes it."
+            for name in self.tied
+        ]
         return "\n\n".join(
             [
-                f"Cut of {shorten(self.stack, 60)}: {self.reason}\n{self.summary()}",
+                "\n".join(lines),
                 layout(Table("Places for a cut, relative to no cut", header, rows, left=[""])),
                 layout(
                     Table(
@@ -192,7 +209,7 @@ class Cut:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             data["candidates"] = tuple(Candidate(**each) for each in data["candidates"])
             data["segments"] = tuple(map(tuple, data["segments"]))
-            data["gains"] = tuple(data["gains"])
+            data["gains"], data["tied"] = tuple(data["gains"]), tuple(data["tied"])
             data["shapes"] = tuple((name, tuple(shape)) for name, shape in data["shapes"])
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
@@ -264,6 +281,13 @@ def _maximal(model: nn.Module, frozen: set[Tensor]) -> list[nn.Module]:
 
     search(model)
     return found
+
+
+def _is_reentrant(module: Any) -> bool:
+    """Whether a module of transformers runs under reentrant activation checkpointing."""
+    run = getattr(module, "_gradient_checkpointing_func", None)
+    is_on = getattr(module, "gradient_checkpointing", False)
+    return bool(is_on and run and getattr(run, "keywords", {}).get("use_reentrant"))
 
 
 def _stay_in_eval(module: nn.Module, args: Sequence[Any]) -> None:
