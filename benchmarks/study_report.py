@@ -379,7 +379,7 @@ def draw_rule(results: Results, axis: str, path: Any) -> None:
         ):
             members = sorted(members, key=lambda r: -1 if r["cut"] == "none" else r["cut"])
             x, y = [r["predicted"] for r in members], [r["measured"] for r in members]
-            panel.plot(x, y, "o-", color=colour, label=f"budget {budget:g}x", lw=0.8)
+            panel.plot(x, y, "o", color=colour, label=f"budget {budget:g}x")
             for row, at, height in zip(members, x, y, strict=True):
                 cut = row["cut"] if row["cut"] == "none" else f"{row['cut']:g}"
                 if row["beyond"]:

@@ -122,18 +122,13 @@ TASKS = {
         _MINILM,
         steps=60,
         per_class=20,
-        cuts=(0, 3, 4, 5),
-        tuned=(0, 4),
+        cuts=(0, 4, 5),
+        tuned=(0, 4, 5),
         long_cuts=(4, 5),
         heads=(10.0,),
     ),
     "MiniLM, trained head": replace(
-        _MINILM,
-        head_steps=60,
-        cuts=(0, 2, 3, 4),
-        tuned=(0, 3),
-        long_cuts=(3, 4),
-        heads=(10.0,),
+        _MINILM, head_steps=60, cuts=(0, 3, 4), tuned=(0, 3), long_cuts=(3, 4), heads=(10.0,)
     ),
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
