@@ -34,7 +34,7 @@ from .cut import NO_REENTRANT, Candidate, Cut, disable_input_grads
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-MEASURED_PLACES = 4
+MEASURED_PLACES = 3
 """Cuts whose cost is measured; those between them are interpolated, as blocks are alike."""
 
 
@@ -201,9 +201,11 @@ def _check_gradients(
         raise ValueError(f"choose_cut: {NO_REENTRANT}")
     if not any(p.grad is not None for block in stack.blocks for p in block.parameters()):
         raise ValueError(f"loss(model, batch) does not depend on the blocks of {stack.name!r}.")
-    for name, grad in grads.items():
-        local = grad.to_local() if hasattr(grad, "to_local") else grad
-        if not local.isfinite().all():
+    own = [g.to_local() if hasattr(g, "to_local") else g for g in grads.values()]
+    norms = torch._foreach_norm(own, 2, torch.float64)  # a fifth of the time of isfinite
+    found = torch.stack([x.to(norms[0].device) for x in norms]).tolist()
+    for name, norm in zip(grads, found, strict=True):
+        if not math.isfinite(norm):
             raise ValueError(
                 f"the gradient of {name!r} is not finite in batch {n}: the probe has stopped."
             )
