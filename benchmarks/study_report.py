@@ -6,7 +6,6 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -56,38 +55,34 @@ def standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-@dataclass
 class Curve:
     """Loss of "all weights" against its cost, on straight lines over the logarithm of the cost.
 
     Beyond its ends the nearest line goes on.
     """
 
-    points: list[tuple[float, float]]
-
-    @classmethod
-    def of(cls, rows: Iterable[Row], axis: str) -> Curve:
-        points = sorted((math.log(row[axis]), row["loss"]) for row in rows)
-        falling = [points[0]]
-        for point in points[1:]:  # more compute that reached no lower loss has no say in the cost
-            if point[1] < falling[-1][1]:
-                falling.append(point)
-        return cls(falling)
+    def __init__(self, rows: Iterable[Row], axis: str) -> None:
+        self.points = sorted((math.log(row[axis]), row["loss"]) for row in rows)
+        self.falling = self.points[:1]  # without the runs that reached no lower loss for more
+        for point in self.points[1:]:
+            if point[1] < self.falling[-1][1]:
+                self.falling.append(point)
 
     def loss(self, cost: float) -> float:
-        return self._on_line(math.log(cost), 0)
+        """Loss at `cost`."""
+        return _on_line(self.points, math.log(cost))
 
     def cost(self, loss: float) -> float:
         """Cost that reaches `loss`."""
-        return math.exp(self._on_line(loss, 1))
+        return math.exp(_on_line([(y, x) for x, y in reversed(self.falling)], loss))
 
-    def _on_line(self, at: float, known: int) -> float:
-        points = self.points if known == 0 else self.points[::-1]
-        if len(points) == 1:
-            return points[0][1 - known]
-        k = next((k for k, p in enumerate(points[1:-1], 1) if p[known] >= at), len(points) - 1)
-        (x0, y0), (x1, y1) = ((p[known], p[1 - known]) for p in points[k - 1 : k + 1])
-        return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+def _on_line(points: Sequence[tuple[float, float]], at: float) -> float:
+    if len(points) == 1:
+        return points[0][1]
+    k = next((k for k, (x, _) in enumerate(points[1:-1], 1) if x >= at), len(points) - 1)
+    (x0, y0), (x1, y1) = points[k - 1 : k + 1]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
 
 
 class Results:
@@ -139,7 +134,7 @@ class Results:
 
     def speed_up(self, row: Row, axis: str) -> float:
         """Cost at which "all weights" of the same seed has the loss of `row`, over its cost."""
-        curve = Curve.of(self.full[row["task"], row["seed"]], axis)
+        curve = Curve(self.full[row["task"], row["seed"]], axis)
         return curve.cost(row["loss"]) / row[axis]
 
     def is_beyond(self, row: Row) -> bool:
@@ -148,7 +143,7 @@ class Results:
 
     def difference(self, row: Row, axis: str) -> float:
         """Loss of `row` less that of "all weights" of the same seed at the same cost."""
-        curve = Curve.of(self.full[row["task"], row["seed"]], axis)
+        curve = Curve(self.full[row["task"], row["seed"]], axis)
         return row["loss"] - curve.loss(row[axis])
 
     def table(self) -> list[Row]:
