@@ -1,24 +1,34 @@
 """What a whole `optimizer.step()` costs the host, with many small matrices.
 
-    python -m benchmarks.bench_step [--device auto] [--part host reference native]
+    python -m benchmarks.bench_step [--device auto] [--part host reference native shards]
 
 `host`: microseconds from calling step() on an idle device until it returns, launches and host
 synchronisations per step, against torch's fused and foreach AdamW. `reference`: what the reference
 costs on the CPU when nothing is monitored, against the implementation it stands on. `native`: the
-native op's targets on the CPU, against torch's fused AdamW on the same tensors. On a GPU the first
-alone unless asked for.
+native op's targets on the CPU, against torch's fused AdamW on the same tensors. `shards`: the same
+for the DTensors of FSDP2 in two processes of one thread each. On a GPU the first alone unless asked
+for.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import random
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from benchmarks import harness
 from benchmarks.bench_kernels import LR, Problem, Setting, grades, unfused
@@ -207,6 +217,84 @@ def native_op(repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
+N_RANKS = 2
+SHARD_SHAPES = {"40 of 512x512": [(512, 512)] * 40, "300 of 64..256": SMALL}
+SHARD_TARGETS = {
+    "nothing monitored": (Setting(), 1.15),
+    "momentum, next_step": (Setting("momentum"), 1.3),
+    "change, next_step": (Setting("change"), 1.7),
+}
+
+
+class Sharded(Problem):
+    """A problem of which every rank has shards, as FSDP2 makes them."""
+
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        super().__init__(shapes, torch.float32, torch.device("cpu"))
+        mesh, model = init_device_mesh("cpu", (N_RANKS,)), nn.Module()
+        model.matrices = nn.ParameterList(p.detach() for p in self.params)
+        grads = [p.grad for p in self.params]
+        self.params = list(fully_shard(model, mesh=mesh).parameters())
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = distribute_tensor(grad, mesh, p.placements)
+
+
+def in_turns(calls: tuple[Callable[[], Any], ...], repeats: int) -> list[list[float]]:
+    """Seconds of every call in each round, those of the slowest rank; all ranks begin together."""
+    draw = random.Random(0)
+    seconds = torch.zeros(repeats + 3, len(calls), dtype=torch.float64)
+    for row in seconds:
+        for n in draw.sample(range(len(calls)), len(calls)):
+            dist.barrier()
+            start = time.perf_counter()
+            calls[n]()
+            row[n] = time.perf_counter() - start
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds[3:].T.tolist()
+
+
+def rank_of_shards(rank: int, folder: str, repeats: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", N_RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=N_RANKS)
+    rows = []
+    for shapes_name, shapes in SHARD_SHAPES.items():
+        problem = Sharded(shapes)
+        theirs = torch.optim.AdamW(problem.params, LR, fused=True)
+        for case, (setting, at_most) in SHARD_TARGETS.items():
+            ours = grades(problem, setting, fused=True)
+            seconds, anchor = in_turns((ours.step, theirs.step), repeats)
+            median, low, high = harness.summary(seconds)
+            rows.append(
+                {
+                    "case": f"{case}, {shapes_name}",
+                    "ranks": N_RANKS,
+                    "backend": ours.backend,
+                    "tensors": len(problem.params),
+                    "elements": problem.n_elements,
+                    "ms": harness.rounded(median),
+                    "ms_p20": harness.rounded(low),
+                    "ms_p80": harness.rounded(high),
+                    "fused_ms": harness.rounded(harness.summary(anchor)[0]),
+                    "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
+                    "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+                    "at_most": at_most,
+                    "repeats": repeats,
+                }
+            )
+    if rank == 0:
+        torch.save(rows, f"{folder}/rows.pt")
+    dist.destroy_process_group()
+
+
+def shards(repeats: int) -> list[dict[str, Any]]:
+    """One row per case: whole steps on the shards of two processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(rank_of_shards, (folder, repeats), nprocs=N_RANKS)
+        return torch.load(f"{folder}/rows.pt", weights_only=True)
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in an optimizer's state."""
     tensors = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
@@ -216,7 +304,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--part", nargs="+", choices=("host", "reference", "native"))
+    parser.add_argument("--part", nargs="+", choices=("host", "reference", "native", "shards"))
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args()
     device = harness.pick_device(options.device)
@@ -226,6 +314,8 @@ def main() -> None:
             rows, where = host(device, options.repeats), device
         elif part == "native":
             rows, where = native_op(options.repeats), torch.device("cpu")
+        elif part == "shards":
+            rows, where = iter(shards(options.repeats)), torch.device("cpu")
         else:
             rows, where = reference(options.repeats), torch.device("cpu")
         name = f"step-{part}-{where.type}"

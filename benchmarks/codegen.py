@@ -71,6 +71,8 @@ FLAGS = [
     ("change", True, True, True),  # next_step, a check in every step
 ]
 WIDE = 16  # bytes
+DECIDE_FLAGS = ("SUM", "COMPARE", "STORE", "LOAD")
+DECISIONS = (("SUM", "COMPARE"), ("SUM", "STORE"), ("SUM", "LOAD"), ("SUM",), ("COMPARE",))
 BEHIND = ("coefficients_ptr", "decided_ptr", "past_ptr", "units_ptr")
 
 
@@ -178,17 +180,18 @@ def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tu
     return compiled, block // kernels.THREADS
 
 
-def compile_decide(kernels: ModuleType, target: GPUTarget, *, add_up: bool, compare: bool) -> Any:
+def compile_decide(kernels: ModuleType, target: GPUTarget, flags: tuple[str, ...]) -> Any:
     pointers = {
         "units_ptr": "*fp64",
         "members_ptr": "*i32",
         "tensors_ptr": "*i64",
         "past_ptr": "*fp64",
         "partials_ptr": "*fp32",
+        "sums_ptr": "*fp64",
         "values_ptr": "*fp64",
         "decided_ptr": "*fp64",
     }
-    constants = {"FIELDS": FIELDS, "SUM": add_up, "COMPARE": compare}
+    constants = {"FIELDS": FIELDS, **{flag: flag in flags for flag in DECIDE_FLAGS}}
     options = kernels.launch_options(target.backend, target.warp_size)
     return _compile(kernels.decide_kernel, pointers, {}, constants, target, options)
 
@@ -320,10 +323,9 @@ def main() -> int:
             compiled, per_thread = compile_step(kernels, variant, TARGETS[name])
             code = inspect(compiled, aligned)
             rows.append(_row(name, variant, code, faults(variant, code, per_thread)))
-        for add_up, compare in ((True, True), (True, False), (False, True)):
-            compiled = compile_decide(kernels, TARGETS[name], add_up=add_up, compare=compare)
-            code = inspect(compiled, set())
-            label = " ".join(["decide", *["sum"] * add_up, *["compare"] * compare])
+        for flags in DECISIONS:
+            code = inspect(compile_decide(kernels, TARGETS[name], flags), set())
+            label = " ".join(["decide", *flags]).lower()
             rows.append(_row(name, label, code, faults_of_any(code)))
     harness.print_table("Machine code of the kernels (widths: aligned path, per thread)", rows)
     bad = [row for row in rows if row["faults"]]

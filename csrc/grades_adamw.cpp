@@ -219,6 +219,8 @@ double read_step(const Tensor& step, bool increment) {
 // order, so it depends on this number and on nothing else. Large, since every start of a block costs:
 // with 8192 an update takes 1.02 to 1.09 times as long (Zen 5, 25 M fp32, 2 threads).
 constexpr int64_t kBlock = 32768;
+// Fewer elements than this start no thread, as in torch (at::internal::GRAIN_SIZE).
+constexpr int64_t kGrain = 32768;
 constexpr size_t kSums = 3, kHypers = 6;
 
 using Tensors = std::vector<Tensor>;
@@ -308,7 +310,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
   // a shared counter instead, so that two threads work on neighbouring 32 KiB, cost 1.27 to 1.9 times
   // torch's fused AdamW where this costs 1.0 to 1.2 (Zen 5, 2 threads, 25 M fp32).
   std::vector<double> partials(kSums * blocks.size());
-  torch::stable::parallel_for(0, n_elements, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n_elements, kGrain, [&](int64_t begin, int64_t end) {
     auto begins_before = [](const Block& block, int64_t position) { return block.position < position; };
     size_t b = std::lower_bound(blocks.begin(), blocks.end(), begin, begins_before) - blocks.begin();
     for (; b < blocks.size() && blocks[b].position < end; ++b) {

@@ -5,7 +5,9 @@ ranks that have the shards, one small all-reduce for all units together; then on
 the largest statistic of every unit over all ranks, where "no evidence" is infinity. So every rank
 compares the same numbers with tau, and stores the same hits, events and history: a unit freezes
 where all ranks would freeze it. The same all-reduce compares the thresholds and a checksum of the
-freeze table: a table that has come to differ is an error at the next check.
+freeze table: a table that has come to differ is an error at the next check. Where every tensor is
+sharded over all ranks, the first all-reduce compares the tables too, and there is no second:
+torch's all-reduce has the same bits on all ranks.
 
 Every rank takes part in every check, whatever tensors and gradients it has. Ranks that do not call
 `step()` equally often wait for each other until torch's timeout, as in any other collective.
@@ -112,6 +114,8 @@ class Ranks:
         everywhere: Whether all ranks have the same units.
         n_elements: Elements of the optimizer's tensors on all ranks together.
         on_device: Whether the Triton kernels can serve all ranks.
+        one_mesh: Whether every tensor of every unit is sharded over all ranks. Then its sums are
+            the same on all of them, bit for bit, and there is no largest one to be found.
     """
 
     group: ProcessGroup | None
@@ -120,6 +124,7 @@ class Ranks:
     everywhere: bool = True
     n_elements: int = 0
     on_device: bool = False
+    one_mesh: bool = False
     _shards: dict[Any, list[tuple[Unit, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -174,6 +179,11 @@ class Ranks:
         ranks.everywhere = len(set(first)) == 1
         ranks.n_elements = sum(gathered[rank][3] for rank in set(first))
         ranks.on_device = ranks.everywhere and all(on_device for *_, on_device in gathered)
+        n_tensors = sum(map(len, members.values()))
+        ranks.one_mesh = ranks.everywhere and [
+            (len(dims), mesh.size(dims[0]), len(parts))
+            for (mesh, dims), parts in ranks._shards.items()
+        ] == [(1, len(own_ranks), n_tensors)]
         if not ranks.everywhere:
             ranks._name_nameless(shares, first)
         by_name: dict[str, list[tuple[int, _Share]]] = {}
@@ -203,24 +213,61 @@ class Ranks:
                 if _NAMELESS.fullmatch(share.unit.name):
                     share.unit.name = f"rank{rank}.{share.unit.name}"
 
-    def sum_shards(self, rows: Mapping[Unit, list[list[float]]]) -> dict[Unit, list[list[float]]]:
+    def sum_shards(
+        self, table: FreezeTable, rows: Mapping[Unit, list[list[float]]]
+    ) -> dict[Unit, list[list[float]]]:
         """`rows` with those of sharded tensors added up over the ranks that have the shards.
 
         `rows` has three sums for each tensor of a unit with evidence. There is one all-reduce for
         all units of a mesh, of the same size at every check: a unit without evidence on this rank
         takes part with infinity. Dimensions over which a tensor is replicated are not summed.
+
+        Raises:
+            RuntimeError: On every rank, if the freeze tables of the ranks of one mesh differ.
         """
         summed = {unit: list(own) for unit, own in rows.items()}
         complete = {unit for unit, own in rows.items() if len(own) == unit.n_tensors}
         for (mesh, dims), parts in self._shards.items():
             mine = [rows[unit][k] if unit in complete else [math.inf] * 3 for unit, k in parts]
+            if self.one_mesh:
+                # Three pieces of 16 bits, whose squares have exact sums too.
+                pieces = [table.checksum(taus=True) >> 16 * i & 0xFFFF for i in range(3)]
+                mine += [list(map(float, pieces)), [float(x * x) for x in pieces]]
             unit, k = parts[0]
             device = self.members[unit][k].device
-            total = _sum(torch.tensor(mine, dtype=torch.float64, device=device), mesh, dims)
-            for (unit, k), row in zip(parts, total.tolist(), strict=True):
+            summed_up = torch.tensor(mine, dtype=torch.float64, device=device)
+            total = _sum(summed_up, mesh, dims).tolist()
+            if self.one_mesh:
+                squares, pieces = total.pop(), total.pop()
+                # n sum(x^2) = sum(x)^2 where all n are equal, and nowhere else (Cauchy-Schwarz).
+                n = mesh.size(dims[0])
+                if any(n * int(b) != int(a) ** 2 for a, b in zip(pieces, squares, strict=True)):
+                    self.raise_difference(table)
+            for (unit, k), row in zip(parts, total, strict=True):
                 if unit in complete:
                     summed[unit][k] = row
         return summed
+
+    def shard_rows(
+        self, units: Iterable[Unit], position: Mapping[Tensor, int], sums: Tensor
+    ) -> list[tuple[Any, Sequence[int], Tensor]]:
+        """Per mesh, with its dimensions to sum over, the rows of its sharded tensors in `sums`.
+
+        The same number of rows on every rank: a tensor without a `position` has the last one.
+        """
+        chosen = set(units)
+        found = []
+        for (mesh, dims), parts in self._shards.items():
+            own = [self.members[unit][k] for unit, k in parts if unit in chosen]
+            rows = torch.tensor([position.get(p, len(sums) - 1) for p in own], device=sums.device)
+            found.append((mesh, dims, rows))
+        return found
+
+    def add_shards(self, sums: Tensor, rows: Iterable[tuple[Any, Sequence[int], Tensor]]) -> None:
+        """`sum_shards` on a device, for the rows that `shard_rows` gave."""
+        for mesh, dims, own in rows:
+            total = _sum(sums.index_select(0, own), mesh, dims)
+            sums.index_copy_(0, own, total.to(sums.device))
 
     def largest_values(self, table: FreezeTable, values: dict[Unit, float]) -> dict[Unit, float]:
         """The statistic that all ranks compare with tau: the largest over all ranks.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .backends.host_step import Engine, HostEngine, read_back, take_step
+from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
 from .backends.select import assign, run_tasks_of, unscales
 from .backends.step_tensors import Layout, prepare_state, uses_prev_grads
 from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
@@ -114,6 +114,7 @@ class Freezer:
 
     # A step
 
+    @no_threads_after_fork()
     def begin_step(self, optimizer: Optimizer) -> bool:
         """Act on changes of the groups; whether the step before has decided something.
 
@@ -132,6 +133,7 @@ class Freezer:
             self._join_ranks(optimizer, job)
         return self.table.has_changes
 
+    @no_threads_after_fork()
     def take_step(self, optimizer: Optimizer) -> bool:
         """Count a step and take it; whether it has decided something that is known already.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.host_step import Engine, HostEngine, read_back, take_step
+from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
 from .backends.select import choose, run_tasks_of
-from .backends.step_tensors import check_capturable
+from .backends.step_tensors import check_capturable, with_local_shards
 from .backends.tasks import GroupOptions, StepTensors
 from .freezing.table import FreezeConfig, FreezeTable, Unit
 
@@ -113,6 +113,14 @@ def grades_adamw(
         state_steps,
         [(options, len(params))],
     )
+    dtensors = [i for i, p in enumerate(params) if hasattr(p, "_spec") and not differentiable]
+    if dtensors:
+        placed = with_local_shards(tensors, dtensors)
+        if placed is None:
+            raise ValueError(
+                "a gradient or a moment of a DTensor is none, or a moment is placed otherwise."
+            )
+        tensors = placed
     engine: Engine
     if backend == "triton":
         from .backends.triton_engine import TritonEngine
@@ -121,8 +129,9 @@ def grades_adamw(
     else:
         unscales = backend == "native" or bool(capturable and fused)
         engine = HostEngine(run_tasks_of([backend]), tensors, units, unscales=unscales)
-    take_step([engine], table, None, grad_scale, found_inf)
-    read_back([engine], table, None)
+    with no_threads_after_fork():
+        take_step([engine], table, None, grad_scale, found_inf)
+        read_back([engine], table, None)
 
 
 def _check_unit(unit: Unit, prev_grad: Tensor | None, table: FreezeTable | None) -> None:

@@ -19,6 +19,15 @@ def placeholder(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype or p.dtype, device=p.device)
 
 
+def local(x: Any) -> Tensor:
+    """The part of a DTensor that this rank has, without a copy; other tensors as they are."""
+    if not hasattr(x, "_local_tensor"):
+        return x
+    shard = x._local_tensor
+    # A result that is still under way between ranks is a subclass, for which `to_local` waits.
+    return shard if type(shard) is Tensor else x.to_local()
+
+
 def full_shape(x: Tensor, p: Tensor) -> Tensor:
     """A moment or previous gradient of `p`: itself, or zeros in place of a placeholder."""
     return x if x.shape == p.shape else torch.zeros_like(p, dtype=x.dtype)

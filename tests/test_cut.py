@@ -402,6 +402,7 @@ def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
     cut = choose_cut(model, loss, batches())
     assert base._require_grads_hooks  # as before
     assert [x.k for x in cut.candidates] == [None, 1, 2]  # nothing trains below or above the blocks
+    assert all(gain != 0 for gain in cut.gains[1:4])  # of B, while A has no gradient
     cut.at(2).apply(model)
     assert not base._require_grads_hooks
     disabled = [

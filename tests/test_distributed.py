@@ -387,7 +387,7 @@ def test_exception_in_a_freeze_hook_of_one_rank():
     assert same_on_all([first, second])
 
 
-def tables_apart(tau):
+def tables_apart(tau, kind="ddp"):
     """An error at the next check: rank 1 alone changes tau, or thaws where `tau` is None."""
 
     def act(p, optimizer):
@@ -396,7 +396,7 @@ def tables_apart(tau):
         else:
             optimizer.param_groups[0]["tau"] = tau
 
-    return error_of(train, "ddp", 2, {**CHANGE, "tau": 4.0}, disturb=on_rank_1(12, act))
+    return error_of(train, kind, 2, {**CHANGE, "tau": 4.0}, disturb=on_rank_1(12, act))
 
 
 def loaded_on_rank_0_alone():
@@ -452,6 +452,8 @@ def apply_freezes_under_zero():
         # What one rank does alone is an error at the next check, with both ranks' values.
         (RuntimeError, ["unit 'blocks.", "rank 0: (4.0, ", "rank 1: (4.0, "], tables_apart, [None]),
         (RuntimeError, ["unit 'blocks.", "rank 0: (4.0, ", "rank 1: (5.0, "], tables_apart, [5.0]),
+        (RuntimeError, ["rank 0: (4.0, ", "rank 1: (4.0, "], tables_apart, [None, "fsdp2"]),
+        (RuntimeError, ["rank 0: (4.0, ", "rank 1: (5.0, "], tables_apart, [5.0, "fsdp2"]),
         # Ranks that start differently are an error in the first step.
         (ValueError, ["number of steps taken rank 0: 4, rank 1: 0"], loaded_on_rank_0_alone, []),
         (ValueError, ["rank 0: FreezeConfig(grace_steps=2"], other_on_each_rank, ["patience"]),
@@ -609,7 +611,7 @@ def test_statistics_of_sharded_tensors(statistic):
 
 def placed_without_sum():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.Ranks, "sum_shards", lambda self, rows: rows)
+        patch.setattr(distributed.Ranks, "sum_shards", lambda self, table, rows: rows)
         return placed("norm")
 
 

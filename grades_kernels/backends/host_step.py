@@ -6,11 +6,15 @@ takes the same tasks. What the measured sums lead to is decided by the freeze ta
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..distributed import Ranks
 from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
@@ -25,13 +29,17 @@ from .step_tensors import (
     measure_tasks,
     update_tasks,
     uses_prev_grads,
+    with_local_gradients,
 )
 from .tasks import (
     STATISTIC_BITS,
     UNSCALE,
+    UPDATE,
     RunTasks,
     StepTensors,
 )
+
+_PROCESS = os.getpid()  # that imported the package, perhaps the parent of this one
 
 
 class Engine(Protocol):
@@ -130,6 +138,7 @@ def host_step(
         decides: Whether the units of `table` are measured here.
     """
     config, t = table.config, table.t
+    tensors = with_local_gradients(tensors)
     check = decides and config.is_check(t)
     same_step = config.freeze_timing == "same_step"
     unscale = 0 if grad_scale is None else UNSCALE
@@ -149,6 +158,8 @@ def host_step(
         done = measured if check and same_step else [0] * len(tasks)
         tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
     sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
+    # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
+    increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
 
     if check and not same_step:
         _decide(table, ranks, units, measured, sums)
@@ -156,6 +167,24 @@ def host_step(
         for unit in kept_units(units, tasks):
             if not unit.is_decided:
                 unit.prev_step = t
+
+
+@contextlib.contextmanager
+def no_threads_after_fork() -> Iterator[None]:
+    """Let torch work on one thread in a process that was forked from the one of the import.
+
+    OpenMP's threads do not survive a fork, and with GCC's library a child that asks for some waits
+    for those of its parent for ever: torch's own AdamW does with a tensor of 20,000 elements.
+    """
+    if os.getpid() == _PROCESS:
+        yield
+        return
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def take_step(
@@ -235,7 +264,8 @@ def _decide(
     if ranks is None:
         table.decide(_values(rows))
     else:
-        table.decide(ranks.largest_values(table, _values(ranks.sum_shards(rows))))
+        values = _values(ranks.sum_shards(table, rows))
+        table.decide(values if ranks.one_mesh else ranks.largest_values(table, values))
 
 
 def _values(rows: Mapping[Unit, list[list[float]]]) -> dict[Unit, float]:

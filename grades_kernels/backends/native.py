@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..state_tensors import local
 from .tasks import (
     KEEP,
     STATISTIC_BITS,
@@ -58,8 +59,8 @@ def why_not_native(params: Sequence[Tensor]) -> str | None:
     dtypes = {p.dtype for p in params} - set(DTYPES)
     if dtypes:
         return f"the native op has no {', '.join(sorted(map(str, dtypes)))}"
-    if not all(map(_is_plain, params)):
-        return "a parameter is a DTensor, another subclass, or an expanded view"
+    if not all(map(_is_plain, map(local, params))):
+        return "a parameter is a tensor subclass, or an expanded view"
     return why_not_loaded()
 
 

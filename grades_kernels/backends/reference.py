@@ -37,8 +37,8 @@ def run_tasks(
         first += n
     for i, before in weights.items():
         p, grad = tensors.params[i].detach(), tensors.grads[i]
-        change = _abs_sum(_widened(_local(p, p)) - _widened(_local(before, p)))
-        sums[i] = change, torch.zeros_like(change), _abs_sum(_widened(_local(grad, p)))
+        change = _abs_sum(_widened(p) - _widened(before))
+        sums[i] = change, torch.zeros_like(change), _abs_sum(_widened(grad))
     for task, prev_grad, grad in zip(tasks, tensors.prev_grads, tensors.grads, strict=True):
         if task & KEEP and prev_grad is not None and grad is not None:
             prev_grad.copy_(grad)
@@ -57,22 +57,21 @@ def _measure(
     """Numerator, denominator and sum of |g| of a statistic that is known before the update."""
     # Half precision is widened before the difference, and every sum runs in float64: over 1e8
     # elements a float32 sum would depend on how it is split.
-    p = tensors.params[i]
-    grad = _widened(_local(tensors.grads[i], p))
+    grad = _widened(tensors.grads[i])
     magnitude = _abs_sum(grad)
     zero = torch.zeros_like(magnitude)
     if statistic == _NORM:
         return magnitude, zero, magnitude
     if statistic == _CHANGE:
-        return _abs_sum(grad - _widened(_local(tensors.prev_grads[i], p))), zero, magnitude
+        return _abs_sum(grad - _widened(tensors.prev_grads[i])), zero, magnitude
     step = tensors.state_steps[i].item()
     if step == 0:
         return torch.full_like(zero, math.nan), zero, magnitude
-    m = _widened(_local(tensors.exp_avgs[i], p))
+    m = _widened(tensors.exp_avgs[i])
     signed = -grad if options.maximize else grad
     if statistic == _MOMENTUM:
         return _abs_sum(signed - m), zero, magnitude
-    v = _widened(_local(tensors.exp_avg_sqs[i], p))
+    v = _widened(tensors.exp_avg_sqs[i])
     beta1 = float(options.beta1)
     bias_correction2 = 1 - float(options.beta2) ** step
     if statistic == _GAIN:
@@ -169,17 +168,8 @@ def _dtype(grad: Tensor | None) -> torch.dtype:
     return grad.dtype
 
 
-def _widened(x: Tensor) -> Tensor:
+def _widened(x: Any) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _local(x: Any, p: Any) -> Tensor:
-    """The local shard of a DTensor, sharded as the parameter is; other tensors as they are."""
-    if not hasattr(x, "to_local"):
-        return x
-    if x.placements != p.placements:
-        x = x.redistribute(placements=p.placements)
-    return x.to_local()
 
 
 def _abs_sum(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import Unit
+from ..state_tensors import local
 from . import native, reference
 from .native import why_not_native
 from .tasks import RunTasks, StepTensors
@@ -166,8 +167,8 @@ def why_not_triton(
     dtypes = {p.dtype for p in params} - {torch.float32, torch.bfloat16, torch.float16}
     if dtypes:
         return f"the Triton kernels have no {', '.join(sorted(map(str, dtypes)))}"
-    if not all(map(is_dense, params)):
-        return "a parameter is a DTensor or a view with gaps"
+    if not all(map(is_dense, map(local, params))):
+        return "a parameter is a tensor subclass, or a view with gaps"
     device = next(iter(devices))
     if device.type == "cpu":
         if not interpret or os.environ.get("TRITON_INTERPRET") != "1":

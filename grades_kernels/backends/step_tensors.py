@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import NEVER, FreezeTable, Unit
-from ..state_tensors import gradient_dtype, placeholder
+from ..state_tensors import MOMENTS, gradient_dtype, local, placeholder
 from .tasks import KEEP, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
 
 Groups = Sequence[dict[str, Any]]
@@ -65,11 +65,15 @@ class Layout:
         self.units: list[Unit | None] = []
         self.all_params = [p for pairs in chosen for p, _ in pairs]
         self.without_state: list[Tensor] = []
-        for pairs in chosen:
+        self.dtensors: list[int] = []
+        for group, pairs in zip(groups, chosen, strict=True):
             params: list[Tensor] = []
             for p, unit in pairs:
                 released = unit is not None and unit.released_at != NEVER
                 if not released and state.get(p):
+                    # What autograd differentiates stays a DTensor, as in torch's AdamW.
+                    if hasattr(p, "_spec") and not group["differentiable"]:
+                        self.dtensors.append(len(self.units))
                     params.append(p)
                     self.units.append(unit)
                 elif not released:
@@ -143,7 +147,53 @@ class Layout:
             return None
         if prev_grads and self.is_monitored and not all(map(_fits, previous, grads)):
             return None
+        return with_local_shards(tensors, self.dtensors) if self.dtensors else tensors
+
+
+def with_local_shards(tensors: StepTensors, positions: Sequence[int]) -> StepTensors | None:
+    """The same with local shards in place of the DTensors at these positions, gradients excepted.
+
+    None where a gradient is no DTensor, or state is not placed as its parameter is.
+    """
+    dtensors: list[tuple[int, Any]] = [(i, tensors.params[i]) for i in positions]
+    if any([type(tensors.grads[i]) is Tensor for i in positions]):
+        return None
+    names = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "prev_grads")
+    columns: dict[str, Any] = {name: list(getattr(tensors, name)) for name in names}
+    for column in columns.values():
+        for i, p in dtensors:
+            x = column[i]
+            if x is None:
+                continue
+            if type(x) is Tensor:
+                if x.numel() and x.shape == p.shape:
+                    return None
+                continue  # a placeholder
+            if x._spec.placements != p._spec.placements:
+                return None
+            shard = x._local_tensor
+            column[i] = shard if type(shard) is Tensor else local(x)
+    return tensors._replace(**columns, dtensors=dtensors)
+
+
+def with_local_gradients(tensors: StepTensors) -> StepTensors:
+    """The tensors of a step that is taken, with the local shards of all gradients.
+
+    A gradient that is placed otherwise than its parameter is redistributed, which all ranks of its
+    mesh do together: once a step, whatever else a rank has to look up.
+    """
+    if not tensors.dtensors:
         return tensors
+    grads: list[Any] = list(tensors.grads)
+    for i, p in tensors.dtensors:
+        g = grads[i]
+        if g is None:
+            continue
+        if g._spec.placements != p._spec.placements:
+            g = g.redistribute(p.device_mesh, p.placements)
+        shard = g._local_tensor
+        grads[i] = shard if type(shard) is Tensor else local(g)
+    return tensors._replace(grads=grads)
 
 
 def prepare_state(
@@ -175,6 +225,8 @@ def prepare_state(
         init_group({**group, "params": [p for p, _ in pairs]}, [], [], [], [], [], [])
         for p, unit in pairs:
             own = state.get(p)
+            if own and hasattr(p, "_spec"):
+                _place_as_parameter(own, p)
             if unit is None or not own or unit.released_at != NEVER:
                 continue
             for key, value in default_state.items():
@@ -183,12 +235,31 @@ def prepare_state(
                 continue
             previous, grad = own.setdefault("prev_grad", placeholder(p)), p.grad
             if prev_grads and previous.shape != p.shape:
-                dtype = gradient_dtype(grad, p)
-                own["prev_grad"] = torch.zeros_like(p if grad is None else grad, dtype=dtype)
+                like = p if grad is None or hasattr(p, "_spec") else grad
+                own["prev_grad"] = torch.zeros_like(like, dtype=gradient_dtype(grad, p))
                 unit.prev_step = NEVER  # a caller that clears the state removes the evidence too
             elif prev_grads and grad is not None and previous.dtype != grad.dtype:
                 wide = torch.promote_types(previous.dtype, grad.dtype)
                 own["prev_grad"] = previous.to(wide)
+
+
+def _place_as_parameter(own: dict[str, Any], p: Any) -> None:
+    """Bring the state of a DTensor to the ranks that have the parameter's elements.
+
+    Raises:
+        RuntimeError: For state that is no DTensor, as in torch's own AdamW.
+    """
+    for key in (*MOMENTS, "prev_grad"):
+        x = own.get(key)
+        if x is None or x.numel() == 0 or x.shape != p.shape:  # a placeholder
+            continue
+        if not hasattr(x, "_spec"):
+            raise RuntimeError(
+                f"{key} is a torch.Tensor, its parameter a DTensor: load checkpoints with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+            )
+        if x.placements != p.placements:
+            own[key] = x.redistribute(p.device_mesh, p.placements)
 
 
 def check_gradients(groups: Groups) -> None:
@@ -211,6 +282,11 @@ def check_gradients(groups: Groups) -> None:
                 raise ValueError(
                     f"the gradient of parameter {j} of group {i} is on {grad.device}, the "
                     f"parameter on {p.device}: it was moved after backward()."
+                )
+            if hasattr(p, "_spec") != hasattr(grad, "_spec"):
+                raise ValueError(
+                    f"the gradient of parameter {j} of group {i} is a {type(grad).__name__}, the "
+                    f"parameter a {type(p).__name__}."
                 )
             if group["capturable"]:
                 check_capturable(p)

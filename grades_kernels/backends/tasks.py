@@ -14,7 +14,7 @@ numerator is NaN where a statistic of the moments was asked for before there are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -59,7 +59,8 @@ class StepTensors(NamedTuple):
 
     `grads[i]` is None for a tensor without a gradient, `prev_grads[i]` for one that needs no
     previous gradient, `max_exp_avg_sqs[i]` without amsgrad. `groups` has the options of each group
-    and the number of its tensors.
+    and the number of its tensors. All are plain tensors: in place of a DTensor stands its local
+    shard, and `dtensors` has the positions and the DTensors of such parameters.
     """
 
     params: list[Tensor]
@@ -70,6 +71,7 @@ class StepTensors(NamedTuple):
     prev_grads: list[Tensor | None]
     state_steps: list[Tensor]
     groups: list[tuple[GroupOptions, int]]
+    dtensors: Sequence[tuple[int, Any]] = ()
 
 
 RunTasks = Callable[[StepTensors, list[int], list[float], Tensor | None], Tensor | None]

@@ -32,6 +32,7 @@ from .step_tensors import (
     measure_tasks,
     update_tasks,
     uses_prev_grads,
+    with_local_gradients,
 )
 from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
 from .triton_kernels import block_size, decide_kernel, launch_options, step_kernel
@@ -110,6 +111,10 @@ class TritonEngine:
             2 * m + 3, dtype=torch.float64, device="cpu", pin_memory=self.cuda
         )
         self.mirrored = torch.cuda.Event() if self.cuda else None
+        # Sums of every tensor that ranks add up; a last row for tensors that this rank lacks.
+        self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
+        self.position = {p: n for n, p in tensors.dtensors}
+        self.shards: list[Any] | None = None  # of `Ranks.shard_rows`
         self.pending: Any = None  # a `_Pending`
 
     def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
@@ -141,7 +146,10 @@ class TritonEngine:
         addresses = _addresses(tensors)
         own = addresses[-len(tensors.params) :]
         if prev_grads and any(
-            [x is not None and not a for x, a in zip(tensors.prev_grads, own, strict=True)]
+            [
+                x is not None and not a and p.numel()
+                for x, a, p in zip(tensors.prev_grads, own, tensors.params, strict=True)
+            ]
         ):
             return False  # a placeholder
         if addresses != self.addresses:
@@ -161,6 +169,7 @@ class TritonEngine:
     ) -> None:
         tensors, self.tensors = self.tensors, None
         assert tensors is not None
+        tensors = with_local_gradients(tensors)
         is_check = bool(self.tables.own_units) and table.config.is_check(table.t)
         tasks, lr_factors, kept = self._tasks(tensors, table, is_check)
         if not tasks.all():  # a tensor is frozen, or has no gradient
@@ -315,15 +324,23 @@ class TritonEngine:
     def _decide(self, ranks: Ranks | None) -> None:
         """Add up, compare over all ranks, decide; the device waits for the ranks, not the host."""
         if ranks is None:
-            self._launch_decide(SUM=True, COMPARE=True)
+            self._launch_decide("SUM", "COMPARE")
             return
-        self._launch_decide(SUM=True, COMPARE=False)
+        if self.shards is None:
+            self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
+        if self.shards:
+            self.sums.fill_(math.inf)  # of tensors without evidence
+            self._launch_decide("SUM", "STORE")
+            ranks.add_shards(self.sums, self.shards)
+            self._launch_decide("SUM", "LOAD")
+        else:
+            self._launch_decide("SUM")
         m = len(self.tables.own_units)
         self.results[m : m + 2].copy_(self.tables.checksum)
         dist.all_reduce(self.results[: m + 2], op=dist.ReduceOp.MAX, group=ranks.group)
-        self._launch_decide(SUM=False, COMPARE=True)
+        self._launch_decide("COMPARE")
 
-    def _launch_decide(self, **flags: bool) -> None:
+    def _launch_decide(self, *flags: str) -> None:
         tables = self.tables
         decide_kernel[(len(tables.own_units),)](
             tables.unit_table,
@@ -331,10 +348,11 @@ class TritonEngine:
             tables.tensor_table,
             tables.past,
             tables.partials,
+            self.sums,
             self.results,
             self.decided,
             FIELDS=FIELDS,
-            **flags,
+            **{flag: flag in flags for flag in ("SUM", "COMPARE", "STORE", "LOAD")},
             **self.options,
         )
 

@@ -5,7 +5,8 @@ The only module that imports Triton. How a decision is made without the host: ev
 per unit, adds the parts up in a fixed order, compares the sum with tau and stores whether the unit
 is decided. For a check before the update, a launch of `step_kernel` that updates comes after it and
 reads that. So no result depends on the order in which programs run. In a job of several processes
-an all-reduce of the sums stands between adding up and comparing.
+an all-reduce of the sums of sharded tensors, and one of the statistics, stand between adding
+up and comparing.
 """
 
 from __future__ import annotations
@@ -299,16 +300,47 @@ def _sum_partials(partials, n_programs, TILE: tl.constexpr):
 
 
 @triton.jit
-def _value_of(
-    unit_row,
-    members_ptr,
+def _sums_of(
+    tensor,
+    is_ratio,
     tensors_ptr,
     past_ptr,
     partials_ptr,
     FIELDS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The statistic of a unit; infinity where there is no evidence."""
+    """Numerator, denominator (0 unless the statistic is a ratio) and sum of |g| of a tensor."""
+    row = tensors_ptr + tensor * FIELDS.tensor_row
+    past = past_ptr + tensor * FIELDS.past_row
+    partials = partials_ptr + tl.load(row + FIELDS.first_program) * _PARTIALS
+    n_programs = tl.load(row + FIELDS.n_programs)
+    magnitude = _sum_partials(partials + 1, n_programs, TILE)
+    numerator = _sum_partials(partials, n_programs, TILE)
+    numerator = numerator / tl.load(past + FIELDS.numerator_divisor)
+    denominator = tl.full((), 0.0, tl.float64)
+    if is_ratio:
+        part = _sum_partials(partials + 2, n_programs, TILE)
+        denominator = part / tl.load(past + FIELDS.denominator_divisor)
+    return numerator, denominator, magnitude
+
+
+@triton.jit
+def _value_of(
+    unit_row,
+    members_ptr,
+    tensors_ptr,
+    past_ptr,
+    partials_ptr,
+    sums_ptr,
+    FIELDS: tl.constexpr,
+    STORE: tl.constexpr,
+    LOAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The statistic of a unit; infinity where there is no evidence.
+
+    STORE keeps the sums of its tensors, and LOAD takes them from there, added up over the ranks.
+    """
     is_ratio = tl.load(unit_row + FIELDS.is_ratio) != 0.0
     first = tl.load(unit_row + FIELDS.first_member).to(tl.int32)
     last = first + tl.load(unit_row + FIELDS.n_members).to(tl.int32)
@@ -318,17 +350,22 @@ def _value_of(
     denominator = tl.full((), 0.0, tl.float64)
     for member in range(first, last):
         tensor = tl.load(members_ptr + member).to(tl.int64)
-        row = tensors_ptr + tensor * FIELDS.tensor_row
-        past = past_ptr + tensor * FIELDS.past_row
-        partials = partials_ptr + tl.load(row + FIELDS.first_program) * _PARTIALS
-        n_programs = tl.load(row + FIELDS.n_programs)
-        magnitude = _sum_partials(partials + 1, n_programs, TILE)
+        sums = sums_ptr + tensor * 3
+        if LOAD:
+            numerator = tl.load(sums)
+            part = tl.load(sums + 1)
+            magnitude = tl.load(sums + 2)
+        else:
+            numerator, part, magnitude = _sums_of(
+                tensor, is_ratio, tensors_ptr, past_ptr, partials_ptr, FIELDS, TILE
+            )
+        if STORE:
+            tl.store(sums, numerator)
+            tl.store(sums + 1, part)
+            tl.store(sums + 2, magnitude)
         evidence = evidence & (magnitude > 0) & (magnitude < float("inf"))
-        numerator = _sum_partials(partials, n_programs, TILE)
-        value += numerator / tl.load(past + FIELDS.numerator_divisor)
-        if is_ratio:
-            part = _sum_partials(partials + 2, n_programs, TILE)
-            denominator += part / tl.load(past + FIELDS.denominator_divisor)
+        value += numerator
+        denominator += part
     if is_ratio:
         evidence = evidence & (denominator > 0)
         value = value / tl.where(denominator > 0, denominator, 1.0)
@@ -344,19 +381,26 @@ def decide_kernel(
     tensors_ptr,  # rows TENSOR
     past_ptr,  # rows PAST
     partials_ptr,
+    sums_ptr,  # fp64, three per tensor: what STORE and LOAD exchange with other ranks
     values_ptr,  # fp64 per unit: the statistic, infinity where there is no evidence
     decided_ptr,  # fp64 per unit: 1 where the unit is decided in this step, else 0
     FIELDS: tl.constexpr,
     SUM: tl.constexpr,  # add up the partials, and store the value
     COMPARE: tl.constexpr,  # compare the value with tau, and store the decision
+    STORE: tl.constexpr,  # SUM stores the sums of every tensor
+    LOAD: tl.constexpr,  # SUM finds them there
 ):
-    """Decide; a program per unit. Ranks compare their values between two launches."""
+    """Decide; a program per unit.
+
+    Ranks add up the sums of sharded tensors between two launches, and compare their values.
+    """
     unit = tl.program_id(0).to(tl.int64)
     unit_row = units_ptr + unit * FIELDS.unit_row
     if SUM:
         value = _value_of(
-            unit_row, members_ptr, tensors_ptr, past_ptr, partials_ptr, FIELDS, TILE=_TILE
-        )
+            unit_row, members_ptr, tensors_ptr, past_ptr, partials_ptr, sums_ptr, FIELDS,
+            STORE, LOAD, TILE=_TILE,
+        )  # fmt: skip
         tl.store(values_ptr + unit, value)
     else:
         value = tl.load(values_ptr + unit)

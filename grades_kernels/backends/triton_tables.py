@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
-from ..state_tensors import MOMENTS, gradient_dtype, same_memory_order
+from ..state_tensors import MOMENTS, gradient_dtype, local, same_memory_order
 from .tasks import KEEP, OF_MOMENTS, STATISTIC_BITS, StepTensors
 from .triton_kernels import PARTIALS, block_size
 
@@ -367,7 +367,7 @@ def fit_state(
             continue
         own["step"] = own["step"].to(p.device, torch.float32)
         for key in MOMENTS:
-            if key in own and not same_memory_order(own[key], p):
+            if key in own and not same_memory_order(local(own[key]), local(p)):
                 own[key] = torch.empty_like(p, dtype=own[key].dtype).copy_(own[key])
         if unit is None or not unit.needs_prev_grad:
             continue
@@ -375,6 +375,6 @@ def fit_state(
         if previous.shape == p.shape and (
             previous.dtype != dtype
             or previous.device != p.device
-            or not same_memory_order(previous, p)
+            or not same_memory_order(local(previous), local(p))
         ):
             own["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(previous)

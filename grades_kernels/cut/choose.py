@@ -143,7 +143,9 @@ def _probe(
     copies = {name: p.detach().clone() for name, p in named.items()}
     for copy in copies.values():
         copy.requires_grad_(True)
-    group = {"params": list(copies.items()), "tau": 0.0, "statistic": "gain", "monitor_all": True}
+    # By their own names the factors of a LoRA update would be one unit, which is void while B = 0.
+    numbered = [(f"tensor{i}", copy) for i, copy in enumerate(copies.values())]
+    group = {"params": numbered, "tau": 0.0, "statistic": "gain", "monitor_all": True}
     optimizer = GradESAdamW(
         [group], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, grace_steps=0, stop_grad=False
     )
@@ -169,11 +171,11 @@ def _probe(
             "examples, or a smaller n_batches."
         )
     # A step without evidence for a tensor, its gradient being zero, gains nothing there.
-    rows = dict(optimizer.report().history)
-    units = optimizer.monitored_units
-    steps = [rows.get(t, [math.nan] * len(units)) for t in range(2, n + 1)]
+    rows, names = dict(optimizer.report().history), list(copies)
+    measured = [names[int(unit.removeprefix("tensor"))] for unit in optimizer.monitored_units]
+    steps = [rows.get(t, [math.nan] * len(measured)) for t in range(2, n + 1)]
     return first, [
-        {unit: 0.0 if math.isnan(x) else x for unit, x in zip(units, step, strict=True)}
+        {name: 0.0 if math.isnan(x) else x for name, x in zip(measured, step, strict=True)}
         for step in steps
     ]
 

@@ -1,0 +1,504 @@
+"""DTensors on the fused backends: a step works on the local shards, and no DTensor operation runs.
+
+Uneven, empty and doubly cut shards, partial and replicated gradients: the result is that of one
+process with plain tensors, bit for bit where torch's AdamW has it, and the decisions are the same.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from test_distributed import (
+    ADAMW,
+    CHANGE,
+    KINDS,
+    OWN,
+    Net,
+    assert_decides_as,
+    backward,
+    decisions,
+    distance,
+    dividing_tau,
+    optimizer_of,
+    parallel,
+    same_on_all,
+    train,
+    whole,
+)
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grades_kernels import GradESAdamW, distributed, freezer, grades_adamw
+from grades_kernels.backends import native
+from grades_kernels.freezing.statistics import STATISTICS
+
+pytestmark = pytest.mark.skipif(
+    native.why_not_loaded() is not None, reason="the native op is not built"
+)
+
+SHARDED = [(size, kind) for size, kind in KINDS if kind not in ("ddp", "zero")]
+NEXT = {"grace_steps": 0, "freeze_timing": "next_step", "tau": 0.0}
+# Imported while TRITON_INTERPRET is set (conftest.py), which is when the interpreter is chosen.
+triton_kernels = pytest.importorskip("grades_kernels.backends.triton_kernels", exc_type=ImportError)
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not in use")
+BACKENDS = ["native", pytest.param("triton", marks=on_cpu)]
+
+
+@contextlib.contextmanager
+def only(backend):
+    """Options for this backend: fused=True is Triton where its interpreter is allowed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "native":
+            patch.delenv("TRITON_INTERPRET", raising=False)
+        else:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield {"fused": backend != "reference", "foreach": None}
+
+
+# A job and one process
+
+
+def run_on(backend, kind, seed, own):
+    """A run on one backend, with `fused=True` unless `own` says otherwise."""
+    found = set()
+    with only(backend) as options:
+        watch = lambda step, net, optimizer: found.add(optimizer.backend)  # noqa: E731
+        run = train(kind, seed, {**options, **own}, disturb=watch)
+    assert found == {backend}
+    return run
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "name", "backend"),
+    [
+        pytest.param(size, kind, name, "native", id=f"{size}-{kind}-{name}-native")
+        for size, kind in SHARDED
+        for name in OWN
+    ]
+    + [
+        pytest.param(size, kind, name, "triton", id=f"{size}-{kind}-{name}-triton", marks=on_cpu)
+        for size, kind in SHARDED
+        for name in OWN
+        if size == 2 or (kind, name) in (("hsdp", "change"), ("fsdp2+tp", "momentum-cooldown"))
+    ],
+)
+def test_shards_decide_as_one_process(name, size, kind, backend):
+    own = {**OWN[name], "grace_steps": 3, "stop_grad": False}
+    own["tau"] = dividing_tau(3, own)
+    alone, results = (
+        run_on(backend, "alone", 3, own),
+        ranks.run(size, run_on, backend, kind, 3, own),
+    )
+    assert_decides_as(alone, results)
+    assert distance(results[0], alone) <= 4 * distance_of_plain_runs(size, kind) + 1e-6
+
+
+@pytest.mark.parametrize(("size", "kind"), SHARDED)
+def test_fused_none_takes_the_native_op(size, kind):
+    own = {"tau": 4.0, "grace_steps": 3, "statistic": "momentum"}
+    runs = [ranks.run(size, run_on, "native", kind, 3, {**own, "fused": x}) for x in (None, True)]
+    assert runs[0][0]["events"]
+    assert repr(runs[0]) == repr(runs[1])
+
+
+@functools.cache
+def distance_of_plain_runs(size, kind):
+    plain = ranks.run(size, run_on, "native", kind, 3, {})[0]
+    return distance(plain, run_on("native", "alone", 3, {}))
+
+
+# The arithmetic of a step
+
+
+WAYS = [
+    (Replicate(), Replicate()),
+    (Replicate(), Shard(0)),
+    (Shard(0), Replicate()),
+    (Shard(0), Shard(1)),
+    (Shard(0), Shard(0)),
+    (Shard(1), Shard(1)),
+]
+SHAPES = [(5, 3), (1, 3), (3, 1), (4, 4, 3), (7,)]
+
+
+def cut(x, mesh, way):
+    return distribute_tensor(x.clone(), mesh, way, src_data_rank=None)
+
+
+def tensors_of(dtype):
+    """Every way to place tensors of every shape on a 2-D mesh, and the same whole."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    cases = [
+        (shape, way)
+        for shape, way in itertools.product(SHAPES, WAYS)
+        if all(not x.is_shard() or x.dim < len(shape) for x in way)
+    ]
+    torch.manual_seed(0)
+    plain = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, _ in cases]
+    params = [
+        nn.Parameter(cut(q.detach(), mesh, way)) for q, (_, way) in zip(plain, cases, strict=True)
+    ]
+    return mesh, plain, params
+
+
+def set_gradients(mesh, plain, params, step, dtype):
+    """New gradients; of the sharded tensors some are not summed up yet, and some are whole."""
+    torch.manual_seed(step)
+    for k, (p, q) in enumerate(zip(params, plain, strict=True)):
+        p.grad_dtype = q.grad_dtype = dtype
+        q.grad = torch.randn(q.shape, dtype=dtype)
+        way = p.placements
+        if k % 3 == 0:
+            p.grad = DTensor.from_local(q.grad / 4, mesh, (Partial(), Partial()))
+            continue
+        p.grad = cut(q.grad, mesh, (Replicate(), Replicate()) if k % 3 == 1 else way)
+
+
+def against(backend, adamw, dtype, grad_dtype):
+    """The largest difference after three steps, in units of the last place of each value.
+
+    From AdamW with `adamw`, else from the same backend with plain tensors.
+    """
+    mesh, plain, params = tensors_of(dtype)
+    worst = 0.0
+    with only(backend) as options:
+        optimizer = GradESAdamW(params, **ADAMW, **options)
+        other = GradESAdamW(plain, **ADAMW, **options)
+        if adamw:
+            other = torch.optim.AdamW(plain, **ADAMW, foreach=False)
+        for step in range(3):
+            set_gradients(mesh, plain, params, step, grad_dtype)
+            optimizer.step()
+            other.step()
+        assert optimizer.backend == backend
+    for p, q in zip(params, plain, strict=True):
+        ours, theirs = optimizer.state[p], other.state[q]
+        pairs = [(p, q)] + [(ours[key], theirs[key]) for key in ("exp_avg", "exp_avg_sq")]
+        for a, b in pairs:
+            assert a.placements == p.placements
+            a, b = whole(a).double(), b.detach().double()
+            ulp = torch.finfo(dtype).eps * b.abs().max()
+            worst = max(worst, ((a - b).abs().max() / ulp).item())
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_has_the_bits_of_adamw(dtype):
+    """Quarters are exact, so a sum of four of them has the bits of the whole."""
+    assert ranks.run(4, against, "reference", True, dtype, dtype) == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_have_the_bits_of_whole_tensors(grad_dtype, backend):
+    """fp32 parameters, also with gradients of bf16."""
+    assert ranks.run(4, against, backend, False, torch.float32, grad_dtype) == [0.0] * 4
+
+
+def on_adamw():
+    """What torch's own AdamW does with the same DTensors, and the functional form."""
+    mesh, plain, params = tensors_of(torch.float32)
+    ours, theirs = params, [nn.Parameter(p.detach().clone()) for p in params]
+    columns = [[torch.zeros_like(p) for p in ours] for _ in range(2)]
+    steps = [torch.zeros(()) for _ in ours]
+    adamw = torch.optim.AdamW(theirs, **ADAMW, foreach=False)
+    for step in range(2):
+        set_gradients(mesh, plain, ours, step, torch.float32)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.redistribute(placements=p.placements)
+        adamw.step()
+        options = {"lr": ADAMW["lr"], "weight_decay": ADAMW["weight_decay"], "eps": 1e-8}
+        options |= dict(zip(("beta1", "beta2"), ADAMW["betas"], strict=True))
+        with torch.no_grad():
+            grads = [p.grad for p in ours]
+            grades_adamw(ours, grads, *columns, [], steps, fused=False, amsgrad=False,
+                         maximize=False, **options)  # fmt: skip
+    return all(torch.equal(whole(p), whole(q)) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_the_functional_form_takes_dtensors():
+    assert ranks.run(4, on_adamw) == [True] * 4
+
+
+def measured(backend, statistic):
+    mesh, plain, params = tensors_of(torch.float32)
+    with only(backend) as options, pytest.MonkeyPatch.context() as patch:
+        own = {**options, **NEXT, "statistic": statistic}
+        optimizers = GradESAdamW(params[:24], **own), GradESAdamW(plain[:24], **own)
+        for optimizer in optimizers:
+            if optimizer is optimizers[1]:
+                patch.setattr(freezer, "in_a_job", lambda *_: False)
+            for step in range(3):
+                set_gradients(mesh, plain, params, step, torch.float32)
+                optimizer.step()
+            assert optimizer.backend == backend
+        return [list(optimizer.statistics().values()) for optimizer in optimizers]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_statistics_of_shards_are_those_of_the_whole(statistic, backend):
+    """Uneven and empty shards among them; a part of a tensor without evidence has none."""
+    answers = ranks.run(4, measured, backend, statistic)
+    assert same_on_all(answers)
+    got, expected = answers[0]
+    assert len(got) == 24 and not any(map(math.isnan, expected))
+    assert got == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+# What a step does besides
+
+
+def counted(patch, owner, name):
+    """A list that grows by one with every call of `owner.name`."""
+    calls, real = [], getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+class Recorded(TorchDispatchMode):
+    """The operations on DTensors while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(make, own):
+    """The operations of a step on DTensors, and what it sends to other ranks."""
+    net = Net(1)
+    model, mine = parallel("fsdp2", net)
+    optimizer = make(net.parameters(), **own)
+    for _ in backward(model, optimizer, 1, mine, last=4):
+        with pytest.MonkeyPatch.context() as patch, Recorded() as recorded:
+            sent = counted(patch, distributed.dist, "all_reduce")
+            optimizer.step()
+    return len(recorded.names), len(sent)
+
+
+def no_dtensor_operations(backend):
+    with only(backend) as options:
+        checked = {**ADAMW, **options, "tau": 0.0, "grace_steps": 0}
+        return [
+            operations(GradESAdamW, {**ADAMW, **options}),
+            *(operations(GradESAdamW, {**checked, "statistic": x}) for x in ("change", "momentum")),
+            operations(torch.optim.AdamW, {**ADAMW, "fused": True}),
+        ]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_step_runs_no_operation_on_dtensors(backend):
+    """One all-reduce at a check, two on a device; torch's AdamW as control."""
+    n = 2 if backend == "triton" else 1
+    for *ours, theirs in ranks.run(2, no_dtensor_operations, backend):
+        assert ours == [(0, 0), (0, n), (0, n)]
+        assert theirs[0] > 0
+
+
+def redistributions(backend, timing):
+    mesh, plain, params = tensors_of(torch.float32)
+    counts = []
+    with only(backend) as options:
+        own = {**options, **NEXT, "freeze_timing": timing, "statistic": "norm"}
+        optimizer = GradESAdamW(params, **own)
+        for step in range(3):
+            set_gradients(mesh, plain, params, step, torch.float32)
+            with pytest.MonkeyPatch.context() as patch:
+                calls = counted(patch, DTensor, "redistribute")
+                optimizer.step()
+            counts.append(len(calls))
+    misplaced = [p for p in params if p.grad.placements != p.placements]
+    return counts, len(misplaced), len(params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("timing", ["same_step", "next_step"])
+def test_gradients_are_redistributed_once_and_only_where_they_differ(timing, backend):
+    """Also in the step whose engine is made, and where a check reads them twice."""
+    for counts, n_misplaced, n in ranks.run(4, redistributions, backend, timing):
+        assert counts == [n_misplaced] * 3
+        assert 0 < n_misplaced < n
+
+
+def overwritten(fused):
+    """Whether autograd notices that a DTensor which it has saved was overwritten by a step."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(cut(torch.ones(4, 4), mesh, [Shard(0)]))
+    p.grad = cut(torch.ones(4, 4), mesh, [Shard(0)])
+    loss = (p * p).sum()
+    GradESAdamW([p], fused=fused).step()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return "modified by an inplace operation" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_autograd_notices_the_update_of_a_dtensor(fused):
+    assert ranks.run(2, overwritten, fused) == [True, True]
+
+
+def policies(backend, name):
+    """FSDP2 with a policy: events and weights of a fused backend and of the reference."""
+    runs = []
+    policy = {
+        "bf16": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)},
+        "bf16, fp32": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    }[name]
+    for chosen in (backend, "reference"):
+        net = Net(3)
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)), **policy)
+        with only(chosen) as options:
+            optimizer = optimizer_of(net, {**CHANGE, **options, "tau": 4.0})
+            for _ in backward(net, optimizer, 3, slice(dist.get_rank(), None, 2)):
+                optimizer.step()
+            assert optimizer.backend == chosen
+        events = [(e.step, e.unit) for e in optimizer.freeze_events]
+        runs.append((events, [whole(p) for p in net.parameters()]))
+    (events, ours), (expected, theirs) = runs
+    pairs = zip(ours, theirs, strict=True)
+    close = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+    return events == expected, bool(events), close
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["bf16", "bf16, fp32", "offload"])
+def test_policies_of_fsdp2(name, backend):
+    assert ranks.run(2, policies, backend, name) == [(True, True, True)] * 2
+
+
+def errors():
+    """What cannot be: a plain gradient of a DTensor, and plain state of one."""
+    mesh = init_device_mesh("cpu", (2,))
+    texts = []
+    for spoil in ("gradient", "state"):
+        p = nn.Parameter(cut(torch.ones(4, 4), mesh, [Shard(0)]))
+        optimizer = GradESAdamW([p], tau=0.0, grace_steps=0)
+        p.grad = cut(torch.ones(4, 4), mesh, [Shard(0)])
+        optimizer.step()
+        if spoil == "gradient":
+            with torch.no_grad():
+                p.grad = torch.ones(4, 4)
+        else:
+            optimizer.state[p]["exp_avg"] = torch.ones(4, 4)
+        try:
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_plain_gradients_and_state_of_dtensors_are_errors():
+    for texts in ranks.run(2, errors):
+        assert "is a Tensor, the parameter a DTensor" in texts[0]
+        assert "exp_avg is a torch.Tensor" in texts[1]
+
+
+def moved_moments(backend):
+    """Moments that another job has placed otherwise, as a checkpoint of one's own might."""
+    mesh = init_device_mesh("cpu", (2,))
+    results = []
+    for other in (False, True):
+        torch.manual_seed(0)
+        whole_grads = [torch.randn(4, 4) for _ in range(4)]
+        p = nn.Parameter(cut(torch.ones(4, 4), mesh, [Shard(0)]))
+        with only(backend) as options:
+            optimizer = GradESAdamW([p], **options)
+            for step, grad in enumerate(whole_grads):
+                p.grad = cut(grad, mesh, [Shard(0)])
+                if other and step == 2:
+                    own = optimizer.state[p]
+                    own["exp_avg"] = own["exp_avg"].redistribute(placements=[Shard(1)])
+                    own["exp_avg_sq"] = own["exp_avg_sq"].redistribute(placements=[Replicate()])
+                optimizer.step()
+        results.append(whole(p))
+    return torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_that_are_placed_otherwise_are_brought_back(backend):
+    """Shards of other elements may have the same shape, as here."""
+    assert ranks.run(2, moved_moments, backend) == [True, True]
+
+
+# Random runs
+
+RUNS = int(os.environ.get("GRADES_DISTRIBUTED_RUNS", "6"))
+
+
+def random_shards(size, seed):
+    """A random set-up: the kind of job, its options, and whether fused is None or True."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choice(*options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    kinds = [kind for n, kind in SHARDED if n == size]
+    own = {
+        "statistic": choice(*[name for name in STATISTICS if name != "gain"]),
+        "tau_per": choice("unit", "element"),
+        "patience": choice(1, 1, 2),
+        "check_every": choice(1, 1, 2),
+        "cooldown": choice(0, 0, 2),
+        "max_frozen": choice(1.0, 1.0, 0.5),
+        "freeze_timing": choice("same_step", "next_step"),
+        "grace_steps": choice(1, 2, 3),
+        "stop_grad": choice("auto", False),
+        "maximize": False,
+        "amsgrad": choice(False, True),
+    }
+    if own["statistic"] == "weight_change":
+        own["freeze_timing"] = "next_step"
+    own["tau"] = dividing_tau(seed, own)
+    return choice(*kinds), {**own, "fused": choice(None, True), "foreach": None}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_random_runs_decide_as_one_process(size, backend):
+    """Same events at the same steps, and weights as near as those of another summation order."""
+    n_events = 0
+    for seed in range(RUNS if backend == "native" else RUNS // 3):
+        kind, own = random_shards(size, seed)
+        if backend == "triton":
+            own["fused"] = True
+        alone = run_on(backend, "alone", seed, own)
+        results = ranks.run(size, run_on, backend, kind, seed, own)
+        assert same_on_all(results), (seed, kind, own)
+        assert decisions(results[0]) == decisions(alone), (seed, kind, own)
+        assert distance(results[0], alone) <= 1e-4, (seed, kind, own)
+        n_events += len(alone["events"])
+    assert n_events >= RUNS // 3
+
+
+def without_sum(backend, own):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed.Ranks, "sum_shards", lambda self, table, rows: rows)
+        patch.setattr(distributed.Ranks, "add_shards", lambda self, sums, rows: None)
+        return run_on(backend, "fsdp2", 3, own)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_the_sum_over_shards_other_units_freeze(backend):
+    """Negative control: each rank would compare its part of a matrix with tau."""
+    own = {"statistic": "norm", "grace_steps": 3, "stop_grad": False}
+    own["tau"] = dividing_tau(3, own)
+    right, wrong = run_on(backend, "alone", 3, own), ranks.run(2, without_sum, backend, own)[0]
+    assert right["events"]
+    assert decisions(right) != decisions(wrong)
