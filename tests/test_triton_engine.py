@@ -126,8 +126,17 @@ def same_buffers(run):
 
 SIGNAL = {"statistic": "signal", "tau": 1.02}
 GAIN = {"statistic": "gain", "tau": 2.5}
+
+
+def negative_bit(run):
+    """The usual gradients, negated in memory."""
+    if run.t + 1 >= 3:
+        return [torch._neg_view(-g) for g in tr.usual(run)]
+
+
 SLOW = {"tau": 20.0}  # a later freeze, so that the change falls into the active phase
 SCENARIOS = {
+    "gradients with the negative bit": (SLOW, negative_bit),
     "a matrix without gradient": (SLOW, without(0, at=(3, 4))),
     "no gradient on the last step before a check": (SLOW, without(0, 1, at=(2,))),
     "no gradient anywhere": (SLOW, without(0, 1, 2, at=(4,))),

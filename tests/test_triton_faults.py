@@ -107,9 +107,10 @@ TABLE_FAULTS = {
 }
 ENGINE_FAULTS = {
     "(self.steps == 0)] = 0 -> (self.steps < 0)] = 0": option("momentum, no grace"),
-    "g is not None and not same_memory_order(g, p) -> g is None": partial(
+    "not same_memory_order(g, p)) -> False)": partial(
         parity.test_layouts, "transposed", "contiguous"
     ),
+    "(g.is_neg() or not same -> (not same": change("gradients with the negative bit"),
     "addresses != self.addresses -> not addresses": change("moments at other addresses"),
     "or self.step_versions != -> or False and self.step_versions !=": change(
         "state changed in place"

@@ -177,7 +177,7 @@ class TritonEngine:
         decides = is_check and (ranks is not None or bool((tasks & STATISTIC_BITS).any()))
         found, scale = self._scalar(found_inf), self._scalar(grad_scale)
         scaled = found is not None or scale is not None
-        grads, restrided = self._restrided(tensors)
+        grads, copies = self._readable(tensors)
         staging = self.tables.next_staging()
         staging.inputs["grad"] = [0 if g is None else g.data_ptr() or 16 for g in grads]
         staging.inputs["task"] = tasks
@@ -208,7 +208,7 @@ class TritonEngine:
                 self.mirror.copy_(self.results, non_blocking=True)
                 if self.mirrored is not None:
                     self.mirrored.record()
-        for g, copy in restrided if scaled else ():
+        for g, copy in copies if scaled else ():
             g.copy_(copy)
         agreed = decides and ranks is not None
         self.pending = _Pending(
@@ -259,18 +259,22 @@ class TritonEngine:
                 tasks[measured != 0] |= DEPENDS | freezes
         return tasks, lr_factors, kept
 
-    def _restrided(
+    def _readable(
         self, tensors: StepTensors
     ) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
-        """The gradients, copies of those with other strides than their parameter; these pairs."""
+        """The gradients, copies of those that the kernels would misread; these pairs.
+
+        They walk through memory, in which a gradient may have other strides than its parameter, or
+        the other sign (a lazily negated tensor, as the imaginary part of a conjugate).
+        """
         grads = list(tensors.grads)
         odd: Sequence[int] = self.strided
-        if not all([g is None or g.is_contiguous() for g in grads]):
+        if not all([g is None or (g.is_contiguous() and not g.is_neg()) for g in grads]):
             odd = range(len(grads))
         copies = []
         for n in odd:
             g, p = grads[n], tensors.params[n]
-            if g is not None and not same_memory_order(g, p):
+            if g is not None and (g.is_neg() or not same_memory_order(g, p)):
                 grads[n] = copy = torch.empty_like(p, dtype=g.dtype).copy_(g)
                 copies.append((g, copy))
         return grads, copies
