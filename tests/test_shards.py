@@ -244,8 +244,11 @@ def measured(backend, statistic):
         return [list(optimizer.statistics().values()) for optimizer in optimizers]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize(
+    ("statistic", "backend"),
+    [(statistic, "native") for statistic in STATISTICS]
+    + [(statistic, "triton") for statistic in ("change", "signal")],  # slow in the interpreter
+)
 def test_statistics_of_shards_are_those_of_the_whole(statistic, backend):
     """Uneven and empty shards among them; a part of a tensor without evidence has none."""
     answers = ranks.run(4, measured, backend, statistic)
