@@ -84,7 +84,8 @@ def check_after(heading, names, folder):
         assert names["trainer"].state.global_step == 6
         assert (folder / "grades_report.json").exists()
     if heading == "Quick start":
-        assert len(names["calibration"].unit_taus) == 14
+        n_units = len(names["optimizer"].monitored_units)
+        assert len(names["calibration"].unit_taus) == n_units > 0
         assert names["optimizer"].report().grace_steps == 500
     if heading == "Lightning":
         module = pytest.importorskip("lightning").LightningModule()
