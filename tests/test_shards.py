@@ -46,6 +46,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHARDED = [(size, kind) for size, kind in KINDS if kind not in ("ddp", "zero")]
+NAMES = itertools.cycle(OWN)  # four processes are slow on two cores, so each kind has one case
 NEXT = {"grace_steps": 0, "freeze_timing": "next_step", "tau": 0.0}
 # Imported while TRITON_INTERPRET is set (conftest.py), which is when the interpreter is chosen.
 triton_kernels = pytest.importorskip("grades_kernels.backends.triton_kernels", exc_type=ImportError)
@@ -82,13 +83,12 @@ def run_on(backend, kind, seed, own):
     [
         pytest.param(size, kind, name, "native", id=f"{size}-{kind}-{name}-native")
         for size, kind in SHARDED
-        for name in OWN
+        for name in (OWN if size == 2 else [next(NAMES)])
     ]
     + [
         pytest.param(size, kind, name, "triton", id=f"{size}-{kind}-{name}-triton", marks=on_cpu)
-        for size, kind in SHARDED
-        for name in OWN
-        if size == 2 or (kind, name) in (("hsdp", "change"), ("fsdp2+tp", "momentum-cooldown"))
+        for (size, kind), name in zip(SHARDED, NAMES, strict=False)
+        if size == 2 or kind in ("hsdp", "fsdp2+tp")
     ],
 )
 def test_shards_decide_as_one_process(name, size, kind, backend):
@@ -102,7 +102,7 @@ def test_shards_decide_as_one_process(name, size, kind, backend):
     assert distance(results[0], alone) <= 4 * distance_of_plain_runs(size, kind) + 1e-6
 
 
-@pytest.mark.parametrize(("size", "kind"), SHARDED)
+@pytest.mark.parametrize(("size", "kind"), [x for x in SHARDED if x[0] == 2])
 def test_fused_none_takes_the_native_op(size, kind):
     own = {"tau": 4.0, "grace_steps": 3, "statistic": "momentum"}
     runs = [ranks.run(size, run_on, "native", kind, 3, {**own, "fused": x}) for x in (None, True)]
@@ -442,7 +442,7 @@ def test_moments_that_are_placed_otherwise_are_brought_back(backend):
 
 # Random runs
 
-RUNS = int(os.environ.get("GRADES_DISTRIBUTED_RUNS", "6"))
+RUNS = int(os.environ.get("GRADES_DISTRIBUTED_RUNS", "3"))
 
 
 def random_shards(size, seed):
