@@ -249,13 +249,25 @@ class _Step:
         for unit, params in run.opt._freezer.unit_map.members.items():
             if unit.name in measured:
                 members = [positions[p] for p in params]
+                k = run.group_of[members[0]]
+                per_element = run.problem.options["tau_per"] == "element"
+                size = unit.n_elements if per_element else 1
                 bound = SUM_ROUNDINGS * eps * unit.value
                 if unit.statistic == "weight_change":  # of the weights as they are stored
                     rounding = sum(b["parameter"].sum() for i in members if (b := self.bounds[i]))
-                    per_element = run.problem.options["tau_per"] == "element"
-                    bound += float(rounding) / (unit.n_elements if per_element else 1)
-                k = run.group_of[members[0]]
+                    bound += float(rounding) / size
+                elif unit.statistic == "gain":  # whose terms cancel
+                    group = run.opt.param_groups[k]
+                    terms = [_gains(before[i], grads[i], counts_before[i], group) for i in members]
+                    bound = SUM_ROUNDINGS * eps * sum(terms) / size
                 self.statistics[unit.name] = k, unit.value, unit.tau, bound
+
+
+def _gains(before: dict[str, Tensor], grad: Any, count: float, group: dict[str, Any]) -> float:
+    """The sum of the absolute terms of "gain", from the moments after `count` steps."""
+    beta1, beta2 = group["betas"]
+    root = (before["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"]
+    return float((grad * before["exp_avg"] / root).abs().sum()) / (1 - beta1**count)
 
 
 def _with_taus(problem: Problem, dtype: torch.dtype) -> Problem:
@@ -268,7 +280,7 @@ def _with_taus(problem: Problem, dtype: torch.dtype) -> Problem:
     seen: list[list[tuple[float, float]]] = [[] for _ in problem.groups]
     for t in range(1, len(problem.grads) + 1):
         for group, value, _, bound in _Step(run, t, dtype, eps).statistics.values():
-            margin = 4 * bound + 8 * eps * value
+            margin = 4 * bound + 8 * eps * abs(value)
             seen[group].append((value - margin, value + margin))
         for tensors in run.tensors():
             for x in tensors.values():
@@ -306,7 +318,7 @@ class _Trial:
             before = self.candidate.tensors(copy=True)
             step = _Step(self.reference, t, self.row.dtype, self.store_eps)
             for unit, (_, value, tau, bound) in step.statistics.items():
-                if abs(value - tau) <= bound or value <= bound:
+                if abs(value - tau) <= bound or abs(value) <= bound:
                     self.row.ended_early += 1  # rounding alone may decide here
                     return
                 self.statistic_bounds[unit] = bound
@@ -388,7 +400,7 @@ class _Trial:
             f"the statistic of {unit} is {got:.9g} instead of {want:.9g}: rounding allows "
             f"{bound:.2e}"
         )
-        self._record("statistics", error / want, error / bound)
+        self._record("statistics", error / abs(want), error / bound)
 
     def _record(self, kind: str, deviation: float, share: float) -> None:
         """Include a deviation in the largest ones of the row; `kind` is the field's name."""
