@@ -4,6 +4,7 @@ Accelerate turns FSDP on for accelerators alone, so the script tells it that it 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,9 +37,10 @@ def test_a_run_freezes_and_resumes_with_the_same_and_another_number_of_processes
     same = launch(tmp_path / "same")
     for key in ("events", "losses"):
         assert same[key] == whole[key][-len(same[key]) :], key
-    more = launch(tmp_path / "more", n=4)  # other batches from here on, the same past
-    past = [event for event in whole["events"] if event[0] <= 8]
-    assert past and more["events"][: len(past)] == past
+    if "GRADES_DISTRIBUTED_RUNS" in os.environ:  # a minute on two cores
+        more = launch(tmp_path / "more", n=4)  # other batches from here on, the same past
+        past = [event for event in whole["events"] if event[0] <= 8]
+        assert past and more["events"][: len(past)] == past
 
 
 @pytest.mark.slow
