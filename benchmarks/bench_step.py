@@ -178,6 +178,19 @@ TARGETS = {
 }
 
 
+def against_fused(seconds: list[float], anchor: list[float]) -> dict[str, Any]:
+    """The columns that compare a step with torch's fused AdamW, taken in turns."""
+    median, low, high = harness.summary(seconds)
+    return {
+        "ms": harness.rounded(median),
+        "ms_p20": harness.rounded(low),
+        "ms_p80": harness.rounded(high),
+        "fused_ms": harness.rounded(harness.summary(anchor)[0]),
+        "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
+        "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+    }
+
+
 def native_op(repeats: int) -> Iterator[dict[str, Any]]:
     """One row per target: the op and torch's fused AdamW take turns; then a copy."""
     device = torch.device("cpu")
@@ -190,8 +203,7 @@ def native_op(repeats: int) -> Iterator[dict[str, Any]]:
         theirs = torch.optim.AdamW(problem.params, LR, fused=True)
         seconds, anchor = harness.alternate((ours.step, theirs.step), device, repeats)
         (copying,) = harness.alternate((copy,), device, repeats)
-        median, low, high = harness.summary(seconds)
-        ratio = harness.paired_ratio(seconds, anchor)
+        median, _, _ = harness.summary(seconds)
         all_frozen = target.setting.share == 1.0
         moved = 0 if all_frozen else target.setting.bytes_per_element(target.dtype)
         theirs_moved = Setting().bytes_per_element(target.dtype)
@@ -200,12 +212,7 @@ def native_op(repeats: int) -> Iterator[dict[str, Any]]:
             "clone": native.cpu_capability(),
             "tensors": len(problem.params),
             "elements": problem.n_elements,
-            "ms": harness.rounded(median),
-            "ms_p20": harness.rounded(low),
-            "ms_p80": harness.rounded(high),
-            "fused_ms": harness.rounded(harness.summary(anchor)[0]),
-            "ratio": harness.rounded(ratio),
-            "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+            **against_fused(seconds, anchor),
             "at_most": target.at_most,
             "bytes": moved,
             "GB_s": harness.rounded(moved * problem.n_elements / median / 1e6),
@@ -265,7 +272,6 @@ def rank_of_shards(rank: int, folder: str, repeats: int) -> None:
         for case, (setting, at_most) in SHARD_TARGETS.items():
             ours = grades(problem, setting, fused=True)
             seconds, anchor = in_turns((ours.step, theirs.step), repeats)
-            median, low, high = harness.summary(seconds)
             rows.append(
                 {
                     "case": f"{case}, {shapes_name}",
@@ -273,12 +279,7 @@ def rank_of_shards(rank: int, folder: str, repeats: int) -> None:
                     "backend": ours.backend,
                     "tensors": len(problem.params),
                     "elements": problem.n_elements,
-                    "ms": harness.rounded(median),
-                    "ms_p20": harness.rounded(low),
-                    "ms_p80": harness.rounded(high),
-                    "fused_ms": harness.rounded(harness.summary(anchor)[0]),
-                    "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
-                    "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+                    **against_fused(seconds, anchor),
                     "at_most": at_most,
                     "repeats": repeats,
                 }

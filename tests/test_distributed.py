@@ -257,12 +257,14 @@ def ranks_that_measure(factor, agree=True):
         yield
 
 
-def random_own(seed):
+def chooser(seed):
+    """A function that returns one of its arguments, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
+    return lambda *options: options[int(torch.randint(len(options), (), generator=generator))]
 
-    def choice(*options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
 
+def random_options(choice, grace_steps):
+    """Options about deciding; tau is left to the caller."""
     own = {
         "statistic": choice("change", "norm", "momentum", "signal", "weight_change"),
         "tau_per": choice("unit", "element"),
@@ -271,10 +273,16 @@ def random_own(seed):
         "cooldown": choice(0, 0, 2),
         "max_frozen": choice(1.0, 1.0, 0.5),
         "freeze_timing": choice("same_step", "next_step"),
-        "grace_steps": choice(0, 1, 2),
+        "grace_steps": choice(*grace_steps),
     }
     if own["statistic"] == "weight_change":
         own["freeze_timing"] = "next_step"
+    return own
+
+
+def random_own(seed):
+    choice = chooser(seed)
+    own = random_options(choice, (0, 1, 2))
     return choice("ddp", "fsdp2", "tp", "zero"), own, choice(0.2, 0.5, 0.8)
 
 

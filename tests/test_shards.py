@@ -22,11 +22,13 @@ from test_distributed import (
     Net,
     assert_decides_as,
     backward,
+    chooser,
     decisions,
     distance,
     dividing_tau,
     optimizer_of,
     parallel,
+    random_options,
     same_on_all,
     train,
     whole,
@@ -449,27 +451,14 @@ RUNS = int(os.environ.get("GRADES_DISTRIBUTED_RUNS", "3"))
 
 def random_shards(size, seed):
     """A random set-up: the kind of job, its options, and whether fused is None or True."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def choice(*options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
+    choice = chooser(seed)
     kinds = [kind for n, kind in SHARDED if n == size]
     own = {
-        "statistic": choice(*[name for name in STATISTICS if name != "gain"]),
-        "tau_per": choice("unit", "element"),
-        "patience": choice(1, 1, 2),
-        "check_every": choice(1, 1, 2),
-        "cooldown": choice(0, 0, 2),
-        "max_frozen": choice(1.0, 1.0, 0.5),
-        "freeze_timing": choice("same_step", "next_step"),
-        "grace_steps": choice(1, 2, 3),
+        **random_options(choice, (1, 2, 3)),
         "stop_grad": choice("auto", False),
         "maximize": False,
         "amsgrad": choice(False, True),
     }
-    if own["statistic"] == "weight_change":
-        own["freeze_timing"] = "next_step"
     own["tau"] = dividing_tau(seed, own)
     return choice(*kinds), {**own, "fused": choice(None, True), "foreach": None}
 

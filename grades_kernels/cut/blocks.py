@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ..freezing.naming import canonical_name
 
@@ -26,10 +25,20 @@ class Stack:
     name: str
     blocks: tuple[nn.Module, ...]
 
+    @property
+    def params(self) -> set[Tensor]:
+        """The tensors of all blocks."""
+        return {p for block in self.blocks for p in block.parameters()}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters by canonical name; a tied one under its first name."""
+    return {canonical_name(name): p for name, p in model.named_parameters()}
+
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that need a gradient, by canonical name; a tied one under its first name."""
-    return {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """Those that need a gradient."""
+    return {name: p for name, p in tensors_of(model).items() if p.requires_grad}
 
 
 def find_stack(model: nn.Module, name: str | None = None) -> Stack:
@@ -123,8 +132,7 @@ def below_the_blocks(
     """
     with detached_inputs(stack.blocks[0]):
         backward()
-    named = trainable(model)
-    inside = {p for block in stack.blocks for p in block.parameters()}
+    named, inside = trainable(model), stack.params
     detached = {name: p.grad for name, p in named.items() if p not in inside}
     below = [name for name, grad in detached.items() if grad is None]
     backward()
@@ -152,14 +160,10 @@ def detached_inputs(block: nn.Module) -> Iterator[None]:
     """Let no gradient leave a block downward."""
 
     def detach(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map(_detached, (args, kwargs))
+        return tree_map_only(Tensor, Tensor.detach, (args, kwargs))
 
     handle = block.register_forward_pre_hook(detach, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, torch.Tensor) else x

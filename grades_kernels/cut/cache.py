@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..freezing.naming import canonical_name
-from .blocks import find_stack
+from .blocks import find_stack, tensors_of
 from .cut import Cut
 
 
@@ -50,7 +49,7 @@ class ActivationCache:
     ) -> None:
         if cut.k is None or not 0 < cut.k < cut.n_blocks:
             raise ValueError(f"ActivationCache: the cut freezes {cut.k} of {cut.n_blocks} blocks.")
-        params = {canonical_name(name): p for name, p in model.named_parameters()}
+        params = tensors_of(model)
         below = {params.get(name) for name in cut.frozen}
         if not all(p is not None and not p.requires_grad for p in below):
             raise ValueError(

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from ..distributed import is_initialized
 from ..freezing.table import MAX_HISTORY_ROWS
 from ..optimizer import GradESAdamW
 from ..release import ReentrantDetector
+from ..report.tables import standard_error
+from ..state_tensors import local
 from .blocks import Stack, as_they_run, below_the_blocks, find_stack, trainable
 from .cut import NO_REENTRANT, Candidate, Cut, disable_input_grads
 
@@ -53,8 +56,8 @@ def choose_cut(
     """Choose how many of the lowest blocks not to train, by predicted gain per compute.
 
     Weights, gradients, buffers, flags, and the states of random generators are afterwards what they
-    were. It takes `n_batches` steps and some ten more to count costs, and for that time two moments
-    and a copy of the trained weights. In a job of several processes all of them call it together,
+    were. It takes `n_batches` steps and six more to find costs, and for that time two moments and a
+    copy of the trained weights. In a job of several processes all of them call it together,
     each with its own batches, and get the same cut; the model may be wrapped by DDP or FSDP2.
 
     Args:
@@ -91,14 +94,14 @@ def choose_cut(
         )
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
-    with _unchanged(inner):
+    with _unchanged(inner) as repeat_random_numbers:
         with as_they_run(stack) as order:
             first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
         stack = Stack(stack.name, tuple(dict.fromkeys([*order, *stack.blocks])))
 
         def backward() -> None:
             _clear(inner)
-            torch.manual_seed(0)  # the same dropout in every call
+            repeat_random_numbers()  # the same dropout in every call
             _loss_of(loss, inner, first, "the first batch").backward()
 
         below, shared = _of_rank_0(below_the_blocks(inner, stack, backward))
@@ -116,7 +119,7 @@ def choose_cut(
         stack=stack.name,
         candidates=candidates,
         segments=segments,
-        gains=tuple(_mean(column) for column in zip(*gains, strict=True)),
+        gains=tuple(fmean(column) for column in zip(*gains, strict=True)),
         shapes=tuple((name, tuple(p.shape)) for name, p in names.items()),
         reason=reason,
         tied=tuple(shared) if tied == "train" else (),
@@ -149,7 +152,7 @@ def _probe(
     optimizer = GradESAdamW(
         [group], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, grace_steps=0, stop_grad=False
     )
-    detector = ReentrantDetector([p for block in stack.blocks for p in block.parameters()])
+    detector = ReentrantDetector(stack.params)
     first, n = None, 0
     try:
         for n, batch in enumerate(_first(batches, n_batches), start=1):
@@ -201,10 +204,11 @@ def _check_gradients(
 ) -> None:
     if detector.found:
         raise ValueError(f"choose_cut: {NO_REENTRANT}")
-    if not any(p.grad is not None for block in stack.blocks for p in block.parameters()):
+    if all(p.grad is None for p in stack.params):
         raise ValueError(f"loss(model, batch) does not depend on the blocks of {stack.name!r}.")
-    own = [g.to_local() if hasattr(g, "to_local") else g for g in grads.values()]
-    norms = torch._foreach_norm(own, 2, torch.float64)  # a fifth of the time of isfinite
+    norms = torch._foreach_norm(
+        list(map(local, grads.values())), 2, torch.float64
+    )  # a fifth of the time of isfinite
     found = torch.stack([x.to(norms[0].device) for x in norms]).tolist()
     for name, norm in zip(grads, found, strict=True):
         if not math.isfinite(norm):
@@ -259,8 +263,6 @@ def _costs(
     chosen = {cuts[round(i * (len(cuts) - 1) / max(1, n - 1))] for i in range(n)}
     params = trainable(model)
     measure = _multiply_adds if kind == "count" else _seconds
-    if kind == "time":
-        backward()  # warm
     whole = measure(backward)
     if not whole:
         raise ValueError(
@@ -336,7 +338,7 @@ def _candidate(gains: Sequence[Sequence[float]], k: int | None, cost: float) -> 
     # The jackknife, since the share is a quotient of two means.
     n = len(gains)
     parts = [share(i) for i in range(n)]
-    variance = (n - 1) / n * math.fsum((x - _mean(parts)) ** 2 for x in parts)
+    variance = (n - 1) / n * math.fsum((x - fmean(parts)) ** 2 for x in parts)
     ratio = share() / cost
     return Candidate(k, share(), cost, ratio, math.sqrt(variance) / cost)
 
@@ -345,8 +347,7 @@ def _choice(
     candidates: Sequence[Candidate], gains: Sequence[Sequence[float]]
 ) -> tuple[int | None, str]:
     totals = [math.fsum(row) for row in gains]
-    deviation = math.sqrt(_mean([(x - _mean(totals)) ** 2 for x in totals]))
-    if not _mean(totals) > deviation / math.sqrt(len(totals) - 1):
+    if not fmean(totals) > standard_error(totals):
         return None, "the probe saw no gain beyond its noise; more batches may show one"
     best = max(candidates, key=lambda x: x.ratio)
     if best.k is None:
@@ -360,10 +361,6 @@ def _choice(
         f"k={best.k} keeps {best.gain:.0%} of the gain for {best.cost:.0%} of the cost, "
         f"{best.ratio:.2f} times the gain per compute"
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 # The model
@@ -388,26 +385,40 @@ def _clear(model: nn.Module) -> None:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, flags, buffers and the states of random generators."""
+def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Restore gradients, flags, buffers and the states of random generators.
+
+    Yields what sets the random generators back within the context.
+    """
     params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    set_back = _random_states({p.device for p, *_ in params})
+    try:
+        yield set_back
+    finally:
+        for p, grad, flag in params:
+            p.requires_grad_(flag)
+            p.grad = grad
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        set_back()
+
+
+def _random_states(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """What brings the generators of Python, NumPy, the CPU and these devices to where they are."""
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
     python_state, numpy_state = random.getstate(), numpy_random and numpy_random.get_state()
-    device = next((p.device for p, *_ in params if p.device.type != "cpu"), None)
-    forked: dict[str, Any] = {"devices": []}
-    if device is not None:
-        forked = {"device_type": device.type}
-    with torch.random.fork_rng(**forked):
-        try:
-            yield
-        finally:
-            for p, grad, flag in params:
-                p.requires_grad_(flag)
-                p.grad = grad
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-            random.setstate(python_state)
-            if numpy_random is not None:
-                numpy_random.set_state(numpy_state)
+    cpu_state = torch.get_rng_state()
+    modules = {x: torch.get_device_module(x) for x in devices if x.type not in ("cpu", "meta")}
+    states = {x: module.get_rng_state(x) for x, module in modules.items()}
+
+    def set_back() -> None:
+        random.setstate(python_state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        for device, state in states.items():
+            modules[device].set_rng_state(state, device)
+
+    return set_back

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..freezing.naming import canonical_name
 from ..report.plot import picture_path
 from ..report.text import Table, layout, shorten
+from .blocks import tensors_of
 
 NO_REENTRANT = (
     "with reentrant activation checkpointing the blocks above a frozen prefix get no gradients at "
@@ -115,7 +115,7 @@ class Cut:
             ValueError: If the model has other tensors than the one that the cut was chosen for, or
                 uses reentrant activation checkpointing. Nothing has changed then.
         """
-        params = {canonical_name(name): p for name, p in model.named_parameters()}
+        params = tensors_of(model)
         for name, shape in self.shapes:
             if name not in params or tuple(params[name].shape) != shape:
                 found = tuple(params[name].shape) if name in params else "nothing"
