@@ -138,12 +138,13 @@ def cut(x, mesh, way):
     return distribute_tensor(x.clone(), mesh, way, src_data_rank=None)
 
 
-def tensors_of(dtype):
+def tensors_of(dtype, backend):
     """Every way to place tensors of every shape on a 2-D mesh, and the same whole."""
+    shapes = SHAPES[::2] if backend == "triton" else SHAPES  # the interpreter is slow
     mesh = init_device_mesh("cpu", (2, 2))
     cases = [
         (shape, way)
-        for shape, way in itertools.product(SHAPES, WAYS)
+        for shape, way in itertools.product(shapes, WAYS)
         if all(not x.is_shard() or x.dim < len(shape) for x in way)
     ]
     torch.manual_seed(0)
@@ -172,7 +173,7 @@ def against(backend, adamw, dtype, grad_dtype):
 
     From AdamW with `adamw`, else from the same backend with plain tensors.
     """
-    mesh, plain, params = tensors_of(dtype)
+    mesh, plain, params = tensors_of(dtype, backend)
     worst = 0.0
     with only(backend) as options:
         optimizer = GradESAdamW(params, **ADAMW, **options)
@@ -210,7 +211,7 @@ def test_shards_have_the_bits_of_whole_tensors(grad_dtype, backend):
 
 def on_adamw():
     """What torch's own AdamW does with the same DTensors, and the functional form."""
-    mesh, plain, params = tensors_of(torch.float32)
+    mesh, plain, params = tensors_of(torch.float32, "reference")
     ours, theirs = params, [nn.Parameter(p.detach().clone()) for p in params]
     columns = [[torch.zeros_like(p) for p in ours] for _ in range(2)]
     steps = [torch.zeros(()) for _ in ours]
@@ -234,10 +235,11 @@ def test_the_functional_form_takes_dtensors():
 
 
 def measured(backend, statistic):
-    mesh, plain, params = tensors_of(torch.float32)
+    mesh, plain, params = tensors_of(torch.float32, backend)
     with only(backend) as options, pytest.MonkeyPatch.context() as patch:
         own = {**options, **NEXT, "statistic": statistic}
-        optimizers = GradESAdamW(params[:24], **own), GradESAdamW(plain[:24], **own)
+        n = sum(p.dim() > 1 for p in plain)  # vectors come last
+        optimizers = GradESAdamW(params[:n], **own), GradESAdamW(plain[:n], **own)
         for optimizer in optimizers:
             if optimizer is optimizers[1]:
                 patch.setattr(freezer, "in_a_job", lambda *_: False)
@@ -258,7 +260,7 @@ def test_statistics_of_shards_are_those_of_the_whole(statistic, backend):
     answers = ranks.run(4, measured, backend, statistic)
     assert same_on_all(answers)
     got, expected = answers[0]
-    assert len(got) == 24 and not any(map(math.isnan, expected))
+    assert len(got) == (24 if backend == "native" else 12) and not any(map(math.isnan, expected))
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
@@ -317,7 +319,7 @@ def test_a_step_runs_no_operation_on_dtensors(backend):
 
 
 def redistributions(backend, timing):
-    mesh, plain, params = tensors_of(torch.float32)
+    mesh, plain, params = tensors_of(torch.float32, backend)
     counts = []
     with only(backend) as options:
         own = {**options, **NEXT, "freeze_timing": timing, "statistic": "norm"}

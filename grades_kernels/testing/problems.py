@@ -56,7 +56,7 @@ def draw_problem(seed: int) -> Problem:
     blocks = [_draw_block(rng, f"layers.{k}") for k in range(rng.randint(2, 4))]
     shapes = [shape for block in blocks for shape in block.values()]
     steps = rng.randint(12, 24)
-    statistic = STATISTICS[seed % len(STATISTICS)]  # each in five seeds in a row
+    statistic = STATISTICS[seed % len(STATISTICS)]  # each in six seeds in a row
     late = rng.random() < 0.5 or statistic == "weight_change"
     statistics = [name for name in STATISTICS if late or name != "weight_change"]
 
