@@ -9,9 +9,11 @@ when its answer no longer holds, and nothing else is cached.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -392,7 +394,14 @@ class Freezer:
         """Warn of something once in a run, at the line that called the optimizer."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=4)
+            level, frame = 1, sys._getframe()
+            while frame.f_back and _package(frame) in ("grades_kernels", "torch", "contextlib"):
+                level, frame = level + 1, frame.f_back
+            warnings.warn(message, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def _process_group(optimizer: Any) -> Any:

@@ -51,18 +51,25 @@ def grades_adamw(
     Raises:
         AssertionError: For `capturable=True` on a device that does not support it.
         RuntimeError: If `fused` is True and no fused backend can serve the tensors.
-        ValueError: If a unit that measures "change" comes without a `prev_grads` buffer, one that
-            measures "weight_change" with another timing than "next_step", and for DTensors with a
-            table.
+        ValueError: If a unit is no row of the table, one that measures "change" comes without a
+            `prev_grads` buffer, or one that measures "weight_change" with another timing than
+            "next_step", and for DTensors with a table.
     """
     prev_grads = prev_grads if prev_grads is not None else [None] * len(params)
     units = units if units is not None else [None] * len(params)
     members: dict[Unit, list[Tensor]] = {}
+    has_table, rows = table is not None, set(table.units if table is not None else ())
+    table = table if table is not None else FreezeTable(FreezeConfig())
     for unit, p, prev_grad in zip(units, params, prev_grads, strict=True):
         if unit is not None:
-            _check_unit(unit, prev_grad, table)
+            if unit not in rows:
+                raise ValueError(
+                    f"unit {unit.name!r} is no row of the table: pass a FreezeTable with every "
+                    "unit in it, or None in place of the unit."
+                )
+            _check_unit(unit, prev_grad, table.config)
             members.setdefault(unit, []).append(p)
-    if table is not None and any(hasattr(p, "device_mesh") for p in params):
+    if has_table and any(hasattr(p, "device_mesh") for p in params):
         raise ValueError(
             "params has DTensors, whose statistics need all ranks: use GradESAdamW or table=None."
         )
@@ -86,7 +93,6 @@ def grades_adamw(
                 "fused=None."
             )
         backend = "reference"
-    table = table if table is not None else FreezeTable(FreezeConfig())
     options = GroupOptions(
         lr,
         beta1,
@@ -134,17 +140,13 @@ def grades_adamw(
         read_back([engine], table, None)
 
 
-def _check_unit(unit: Unit, prev_grad: Tensor | None, table: FreezeTable | None) -> None:
+def _check_unit(unit: Unit, prev_grad: Tensor | None, config: FreezeConfig) -> None:
     if unit.statistic == "change" and prev_grad is None:
         raise ValueError(
             f"unit {unit.name!r} measures 'change' but has no prev_grads buffer: pass a tensor of "
             "the gradient's shape and dtype, or use 'norm' or 'momentum'."
         )
-    if (
-        unit.statistic == "weight_change"
-        and table is not None
-        and table.config.freeze_timing != "next_step"
-    ):
+    if unit.statistic == "weight_change" and config.freeze_timing != "next_step":
         raise ValueError(
             f"unit {unit.name!r} measures 'weight_change', which needs a table whose config has "
             "freeze_timing='next_step'."

@@ -52,15 +52,14 @@ class GradESAdamW(AdamW):
         alpha: Share of `total_steps` that is the grace period, in [0, 1). Default 0.5.
         total_steps: Planned optimizer steps, at least 1.
         grace_steps: Steps before the first check; in place of `alpha * total_steps`.
-        statistic: What is compared with tau, summed over all elements of a unit. "change"
-            (default, Eq. 1): :math:`|g_t - g_{t-1}|`. "norm" (Eq. 3): :math:`|g_t|`. "momentum":
-            :math:`|g_t - m_{t-1}|` with AdamW's first moment, which needs no memory. "signal":
-            :math:`\sum \hat m_{t-1}^2 / (\rho_{t-1} \sum \hat v_{t-1})`, where rho makes it 1 for
-            noise, whatever the betas and the model. "gain": :math:`\sum g_t \hat m_{t-1} /
-            (\sqrt{\hat v_{t-1}} + \epsilon)`, the loss that a step would gain per learning rate;
-            compared with tau as 0 where it is negative.
-            "weight_change": :math:`|w_t - w_{t-1}|`, what the paper's own code measures; only
-            with `freeze_timing="next_step"`. May differ per parameter group.
+        statistic: What is compared with tau, summed over all elements of a unit; may differ per
+            parameter group. "change" (default, Eq. 1): :math:`|g_t - g_{t-1}|`. "norm" (Eq. 3):
+            :math:`|g_t|`. "momentum": :math:`|g_t - m_{t-1}|` with AdamW's first moment, which
+            needs no memory. "signal": :math:`\sum \hat m_{t-1}^2 / (\rho_{t-1} \sum \hat v_{t-1})`,
+            where rho makes it 1 for noise, whatever the betas and the model. "gain": :math:`\sum
+            g_t \hat m_{t-1} / (\sqrt{\hat v_{t-1}} + \epsilon)`, the loss that a step would gain
+            per learning rate; 0 where it is negative. "weight_change": :math:`|w_t - w_{t-1}|`,
+            what the paper's own code measures; only with `freeze_timing="next_step"`.
         tau_per: "unit" (default, the paper) compares the sum, "element" the sum divided by the
             number of elements ("signal" excepted).
         check_every: Steps from one check to the next. Default 1.
@@ -150,6 +149,7 @@ class GradESAdamW(AdamW):
         self.defaults.update(self._own_defaults)
         self._freezer.map_units(self)
         self._freezer.backends(self, allow_meta=True)  # raises where fused=True is not possible
+        self._step_supports_amp_scaling = _are_fused(self.param_groups)
 
     # What the caller reads
 
@@ -234,6 +234,7 @@ class GradESAdamW(AdamW):
 
         A frozen unit comes back with `requires_grad=True`, zero moments and a bias correction that
         starts anew; the decision about a unit that is cooling down is taken back, its moments stay.
+        Beyond the share `max_frozen` it is decided again in the next step.
 
         Raises:
             ValueError: For a name that is no monitored unit.
@@ -287,6 +288,7 @@ class GradESAdamW(AdamW):
             self.param_groups.pop()
             self._freezer.map_units(self)
             raise
+        self._step_supports_amp_scaling = _are_fused(self.param_groups)
 
     # A step
 
@@ -314,7 +316,6 @@ class GradESAdamW(AdamW):
 
     @torch._disable_dynamo
     def _begin_step(self) -> None:
-        """Act on what the step before decided, and on changes of the groups."""
         if self._freezer.begin_step(self):
             self._call_hooks()
             self._freezer.release_batch(self)
@@ -331,11 +332,9 @@ class GradESAdamW(AdamW):
         return self._freezer
 
     def _call_hooks(self) -> None:
-        """Write what was decided into the state, then call the hooks."""
         events = self._freezer.publish(self)
-        if events:
-            for hook in tuple(self._freeze_hooks.values()):
-                hook(self, events)
+        for hook in tuple(self._freeze_hooks.values()) if events else ():
+            hook(self, events)
 
     def _graph_capture_health_check(self) -> None:
         # Where torch has both names, the older one is an alias that warns.
@@ -427,4 +426,9 @@ class GradESAdamW(AdamW):
         if freezer is not None:  # unpickled or deep-copied, rather than loaded
             self._freeze_hooks = OrderedDict()
             self._freezer = Freezer.from_pickle(self, freezer)
-            self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+            self._step_supports_amp_scaling = _are_fused(self.param_groups)
+
+
+def _are_fused(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether GradScaler may leave it to `step()` to unscale; torch's AdamW asks no group."""
+    return all(group["fused"] for group in groups)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from .distributed import Ranks, all_sharded, in_a_job
-from .freezing.naming import is_embedding, layer_and_kind
+from .freezing.naming import is_embedding, layer_and_kind, stack_of
 from .freezing.table import NEVER, Unit
 from .freezing.unit_map import UnitMap
 from .report.record import Memory
@@ -47,7 +47,7 @@ class Release:
         self._detector: ReentrantDetector | None = None
 
     def begin_run(self, unit_map: UnitMap, group: ProcessGroup | None, ranks: Ranks | None) -> None:
-        """Look for reentrant checkpointing from the first step on, if anything may be released.
+        """Look for reentrant checkpointing from the first step on.
 
         Raises:
             RuntimeError: If `stop_grad=True` is not possible.
@@ -56,10 +56,8 @@ class Release:
             return
         reason = self.why_not(unit_map, group, ranks) if unit_map.members else None
         self.raise_if_required(reason)
-        may_release = self.stop_grad is not False and reason is None
-        self._detector = ReentrantDetector(
-            chain.from_iterable(unit_map.members.values()) if may_release else ()
-        )
+        # Also where nothing is released by itself: `apply_freezes` may be called.
+        self._detector = ReentrantDetector(chain.from_iterable(unit_map.members.values()))
 
     def why_not(
         self,
@@ -94,7 +92,8 @@ class Release:
             )
         if all_sharded(members, group):  # reduced tensor by tensor
             return None
-        # After a change it trains one unsynchronised step, then raises.
+        # After a change of requires_grad it takes one step with unsynchronised gradients, then
+        # raises.
         return (
             "DistributedDataParallel would wait for them. For the saving, call "
             "ddp_model = optimizer.apply_freezes(ddp_model) now and then."
@@ -123,7 +122,7 @@ class Release:
                 p.requires_grad_(False)
                 p.grad = None
                 self.released.add(p)
-            if unit.released_at == NEVER:  # else a checkpoint says when it was
+            if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
 
     def take_back(self, tensors: Iterable[Tensor]) -> None:
@@ -230,7 +229,7 @@ def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Me
             if unit.is_decided and unit.statistic == "change":
                 given_back += grad_bytes
             if p in given_up:
-                amsgrad = "max_exp_avg_sq" in state[p]
+                amsgrad = "max_exp_avg_sq" in state.get(p, {})
                 given_back += grad_bytes + (3 if amsgrad else 2) * _n_bytes(p)
     return Memory(
         moments=sum(_n_bytes(own.get(key)) for own in states for key in MOMENTS),
@@ -241,15 +240,20 @@ def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Me
 
 
 def frozen_prefix(units: Sequence[Unit], unit_map: UnitMap) -> tuple[int, tuple[str, ...]]:
-    """How many of the lowest blocks are frozen, and the names of what still trains in or below.
+    """How many of the lowest monitored blocks are frozen, and what still trains in or below.
 
-    Only below a prefix in which nothing trains can a backward pass end early.
+    Only below a prefix in which nothing trains can a backward pass end early. Of several stacks of
+    blocks, such as encoder and decoder, none is the lowest: 0.
     """
     frozen: dict[int, bool] = {}
+    stacks: set[str] = set()
     for unit in units:
         layer, _ = layer_and_kind(unit.name)
         if layer is not None:
             frozen[layer] = frozen.get(layer, True) and unit.is_frozen
+            stacks.add(stack_of(unit.name))
+    if len(stacks) > 1:
+        return 0, ()
     prefix = list(takewhile(frozen.__getitem__, sorted(frozen)))
     below = []
     for name, p, row in unit_map.named() if prefix else ():

@@ -99,12 +99,13 @@ class Oracle:
         self.statistics = [math.nan] * len(units)
         self.terms = [0.0] * len(units)
         self.events, self.measured, self.seen, self.closest = [], [], Counter(), math.inf
+        self.latest = {}  # measured in this step
 
     @np.errstate(invalid="ignore")
     def step(self, grads):
         """One optimizer step; a gradient is an array or None."""
         self.t += 1
-        t = self.t
+        t, self.latest = self.t, {}
         grads = [None if g is None else np.array(g, dtype=np.float64) for g in grads]
         undecided = [u for u, s in enumerate(self.decided) if s is None]
         last_update = set()
@@ -121,19 +122,20 @@ class Oracle:
                 statistic = self.measure(u, grads)
                 if statistic is None:  # no evidence, neither for nor against
                     continue
-                self.statistics[u] = statistic
-                tau = self.tau(u)
+                tau, compared = self.tau(u), max(statistic, 0.0)  # a negative gain is none
+                self.statistics[u] = compared
                 self.measured.append((u, statistic))
+                self.latest[u] = statistic
                 if tau > 0:
                     size = max(tau, self.terms[u])
                     self.closest = min(self.closest, abs(statistic - tau) / size)
-                if max(statistic, 0.0) < tau:  # a negative gain is none, and tau=0 observes
+                if compared < tau:  # never with tau=0
                     self.hits[u] += 1
                 else:
                     self.seen["patience reset"] += self.hits[u] > 0
                     self.hits[u] = 0
                 if self.hits[u] >= self.patience:
-                    self.decided[u], self.evidence[u] = t, (statistic, tau)
+                    self.decided[u], self.evidence[u] = t, (compared, tau)
                     if self.next_step and self.cooldown == 0:
                         last_update.add(u)
 

@@ -55,14 +55,6 @@ def training_run(n_layers, *, freeze="some", cooldown=0, step=100, kinds=KINDS, 
     return report(units, sorted(events), history, step=step, total=step + 40, spare=1000)
 
 
-THAWED = report(
-    [unit("a"), unit("b", n=5, decided=70, frozen=70), unit("c", n=3)],
-    # "a" was thawed and is measured again from step 50 on; "b" was frozen twice; "c" was thawed
-    # and never measured again.
-    [event(30, "a"), event(40, "b", n=5), event(60, "c", n=3), event(70, "b", n=5, decided=65)],
-    [(30, (0.5, 2.0, 2.0)), (50, (3.0, NAN, 2.0)), (60, (3.0, NAN, 0.5)), (99, (2.0, NAN, NAN))],
-    spare=100,
-)
 LONG = "a_name_that_goes_on_and_on." * 6
 TWO = [unit("a"), unit("b", layer=1)]
 CASES = {
@@ -79,7 +71,6 @@ CASES = {
     "max_frozen": report(
         [unit(decided=50, frozen=50)], [event(50, "a", statistic=NAN)], [(30, (2.0,))]
     ),
-    "thawed": THAWED,
     "cooling": training_run(4, cooldown=30),
     "all_frozen": training_run(4, freeze="all"),
     "nothing_frozen": training_run(4, freeze="none"),

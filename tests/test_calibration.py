@@ -55,6 +55,16 @@ def test_thresholds_by_hand(arguments, taus):
     assert result.taus == pytest.approx({r"\bq_proj\b": taus[0], r"\bv_proj\b": taus[1]})
 
 
+@pytest.mark.parametrize("per", ["kind", "unit", "all"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_negative_statistic_counts_as_zero(per, share):
+    """As in a check: "gain" may be negative, a threshold may not."""
+    rows = {t: (-8.0, 2.0 - t, 3.0, -1.0) for t in range(1, 5)}
+    result = calibrate(observed(rows), share=share, per=per)
+    assert all(0 < tau < 4 for tau in result.taus.values())
+    assert result.forecast[-1][1] >= share
+
+
 def test_per_all_gives_one_tau():
     result = calibrate(observed(FALLING), share=0.75, per="all")
     assert result.taus == pytest.approx({".": math.sqrt(30 * 70)})

@@ -231,10 +231,13 @@ def test_amp_scaling_flag_is_set_by_fused(fused_device):
     assert all(x._step_supports_amp_scaling is True for x in (optimizer, copy.deepcopy(optimizer)))
 
 
-@pytest.mark.parametrize("fused", [None, False])
-def test_no_amp_scaling_flag_without_fused(fused):
+@pytest.mark.parametrize(("fused", "of_group"), [(None, None), (False, False), (None, True),
+                                                 (True, False)])  # fmt: skip
+def test_no_amp_scaling_flag_unless_every_group_is_fused(fused, of_group, fused_device):
     """grad_scaler.py: without the flag GradScaler unscales and skips outside of the optimizer."""
-    optimizer = GradESAdamW(parameters(), fused=fused)
+    groups = [{"params": parameters(device=fused_device)}]
+    groups.append({"params": parameters(device=fused_device), "fused": of_group})
+    optimizer = GradESAdamW(groups, fused=fused)
     for one in (optimizer, copy.deepcopy(optimizer)):
         assert not getattr(one, "_step_supports_amp_scaling", False)
 

@@ -169,6 +169,12 @@ def test_trainer_stops_and_logs_when_all_units_are_frozen(tmp_path, plot):
     assert (tmp_path / "grades_report.png").stat().st_size > 0
 
 
+def test_accumulated_batches_log_once_per_step(tmp_path):
+    fit(tmp_path, Regression(tau=0.0), log_every_n_steps=2, accumulate_grad_batches=3)
+    steps = [int(row["step"]) for row in read_log(tmp_path) if row["grades/frozen_share"]]
+    assert steps == sorted(set(steps)) and steps[0] == 2
+
+
 def test_without_the_stop_of_the_callback_the_run_goes_on(tmp_path, monkeypatch):
     """Negative control: no other code stops the run above."""
     monkeypatch.setattr(integration, "is_finished", lambda optimizer: False)

@@ -290,6 +290,11 @@ def compare_step(opt, params, oracle, dtype):
     assert opt.all_frozen == oracle.all_frozen, "all_frozen"
     for u, (name, want) in enumerate(zip(names, oracle.statistics, strict=True)):
         close_statistic(f"statistics()[{name!r}]", u, opt.statistics()[name], want)
+    if oracle.latest:
+        t, row = opt._freezer.table.history[-1]
+        assert t == oracle.t, "history"
+        for u, want in oracle.latest.items():
+            close_statistic(f"the history of {names[u]!r}", u, row[u], want)
 
     opt.state_dict()  # brings the state up to date where a device decides
     state = opt.state

@@ -338,6 +338,31 @@ def test_reentrant_checkpointing_only_masks_and_warns():
         opt.apply_freezes()
 
 
+def test_apply_freezes_refuses_reentrant_checkpointing_where_nothing_is_released_by_itself():
+    model, opt = build(reentrant=True, stop_grad=False)
+    freeze(opt, UP)
+    train(model, opt, 2)
+    with pytest.raises(RuntimeError, match=r"apply_freezes.*use_reentrant=False"):
+        opt.apply_freezes()
+    assert stopped(model) == []
+
+
+def reentrant_ddp():
+    model, opt = build(reentrant=True)
+    ddp = DistributedDataParallel(model)
+    freeze(opt, UP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(ddp, opt, 2)
+    with pytest.raises(RuntimeError, match=r"apply_freezes.*use_reentrant=False"):
+        opt.apply_freezes(ddp)
+    return stopped(model)
+
+
+def test_apply_freezes_refuses_reentrant_checkpointing_under_ddp():
+    assert ranks.run(2, reentrant_ddp) == [[], []]
+
+
 def test_reentrant_checkpointing_with_stop_grad_true_is_an_error():
     model, opt = build(reentrant=True, stop_grad=True)
     with pytest.raises(RuntimeError, match=r"stop_grad=True: .*reentrant"):
@@ -397,12 +422,28 @@ def test_the_report_says_where_backward_stops(tmp_path):
         model.get_parameter(name).requires_grad_(False)
     report = opt.report()
     assert (report.frozen_blocks, report.trained_below) == (1, ())
-    assert "Lowest blocks with no matrix left to train: 1; backward stops above them" in str(report)
+    line = "Lowest monitored blocks with no matrix left to train: 1; backward stops above them"
+    assert line in str(report)
     assert FreezeReport.load(report.save(tmp_path / "report.json")) == report
     inputs = []
     model.layers[1]["up_proj"].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     train(model, opt, 1, first=3)
     assert not inputs[0].requires_grad, "backward does not reach the first block"
+
+
+def test_of_two_stacks_none_is_the_lowest():
+    stacks = nn.ModuleDict({
+        name: nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+        for name in ("encoder", "decoder")
+    })  # fmt: skip
+    opt = GradESAdamW(stacks.named_parameters(), tau=0.0, grace_steps=0, statistic="norm")
+    for unit in opt._freezer.table.units[:2]:
+        unit.decide(0, 0.0)
+    for p in stacks.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.frozen_units == ["encoder.0.weight", "encoder.1.weight"]
+    assert opt.report().frozen_blocks == 0
 
 
 def ddp_run(find_unused, apply_at):

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reports import CASES, INF, KINDS, NAN, THAWED, event, every_case, report, training_run, unit
+from reports import CASES, INF, KINDS, NAN, event, every_case, report, training_run, unit
 
 from grades_kernels.report import FreezeEvent, FreezeReport
 
@@ -137,16 +137,6 @@ class TestDerivedNumbers:
         case = report(units, [event(30, "a"), event(40, "b", n=7, decided=25)], spare=100)
         assert case.trainable_elements() == [(0, 125), (30, 115), (40, 108), (100, 108)]
         assert case.frozen_share() == [(0, 0.0), (30, 0.25), (40, 0.5), (100, 0.5)]
-
-    def test_the_elements_of_a_thawed_unit_count_again(self):
-        # "a" is frozen from 30 to 50, its next measurement; "b" from 40 and again from 70, after
-        # the decision at 70 that its unit records; "c" from 60 to the end.
-        expected = [(0, 118), (30, 108), (40, 103), (50, 113), (60, 110), (70, 110), (100, 113)]
-        assert THAWED.trainable_elements() == expected
-        # Negative control: with the same events, but "a" still frozen, its elements do not.
-        units = (unit("a", decided=30, frozen=30), *THAWED.units[1:])
-        still_frozen = dataclasses.replace(THAWED, units=units).trainable_elements()
-        assert still_frozen[-1] == (100, 103)
 
     def test_without_monitored_units_everything_is_trained(self):
         assert report(spare=7).trainable_elements() == [(0, 7), (100, 7)]

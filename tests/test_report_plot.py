@@ -7,7 +7,7 @@ another.
 import sys
 
 import pytest
-from reports import CASES, KINDS, THAWED, every_case, report, training_run, unit
+from reports import CASES, KINDS, every_case, report, training_run, unit
 
 from grades_kernels import calibrate
 from grades_kernels.report import plot
@@ -100,13 +100,12 @@ def test_a_kind_has_one_colour_in_all_panels():
     assert [last[row] for row in range(28)] == [colour for colour in colours for _ in range(4)]
 
 
-def test_timeline_shows_active_cooling_frozen_and_thawed():
-    spans = THAWED._timeline.spans
-    assert spans(THAWED.units[0]) == [("active", 0, 30), ("frozen", 30, 50), ("active", 50, 100)]
-    assert spans(THAWED.units[1]) == [("active", 0, 40), ("frozen", 40, 70), ("frozen", 70, 100)]
-    cooling = unit(decided=80)
-    expected = [("active", 0, 80), ("cooling", 80, 100)]
-    assert report([cooling])._timeline.spans(cooling) == expected
+def test_timeline_shows_active_cooling_and_frozen():
+    active, cooling, frozen = unit(), unit(decided=80), unit(decided=40, frozen=60)
+    spans = report([active, cooling, frozen])._timeline.spans
+    assert spans(active) == [("active", 0, 100)]
+    assert spans(cooling) == [("active", 0, 80), ("cooling", 80, 100)]
+    assert spans(frozen) == [("active", 0, 40), ("cooling", 40, 60), ("frozen", 60, 100)]
 
 
 def test_curves_are_single_for_few_units_and_medians_for_many():

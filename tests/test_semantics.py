@@ -257,8 +257,9 @@ def test_going_past_total_steps_warns_once_and_training_goes_on():
     opt = optimizer(matrices(1), total_steps=2, tau=0.0)
     feed(opt, LOW)
     feed(opt, LOW)
-    with pytest.warns(UserWarning, match="total_steps"):
+    with pytest.warns(UserWarning, match="total_steps") as caught:
         feed(opt, LOW)
+    assert caught[0].filename.endswith("harness.py"), "the line that called step()"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         feed(opt, LOW)

@@ -3,6 +3,7 @@
 What each measures is compared with an independent implementation in test_oracle.py.
 """
 
+import copy
 import math
 
 import pytest
@@ -172,7 +173,32 @@ def test_a_negative_gain_freezes_where_tau_is_positive_alone():
         _, opt = monitored("gain", (3, 4), tau=tau, stop_grad=False)
         for g in (gradient, -0.01 * gradient):
             feed(opt, g.clone())
-        assert opt.statistics()["w"] < 0 and opt.frozen_units == frozen
+        assert opt.report().history[-1][1][0] < 0 and opt.frozen_units == frozen
+        copied = copy.deepcopy(opt)
+        copied.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for one in (opt, copied):  # -1 in the state is "not known yet"
+            assert one.statistics() == {"w": 0.0}
+            assert [event.statistic for event in one.freeze_events] == [0.0] * len(frozen)
+
+
+def test_the_mean_gain_leaves_out_checks_after_a_freeze():
+    """A frozen unit is measured no more, which is no gain of 0."""
+    named = [(f"layers.{k}.up_proj.weight", torch.nn.Parameter(torch.zeros(3, 4))) for k in (0, 1)]
+    opt = GradESAdamW(named, statistic="gain", tau=0.0, grace_steps=0, stop_grad=False)
+    gradient = torch.linspace(-3, 5, 12).reshape(3, 4)
+
+    def mean():
+        return float(str(opt.report()).split('Mean "gain"')[1].split("up_proj")[1].split()[0])
+
+    for step in range(8):
+        if step == 4:
+            before = mean()
+            opt._freezer.table.units[0].decide(4, 0.0)
+        for _, p in named:
+            p.grad = gradient.clone()
+        opt.step()
+    assert opt.frozen_units == ["layers.0.up_proj.weight"]
+    assert mean() == pytest.approx(before, rel=0.5)
 
 
 def test_the_report_shows_the_mean_gain_and_its_standard_error():
@@ -214,6 +240,10 @@ def test_the_functional_form_refuses_weight_change_before_the_update():
     flags = {"amsgrad": False, "maximize": False}
     with pytest.raises(ValueError, match=r"unit 'w' measures 'weight_change'.*next_step"):
         grades_adamw(*columns, [], [torch.tensor(0.0)], units=[unit], table=table, **hyper, **flags)
+    for other in (FreezeTable(FreezeConfig(grace_steps=0)), None):
+        with pytest.raises(ValueError, match="unit 'w' is no row of the table"):
+            step = torch.tensor(0.0)
+            grades_adamw(*columns, [], [step], units=[unit], table=other, **hyper, **flags)
 
 
 def test_every_statistic_has_the_code_of_its_position():

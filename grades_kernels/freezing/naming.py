@@ -153,6 +153,15 @@ def is_lora_factor(name: str) -> bool:
     return _factor_position(canonical_name(name).split(".")) is not None
 
 
+_INDEX = re.compile(r"(?:\w*(?:layer|block)_?)?(\d+)", re.IGNORECASE)
+"""A part of a name that numbers a repeated block: "3" or "block_3"."""
+
+
+def stack_of(unit: str) -> str:
+    """What stands before the first index in the name of a unit: "model.layers", for example."""
+    return ".".join(takewhile(lambda part: not _INDEX.fullmatch(part), unit.split(".")))
+
+
 def layer_and_kind(unit: str) -> tuple[int | None, str]:
     """The layer of a unit and its kind, which is the same in every layer, for reports.
 
@@ -172,7 +181,7 @@ def layer_and_kind(unit: str) -> tuple[int | None, str]:
     before_copy = takewhile(lambda part: part != "modules_to_save", parts)
     parts = [part for part in before_copy if part != "base_layer"]
     for position, part in enumerate(parts):
-        if index := re.fullmatch(r"(?:\w*(?:layer|block)_?)?(\d+)", part, re.IGNORECASE):
+        if index := _INDEX.fullmatch(part):
             stack, inside = parts[:position], _kind_parts(parts[position + 1 :])
             kind = ".".join(inside) or (stack[-1] if stack else "weight")
             return int(index[1]), _second_stack(stack) + kind

@@ -99,7 +99,7 @@ class Unit:
         frozen_at: First step since which the unit is frozen, or -1.
         released_at: Steps that had happened when its gradients and moments were released, or -1.
         prev_step: Step whose gradients the unit's `prev_grad` tensors contain, or -1.
-        value: Last measured statistic as it is compared with tau, NaN before the first.
+        value: Last measured statistic as it is compared with tau, at least 0; NaN before the first.
         decided_tau: The threshold at the decision, NaN before it.
         decided_value: The statistic at the decision; NaN before it, and when `max_frozen` decided.
         is_published: Whether the freeze hooks have been called for it.
@@ -166,8 +166,8 @@ class FreezeTable:
         config: When checks take place and what they lead to.
         units: The monitored units.
         t: Optimizer steps that really happened so far.
-        history: `(step, values)` of the checks, one value per unit, NaN where none was measured;
-            thinned to every 2nd, 4th, ... check once it is long.
+        history: `(step, values)` of the checks, one value per unit, NaN where none was measured,
+            and negative where "gain" was; thinned to every 2nd, 4th, ... check once it is long.
         has_changes: Whether units were decided or frozen and the optimizer has not acted on it yet.
     """
 
@@ -244,17 +244,19 @@ class FreezeTable:
         Args:
             values: The sums of the undecided units whose check is not void.
         """
+        measured: dict[Unit, float] = {}
         for unit, value in values.items():
             if self.config.tau_per == "element" and unit.statistic not in RATIOS:
                 value /= unit.n_elements
-            unit.value = value
-            # "gain" may be negative, and tau=0.0 freezes nothing.
-            unit.hits = unit.hits + 1 if max(value, 0.0) < unit.tau else 0
+            measured[unit] = value
+            # "gain" may be negative; tau=0.0 freezes nothing, and -1 in the state is "unknown".
+            unit.value = max(value, 0.0)
+            unit.hits = unit.hits + 1 if unit.value < unit.tau else 0
             if unit.hits >= self.config.patience:
-                unit.decide(self.t, value)
+                unit.decide(self.t, unit.value)
         if values:
             self._freeze_cooled()
-            self._record(tuple(u.value if u in values else math.nan for u in self.units))
+            self._record(tuple(measured.get(unit, math.nan) for unit in self.units))
 
     def _freeze_cooled(self) -> None:
         """Freeze the decided units whose cooldown is over at step `t`."""

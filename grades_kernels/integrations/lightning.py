@@ -44,6 +44,7 @@ class GradESCallback(Callback):
     def __init__(self, cut: Cut | str | None = None) -> None:
         is_choice(cut)
         self.cut = cut
+        self._logged_at = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise ValueError under a strategy that flattens the parameters."""
@@ -60,6 +61,7 @@ class GradESCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError, before the first step, if no optimizer monitors a unit."""
+        self._logged_at = trainer.global_step
         leaves_blocks = not isinstance(self.cut, Cut) or self.cut.leaves_blocks
         if not _optimizers(trainer) and leaves_blocks:
             found = [type(x).__name__ for x in trainer.optimizers]
@@ -75,15 +77,17 @@ class GradESCallback(Callback):
         found = _optimizers(trainer)
         # A list, so that every rank calls is_finished for every optimizer.
         finished = all([is_finished(optimizer) for optimizer in found])
-        every = getattr(trainer, "log_every_n_steps", 0)
-        if every and (finished or trainer.global_step % every == 0):
+        every, step = getattr(trainer, "log_every_n_steps", 0), trainer.global_step
+        # Batches whose gradients are accumulated see the step of the batch before.
+        if every and step != self._logged_at and (finished or step % every == 0):
+            self._logged_at = step
             numbers = {
                 f"{name}/optimizer{k}" if len(found) > 1 else name: x
                 for k, optimizer in enumerate(found)
                 for name, x in measurements(optimizer).items()
             }
             for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=trainer.global_step)
+                logger.log_metrics(numbers, step=step)
         if finished:
             trainer.should_stop = True
 

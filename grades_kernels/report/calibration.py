@@ -173,7 +173,8 @@ def calibrate(
         )
 
     series = {
-        unit.name: [(step, row[k]) for step, row in history if math.isfinite(row[k])]
+        # A negative "gain" is compared with tau as 0.
+        unit.name: [(step, max(row[k], 0.0)) for step, row in history if math.isfinite(row[k])]
         for k, unit in enumerate(report.units)
     }
     kinds = units_by_kind(report.units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,14 +81,6 @@ def finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-class Freeze(NamedTuple):
-    """Period in which a unit was frozen; `thawed_at` is excluded, and None at the end."""
-
-    decided_at: int
-    frozen_at: int
-    thawed_at: int | None
-
-
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """The course of a run; `n_elements` is `FreezeReport.n_trainable`."""
@@ -113,63 +105,29 @@ class Timeline:
         kinds = units_by_kind(by_layer)
         return {kind: kinds[kind] for kind in units_by_kind(self.units)}
 
-    @cached_property
-    def freezes(self) -> dict[str, list[Freeze]]:
-        """Every period in which a unit was frozen, oldest first, by the unit's name.
-
-        A thaw is not recorded: it is taken to be the first later measurement.
-        """
-        decisions: dict[str, dict[int, int]] = defaultdict(dict)
-        for event in self.events:
-            decisions[event.unit][event.step] = event.decided_at
-        freezes: dict[str, list[Freeze]] = {}
-        for column, unit in enumerate(self.units):
-            decided = decisions[unit.name]
-            if unit.state == "frozen":
-                decided[unit.frozen_at] = unit.decided_at
-            measured = [step for step, row in self.history if math.isfinite(row[column])]
-            backwards = []
-            latest = unit.decided_at if unit.state == "cooling" else self.step
-            for frozen_at in sorted(decided, reverse=True):
-                thawed_at = None
-                if frozen_at != unit.frozen_at:
-                    latest = max(frozen_at, latest)
-                    thawed_at = next((t for t in measured if frozen_at < t < latest), latest)
-                latest = decided[frozen_at]
-                backwards.append(Freeze(latest, frozen_at, thawed_at))
-            freezes[unit.name] = backwards[::-1]
-        return freezes
-
     def spans(self, unit: UnitReport) -> list[tuple[str, int, int]]:
         """`(state, first step, last step)` of one unit, in order."""
-        spans = []
-        now, last = 0, self.step
-        for decided_at, frozen_at, thawed_at in self.freezes[unit.name]:
-            end = last if thawed_at is None else thawed_at
-            spans += [("active", now, decided_at), ("cooling", decided_at, frozen_at)]
-            spans += [("frozen", frozen_at, end)]
-            now = end
-        if unit.state != "frozen":
-            decided_at = unit.decided_at if unit.state == "cooling" else last
-            spans += [("active", now, decided_at), ("cooling", decided_at, last)]
+        last = self.step
+        decided_at = last if unit.decided_at < 0 else unit.decided_at
+        frozen_at = last if unit.frozen_at < 0 else unit.frozen_at
+        spans = [("active", 0, decided_at), ("cooling", decided_at, frozen_at)]
+        spans += [("frozen", frozen_at, last)]
         return [(state, start, end) for state, start, end in spans if start < end]
 
     def trainable_elements(self) -> list[tuple[int, int]]:
         """`(step, elements)` that are still trained; see `FreezeReport.trainable_elements`."""
-        frozen = self._frozen({unit.name: unit.n_elements for unit in self.units})
+        frozen = self._frozen([(unit, unit.n_elements) for unit in self.units])
         return [(step, self.n_elements - n) for step, n in frozen]
 
     def frozen_share(self, units: Sequence[UnitReport]) -> list[tuple[int, float]]:
         """`(step, share of these units that is frozen)` at step 0, every change and the end."""
-        counts = self._frozen({unit.name: 1 for unit in units})
+        counts = self._frozen([(unit, 1) for unit in units])
         return [(step, count / max(1, len(units))) for step, count in counts]
 
-    def _frozen(self, weights: dict[str, int]) -> list[tuple[int, int]]:
+    def _frozen(self, weights: Iterable[tuple[UnitReport, int]]) -> list[tuple[int, int]]:
         changes = Counter({0: 0, self.step: 0})
-        for name, freezes in self.freezes.items():
-            for _, frozen_at, thawed_at in freezes:
-                changes[frozen_at] += weights.get(name, 0)
-                if thawed_at is not None:
-                    changes[thawed_at] -= weights.get(name, 0)
+        for unit, weight in weights:
+            if unit.state == "frozen":
+                changes[unit.frozen_at] += weight
         steps = sorted(changes)
         return list(zip(steps, accumulate(changes[step] for step in steps), strict=True))

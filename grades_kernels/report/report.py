@@ -36,13 +36,13 @@ class FreezeReport:
         total_steps: Planned steps, None when unknown.
         grace_steps: Steps before the first check, None when nothing is monitored.
         units: Every monitored unit, in model order.
-        events: Every freeze, oldest first; a unit that was thawed may occur more than once.
+        events: One event for every unit that is frozen, oldest first.
         history: ``(step, statistics)`` of recorded steps, oldest first; one statistic per unit in
             the order of ``units``, NaN where nothing was measured.
         n_trainable: Elements of all tensors in the optimizer, monitored or not, frozen or not.
         backend: Implementation in use: "reference", "native" or "triton".
         memory: Bytes in use and released on this process.
-        frozen_blocks: How many of the lowest blocks have no matrix left to train.
+        frozen_blocks: How many of the lowest monitored blocks have no matrix left to train.
         trained_below: Names of tensors in or below these blocks that still train, so that backward
             has to pass through the blocks; without any, it stops above them.
         cut: What was frozen before the first step, in one line; see `Cut.summary`.
@@ -121,8 +121,7 @@ class FreezeReport:
     def trainable_elements(self) -> list[tuple[int, int]]:
         """`(step, elements)` that are still trained, at step 0, every change and the last step.
 
-        The step of a thaw is not recorded. It is taken to be the first later measurement of the
-        unit, or else the decision that freezes it again, or else the last step.
+        A unit that was thawed counts as trained from the beginning.
         """
         return self._timeline.trainable_elements()
 

@@ -43,7 +43,8 @@ def headline(
             backward = f"backward still passes through for {shorten(trained_below[0], 46)}"
         if len(trained_below) > 1:
             backward += f" and {len(trained_below) - 1:,} more"
-        lines.append(f"Lowest blocks with no matrix left to train: {n_blocks:,}; {backward}")
+        what = "Lowest monitored blocks with no matrix left to train"
+        lines.append(f"{what}: {n_blocks:,}; {backward}")
     if all(unit.tau == 0 for unit in units):
         lines.append("Observing only: tau is 0, so statistics are measured, nothing freezes.")
     return lines
@@ -82,11 +83,15 @@ def _kind_table(timeline: Timeline) -> Table:
 
 
 def _gain_table(timeline: Timeline) -> Table:
-    """Per kind the "gain" of its units together: mean over the steps and its standard error."""
+    """Per kind the "gain" of its units together: mean over the steps and its standard error.
+
+    Over the checks that measured all of them: a frozen unit is measured no more.
+    """
     rows, means = [], []
     for kind, units in timeline.kinds.items():
         columns = [timeline.units.index(unit) for unit in units if unit.criterion == "gain"]
-        sums = [sum(finite(row[k] for k in columns)) for _, row in timeline.history]
+        values = [[row[k] for k in columns] for _, row in timeline.history]
+        sums = [sum(row) for row in values if all(map(math.isfinite, row))]
         if columns and len(sums) > 1:
             means.append(fmean(sums))
             rows.append([shorten(kind, 20), f"{means[-1]:.4g}", f"{standard_error(sums):.2g}"])

@@ -199,12 +199,12 @@ class _Run:
         """The step count of every parameter."""
         return [float(self.opt.state.get(p, {}).get("step", 0)) for p in self.params]
 
-    def measured(self) -> set[str]:
-        """Names of the units measured in the last step."""
+    def measured(self) -> dict[str, float]:
+        """The statistics of the units measured in the last step; "gain" may be negative."""
         report = self.opt.report()
         step, row = report.history[-1] if report.history else (0, ())
         values = zip(report.units, row, strict=True) if step == report.step else ()
-        return {unit.name for unit, x in values if not math.isnan(x)}
+        return {unit.name: x for unit, x in values if not math.isnan(x)}
 
 
 def _reference(problem: Problem) -> _Run:
@@ -252,7 +252,8 @@ class _Step:
                 k = run.group_of[members[0]]
                 per_element = run.problem.options["tau_per"] == "element"
                 size = unit.n_elements if per_element else 1
-                bound = SUM_ROUNDINGS * eps * unit.value
+                value = measured[unit.name]
+                bound = SUM_ROUNDINGS * eps * abs(value)
                 if unit.statistic == "weight_change":  # of the weights as they are stored
                     rounding = sum(b["parameter"].sum() for i in members if (b := self.bounds[i]))
                     bound += float(rounding) / size
@@ -260,7 +261,7 @@ class _Step:
                     group = run.opt.param_groups[k]
                     terms = [_gains(before[i], grads[i], counts_before[i], group) for i in members]
                     bound = SUM_ROUNDINGS * eps * sum(terms) / size
-                self.statistics[unit.name] = k, unit.value, unit.tau, bound
+                self.statistics[unit.name] = k, value, unit.tau, bound
 
 
 def _gains(before: dict[str, Tensor], grad: Any, count: float, group: dict[str, Any]) -> float:
@@ -391,6 +392,11 @@ class _Trial:
             if true.decided_at < 0:
                 _compare(f"hits of {true.name}", unit.hits, true.hits)
             self._compare_statistic(true.name, unit.statistic, true.statistic)
+        for (_, row), (_, due) in zip(
+            ours.report().history[-1:], theirs.report().history[-1:], strict=True
+        ):
+            for unit, got, want in zip(theirs.report().units, row, due, strict=True):
+                self._compare_statistic(unit.name, got, want)
 
     def _compare_statistic(self, unit: str, got: float, want: float) -> None:
         if math.isnan(got) and math.isnan(want):
@@ -400,7 +406,8 @@ class _Trial:
             f"the statistic of {unit} is {got:.9g} instead of {want:.9g}: rounding allows "
             f"{bound:.2e}"
         )
-        self._record("statistics", error / abs(want), error / bound)
+        if want:  # a negative "gain" is 0 in a table
+            self._record("statistics", error / abs(want), error / bound)
 
     def _record(self, kind: str, deviation: float, share: float) -> None:
         """Include a deviation in the largest ones of the row; `kind` is the field's name."""
