@@ -81,7 +81,7 @@ def loader():
 def check_after(heading, names, folder):
     """What the code below a heading must have brought about."""
     if heading in ("Transformers and TRL", "Quick start", "In a trainer"):
-        assert names["trainer"].state.global_step == 6
+        assert 3 < names["trainer"].state.global_step <= 6  # it stops when all is frozen
         assert (folder / "grades_report.json").exists()
     if heading == "Quick start":
         n_units = len(names["optimizer"].monitored_units)

@@ -49,8 +49,8 @@ class Run:
     def frozen_ms(self) -> float | None:
         """Median time of a step with half or more of the units frozen.
 
-        The count is that of two steps before: the optimizer sets `requires_grad=False` at the end
-        of the step after a freeze, so that only the next backward pass is cheaper.
+        The count is that of two steps before: the optimizer releases what is frozen at the start of
+        the next `step()`, so that only the backward pass after it is cheaper.
         """
         timed = zip(self.step_seconds[2:], self.frozen, strict=False)
         late = [1e3 * seconds for seconds, n in timed if n and 2 * n >= self.n_units]

@@ -45,6 +45,8 @@ def headline(
             backward += f" and {len(trained_below) - 1:,} more"
         what = "Lowest monitored blocks with no matrix left to train"
         lines.append(f"{what}: {n_blocks:,}; {backward}")
+    if grace is not None and timeline.step <= grace:
+        lines.append(f"No check yet: the grace period ends with step {grace:,}.")
     if all(unit.tau == 0 for unit in units):
         lines.append("Observing only: tau is 0, so statistics are measured, nothing freezes.")
     return lines
