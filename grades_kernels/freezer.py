@@ -107,18 +107,18 @@ class Freezer:
         with_tensors = [name for name, _, (n, *_) in groups if n]
         return next(iter([*monitored, *with_tensors, "reference"]))
 
-    def sync(self, optimizer: Optimizer) -> bool:
-        """Read back what a device has decided; whether there is something to publish."""
+    def sync(self, optimizer: Optimizer) -> list[FreezeEvent]:
+        """Read back what a device has decided; returns the freezes not returned before."""
         read_back(self.engines, self.table, self.ranks)
         if self.unit_map.is_current(optimizer.param_groups):
             self._follow_taus(optimizer)
-        return self.table.has_changes
+        return self._publish(optimizer)
 
     # A step
 
     @no_threads_after_fork()
-    def begin_step(self, optimizer: Optimizer) -> bool:
-        """Act on changes of the groups; whether the step before has decided something.
+    def begin_step(self, optimizer: Optimizer) -> list[FreezeEvent]:
+        """Act on changes of the groups; returns the freezes not returned before.
 
         Raises:
             RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
@@ -133,11 +133,11 @@ class Freezer:
         job = (is_initialized(), _process_group(optimizer))
         if self.unit_map.job != job:
             self._join_ranks(optimizer, job)
-        return self.table.has_changes
+        return self._publish(optimizer)
 
     @no_threads_after_fork()
-    def take_step(self, optimizer: Optimizer) -> bool:
-        """Count a step and take it; whether it has decided something that is known already.
+    def take_step(self, optimizer: Optimizer) -> list[FreezeEvent]:
+        """Count a step and take it; returns its freezes, as far as they are known already.
 
         Raises:
             ValueError: If nothing can be monitored though tau is set, or a gradient does not fit.
@@ -159,14 +159,16 @@ class Freezer:
             found_inf = self.ranks.found_anywhere(found_inf)
         if found_inf is None and self._is_at_rest():
             table.begin_step()
-            return False
+            return []
         if not self.engines or not all(
             [engine.is_valid(groups, state, table) for engine in self.engines]
         ):
             names = self.backends(optimizer)
             self.engines = _make_engines(optimizer, names, self.unit_map, table)
         take_step(self.engines, table, self.ranks, grad_scale, found_inf)
-        return table.has_changes and not any(engine.runs_ahead for engine in self.engines)
+        if any(engine.runs_ahead for engine in self.engines):
+            return []
+        return self._publish(optimizer)
 
     def _is_at_rest(self) -> bool:
         """Whether every tensor is frozen and no other rank takes part: a step only counts."""
@@ -183,8 +185,10 @@ class Freezer:
                 "or run the steps outside of the graph."
             )
 
-    def publish(self, optimizer: Optimizer) -> list[FreezeEvent]:
+    def _publish(self, optimizer: Optimizer) -> list[FreezeEvent]:
         """Write what was decided into the state; returns the freezes not returned before."""
+        if not self.table.has_changes:
+            return []
         for unit in self.table.units:
             if unit.is_decided and not unit.is_published:
                 self._write_unit(optimizer, unit)
@@ -196,8 +200,9 @@ class Freezer:
         Called at the start of the step after a decision: a fixed lag, the same on every device and
         after a resume.
         """
-        self._release_where_safe(optimizer, self.table.release_batch())
-        self.table.has_changes = False
+        if self.table.has_changes:
+            self._release_where_safe(optimizer, self.table.release_batch())
+            self.table.has_changes = False
 
     def _release_where_safe(self, optimizer: Optimizer, units: list[Unit]) -> None:
         if not units or self.config.stop_grad is False:

@@ -316,23 +316,19 @@ class GradESAdamW(AdamW):
 
     @torch._disable_dynamo
     def _begin_step(self) -> None:
-        if self._freezer.begin_step(self):
-            self._call_hooks()
-            self._freezer.release_batch(self)
+        self._call_hooks(self._freezer.begin_step(self))
+        self._freezer.release_batch(self)  # after the hooks, which may thaw
 
     @torch._disable_dynamo
     def _take_step(self) -> None:
-        if self._freezer.take_step(self):
-            self._call_hooks()
+        self._call_hooks(self._freezer.take_step(self))
 
     def _exact(self) -> Freezer:
         """The freezer with all that a device has decided; may wait for the device."""
-        if self._freezer.sync(self):
-            self._call_hooks()
+        self._call_hooks(self._freezer.sync(self))
         return self._freezer
 
-    def _call_hooks(self) -> None:
-        events = self._freezer.publish(self)
+    def _call_hooks(self, events: list[FreezeEvent]) -> None:
         for hook in tuple(self._freeze_hooks.values()) if events else ():
             hook(self, events)
 
