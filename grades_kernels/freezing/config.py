@@ -28,15 +28,15 @@ def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
     Raises:
         ValueError: For a value out of range, naming the argument, the value and the range.
     """
-    _check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
-    _check_integer("total_steps", arguments["total_steps"], 1, optional=True)
-    _check_integer("grace_steps", arguments["grace_steps"], 0, optional=True)
-    _check_integer("check_every", arguments["check_every"], 1)
-    _check_integer("patience", arguments["patience"], 1)
-    _check_integer("cooldown", arguments["cooldown"], 0)
-    _check_number("max_frozen", arguments["max_frozen"], "(0, 1]", lambda x: 0 < x <= 1)
-    _check_choice("tau_per", arguments["tau_per"], ("unit", "element"))
-    _check_choice("freeze_timing", arguments["freeze_timing"], TIMINGS)
+    check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
+    check_integer("total_steps", arguments["total_steps"], 1, optional=True)
+    check_integer("grace_steps", arguments["grace_steps"], 0, optional=True)
+    check_integer("check_every", arguments["check_every"], 1)
+    check_integer("patience", arguments["patience"], 1)
+    check_integer("cooldown", arguments["cooldown"], 0)
+    check_number("max_frozen", arguments["max_frozen"], "(0, 1]", lambda x: 0 < x <= 1)
+    check_choice("tau_per", arguments["tau_per"], ("unit", "element"))
+    check_choice("freeze_timing", arguments["freeze_timing"], TIMINGS)
     stop_grad = arguments["stop_grad"]
     if not (isinstance(stop_grad, bool) or stop_grad == "auto"):
         raise ValueError(f"Invalid stop_grad: {stop_grad!r} (choose 'auto', True or False)")
@@ -52,7 +52,7 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         ValueError: For an impossible value, or a combination that cannot work.
     """
     tau, statistic = group["tau"], group["statistic"]
-    _check_choice("statistic", statistic, STATISTICS)
+    check_choice("statistic", statistic, STATISTICS)
     if tau is None:
         return
     if tau == "auto":
@@ -62,7 +62,7 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
                 "has a scale that is known beforehand. Observe it with tau=0.0, then choose."
             )
     else:
-        _check_number("tau", tau, "[0, inf], 'auto', or None: not monitored", lambda x: x >= 0)
+        check_number("tau", tau, "[0, inf], 'auto', or None: not monitored", lambda x: x >= 0)
     if statistic == "weight_change" and config.freeze_timing != "next_step":
         raise ValueError(
             "statistic='weight_change' needs freeze_timing='next_step': how far a weight moves "
@@ -81,21 +81,24 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         )
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+# All three raise ValueError with the argument, the value and what it may be.
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(
             f"Invalid {name}: {value!r} (choose one of {', '.join(map(repr, choices))})"
         )
 
 
-def _check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"Invalid {name}: {value!r} (must be an integer of at least {least})")
 
 
-def _check_number(name: str, value: Any, wanted: str, is_valid: Callable[[Any], bool]) -> None:
+def check_number(name: str, value: Any, wanted: str, is_valid: Callable[[Any], bool]) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or math.isnan(value) or not is_valid(value):
         raise ValueError(f"Invalid {name}: {value!r} (must be a number in {wanted})")

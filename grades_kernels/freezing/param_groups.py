@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .config import check_number
 from .naming import canonical_name, exclusion_reason, is_lora_factor, layer_and_kind, unit_of
 
 _WITHOUT_DECAY = frozenset({"vector", "norm", "bias"})
@@ -173,8 +173,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _checked_number(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
-        raise ValueError(f"Invalid {argument}: {value!r} (a number of at least 0 is needed)")
+    check_number(argument, value, "[0, inf]", lambda x: x >= 0)
     return float(value)
 
 

@@ -16,6 +16,7 @@ from itertools import cycle, product
 from pathlib import Path
 from statistics import median
 
+from ..freezing.config import check_choice, check_integer, check_number
 from .plot import KIND_COLOURS, picture_path
 from .record import units_by_kind
 from .report import FreezeReport
@@ -150,12 +151,9 @@ def calibrate(
         ValueError: An argument is out of range, the report has no measurement in the range, units
             of different statistics would share one tau, or too few measurements reach the share.
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"Invalid share: {share!r} (must be a number in (0, 1])")
-    if per not in ("kind", "unit", "all"):
-        raise ValueError(f"Invalid per: {per!r} (choose one of 'kind', 'unit', 'all')")
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-        raise ValueError(f"Invalid patience: {patience!r} (must be an integer of at least 1)")
+    check_number("share", share, "(0, 1]", lambda x: 0 < x <= 1)
+    check_choice("per", per, ("kind", "unit", "all"))
+    check_integer("patience", patience, 1)
     if not report.units:
         raise ValueError("the report has no monitored unit: observe with tau=0.0 first")
     last = max((step for step, _ in report.history), default=0)
