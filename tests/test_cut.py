@@ -11,11 +11,12 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import tiny_llama
+from tiny import TRAINER, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from grades_kernels import (
     ActivationCache,
@@ -240,6 +241,52 @@ def test_the_gain_is_what_a_small_step_takes_from_the_loss(name):
         v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
 
 
+def test_a_forward_pass_that_replaces_buffers_changes_none():
+    class Counting(Model):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(2))
+            self.register_buffer("late", None)
+            self.register_buffer("expanded", torch.zeros(1).expand(3))
+
+        def forward(self, tokens):
+            self.count, self.late = self.count + 1, torch.ones(1)
+            return super().forward(tokens)
+
+    model = Counting()
+    count = model.count
+    cut_of(model)
+    assert model.count is count and count.tolist() == [0, 0] and model.late is None
+
+
+def test_a_loss_may_take_its_labels_out_of_the_batch():
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["tokens"]), batch.pop("labels"))
+
+    given = [{"tokens": batch, "labels": batch.sum(1) % 9} for batch in batches()]
+    assert choose_cut(make(), loss, given) == cut_of()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_number_of_losses_is_that_of_the_documentation(tied):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        return loss_of(model, batch)
+
+    choose_cut(make(tied=tied), loss, batches())
+    assert len(calls) == 16 + (6 if tied else 5)
+
+
+def test_a_tensor_of_two_blocks_is_frozen_with_the_higher_one():
+    model = make()
+    model.layers[2].fc1.weight = model.layers[0].fc1.weight
+    cut = cut_of(model)
+    assert [len(segment) for segment in cut.segments] == [2, 5, 6, 6, 6]
+    assert "layers.0.fc1.weight" in cut.segments[3]
+
+
 def test_costs_are_those_of_a_prefix():
     """Blocks of one size: a step costs (3 - 2k) forward passes, the embedding costs none."""
     cost = {x.k: x.cost for x in cut_of(make(n=8, dim=64)).candidates}
@@ -252,6 +299,26 @@ def test_costs_between_the_measured_cuts_are_interpolated():
     cost = {x.k: x.cost for x in cut_of(make(n=20, dim=64)).candidates}
     for k in range(1, 20):
         assert cost[k] == pytest.approx(1 - 2 / 3 * k / 20, abs=0.04)
+
+
+def test_blocks_of_other_sizes_are_interpolated_by_their_multiply_adds():
+    """Blocks that alternate: by their number alone the cost of odd cuts would be 0.1 off."""
+
+    def alternating():
+        model = make(n=6, dim=32)
+        for block in model.layers[::2]:
+            block.fc1, block.fc2 = nn.Linear(32, 256), nn.Linear(256, 32)
+        return model
+
+    cut = cut_of(alternating())
+    batch, whole = batches()[0], None
+    for candidate in cut.candidates:
+        model = alternating()
+        cut.at(candidate.k).apply(model)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(model, batch).backward()
+        whole = whole or counter.get_total_flops()
+        assert candidate.cost == pytest.approx(counter.get_total_flops() / whole, abs=0.03)
 
 
 def test_time_as_cost_orders_the_cuts_as_multiply_adds_do():
@@ -445,6 +512,21 @@ def test_autocast_is_the_callers():
     assert choose_cut(make(), loss, batches()).candidates[0].k is None
 
 
+def test_the_trainer_probes_in_the_precision_of_the_training(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from grades_kernels.integrations.transformers import add_grades
+
+    model, seen = tiny_llama(), set()
+    handle = model.model.layers[0].mlp.gate_proj.register_forward_hook(
+        lambda _, args, output: seen.add(output.dtype)
+    )
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), bf16=True, **TRAINER)
+    data = [{"input_ids": x, "labels": x} for x in torch.arange(32).reshape(8, 4)]
+    add_grades(transformers.Trainer(model, args, train_dataset=data), tau=0.0, cut="auto")
+    handle.remove()
+    assert seen == {torch.bfloat16}
+
+
 # Bad input
 
 BAD = {
@@ -510,6 +592,9 @@ def cut_in_a_job(kind):
     for name, p in inner.named_parameters():
         whole = p.full_tensor() if kind == "fsdp2" else p
         assert torch.equal(whole, before[name]) and p.grad is None
+    if kind == "ddp":
+        with pytest.raises(ValueError, match=r"would wait for the gradients.*model\.module"):
+            cut.at(2).apply(model)
     cut.at(2).apply(inner)
     if kind == "ddp":
         model = DistributedDataParallel(inner)
@@ -548,7 +633,7 @@ def train_epochs(model, cache, n=3):
     """Losses of three epochs in another order each, and how often the lowest block computed."""
     optimizer = GradESAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     runs, losses = [], []
-    handle = model.layers[0].fc1.register_forward_hook(lambda *_: runs.append(1))
+    handle = model.layers[0].fc1.register_forward_pre_hook(lambda *_: runs.append(1))
     data = torch.cat(batches(4))
     for epoch in range(n):
         order = torch.randperm(32, generator=torch.Generator().manual_seed(epoch))
@@ -592,6 +677,66 @@ def test_rows_in_half_precision_and_beyond_the_limit():
     small = cached(model, max_bytes=6 * 12 * 4 * 20)
     assert train_epochs(model, small)[0] == expected
     assert small.n_bytes == small.max_bytes
+
+
+@pytest.mark.parametrize("case", ["checkpointing", "all blocks", "partly frozen", "own forward"])
+def test_the_cache_gives_the_same_bits(case):
+    """With recomputed blocks; with the head alone; with blocks that were frozen before."""
+
+    def start():
+        model = make(checkpointing=False if case == "checkpointing" else None)
+        if case == "partly frozen":
+            model.layers[0].requires_grad_(False)
+        if case == "own forward":
+            model.layers[1].forward = model.layers[1].forward
+        return model
+
+    model, other, k = start(), start(), 4 if case == "all blocks" else 2
+    cache = cached(model, k)
+    cut_of(other).at(k).apply(other, eval_frozen=True)
+    assert train_epochs(model, cache)[0] == train_epochs(other, None)[0]
+    assert cache.n_skipped == 8
+    assert ("forward" in model.layers[1].__dict__) == (case == "own forward")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_numbers_of_rows_may_be_tensors():
+    model = make()
+    cache = cached(model)
+    for _ in range(2):
+        with cache.rows(list(torch.arange(8))):
+            loss_of(model, batches()[0])
+    assert cache.n_skipped == 1
+
+
+CHANGING = {
+    "tied": ({"tied": True}, loss_of, r"tensor that trains.*tied='freeze'"),
+    "random": ({}, lambda m, b: loss_of(m, b + 0 * torch.randint(2, ())), "random numbers were"),
+    "twice": ({}, lambda m, b: loss_of(m, b) + loss_of(m, b), "runs twice"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_changes_between_epochs_is_not_cached(name):
+    options, loss, message = CHANGING[name]
+    model = make(**options)
+    cache = cached(model)
+    with pytest.raises(ValueError, match=message), cache.rows(range(8)):
+        loss(model, batches()[0])
+
+
+def test_a_cache_of_other_weights_or_with_hooks_below_is_refused():
+    model = make()
+    cache = cached(model)
+    handle = model.layers[0].fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks inside of Block"), cache.rows(range(8)):
+        loss_of(model, batches()[0])
+    handle.remove()
+    with torch.no_grad():
+        model.layers[0].fc1.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights below the cut have changed"), cache.rows([0]):
+        pass
 
 
 def test_what_cannot_be_cached_is_refused():

@@ -41,6 +41,14 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in tensors_of(model).items() if p.requires_grad}
 
 
+def blocks_of(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The blocks of the stack of this name, whether they train or not."""
+    return next(
+        (tuple(x.children()) for path, x in model.named_modules() if canonical_name(path) == name),
+        (),
+    )
+
+
 def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     """The stack of blocks in which something trains.
 
@@ -133,16 +141,13 @@ def below_the_blocks(
     with detached_inputs(stack.blocks[0]):
         backward()
     named, inside = trainable(model), stack.params
-    detached = {name: p.grad for name, p in named.items() if p not in inside}
-    below = [name for name, grad in detached.items() if grad is None]
-    backward()
+    outside = {name: p for name, p in named.items() if p not in inside}
+    below = [name for name, p in outside.items() if p.grad is None]
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    tied = [
-        name
-        for name, grad in detached.items()
-        if grad is not None and named[name] in tables and _differ(grad, named[name].grad)
-    ]
-    return below, tied
+    detached = {name: p.grad for name, p in outside.items() if p.grad is not None and p in tables}
+    if detached:
+        backward()
+    return below, [name for name, grad in detached.items() if _differ(grad, named[name].grad)]
 
 
 def _differ(a: Tensor, b: Any) -> bool:
