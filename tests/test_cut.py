@@ -5,6 +5,8 @@ import copy
 import math
 import pickle
 import random
+import statistics
+import types
 
 import pytest
 import ranks
@@ -208,6 +210,31 @@ def test_blocks_are_counted_as_they_run():
     assert cost == sorted(cost, reverse=True) and cost[-1] < 0.5
 
 
+def test_a_place_for_a_cut_freezes_something_and_leaves_something():
+    model = make()
+    for part in (model.embed, model.layers[0], model.norm, model.head):
+        part.requires_grad_(False)
+    model.position.requires_grad_(False)
+    cut = cut_of(model)
+    assert [candidate.k for candidate in cut.candidates] == [None, 2, 3]
+    assert [candidate.cost < 1 for candidate in cut.candidates] == [False, True, True]
+
+
+def test_blocks_that_are_left_out_at_random_keep_their_order():
+    class Dropping(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.position
+            for layer in self.layers:
+                x = layer(x) if torch.rand(()) > 0.5 else x
+            return self.head(self.norm(x).mean(1))
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        cut = cut_of(Dropping())
+        assert sorted(cut.segments[0]) == sorted(BELOW)
+        assert [segment[0].split(".")[1] for segment in cut.segments[1:]] == list("0123")
+
+
 # The measurement
 
 
@@ -223,22 +250,22 @@ def test_nothing_has_changed_afterwards():
     assert_unchanged(before, bits(model))
 
 
-@pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "head.weight"])
+@pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "norm.bias"])
 def test_the_gain_is_what_a_small_step_takes_from_the_loss(name):
     """Against finite differences: the mean over batches of what -lr * m_hat / sqrt(v_hat) gains."""
     model, seen = make(seed=2), batches(6)
-    steps = choose._probe(model, loss_of, seen, 6, find_stack(model), (0.9, 0.999), 1e-8)[1]
+    steps = choose._probe(model, loss_of, seen, 6, find_stack(model), (0.8, 0.95), 1e-3)[1]
     p = dict(model.named_parameters())[name]
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, batch in enumerate(seen, start=1):
         model.zero_grad()
         loss_of(model, batch).backward()
         if t > 1:
-            direction = m / (1 - 0.9 ** (t - 1)) / ((v / (1 - 0.999 ** (t - 1))).sqrt() + 1e-8)
+            direction = m / (1 - 0.8 ** (t - 1)) / ((v / (1 - 0.95 ** (t - 1))).sqrt() + 1e-3)
             expected = (p.grad * direction).sum().item()
             assert steps[t - 2][name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        m.lerp_(p.grad, 0.1)
-        v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+        m.lerp_(p.grad, 0.2)
+        v.mul_(0.95).addcmul_(p.grad, p.grad, value=0.05)
 
 
 def test_a_forward_pass_that_replaces_buffers_changes_none():
@@ -326,8 +353,42 @@ def test_time_as_cost_orders_the_cuts_as_multiply_adds_do():
     assert all(candidate.cost > 0 for candidate in cut.candidates)
 
 
+def test_the_smaller_of_two_times_counts(monkeypatch):
+    clock = iter([0.0, 5.0, 5.0, 8.0])
+    monkeypatch.setattr(choose.time, "perf_counter", lambda: next(clock))
+    assert choose._seconds(lambda: None, ())[0] == 3.0
+
+
 def test_the_same_call_gives_the_same_cut():
     assert cut_of() == cut_of()
+
+
+def test_nothing_to_count_is_an_error():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.weight
+
+    def loss(model, batch):
+        return model(batch.float()).square().mean()
+
+    model = nn.Sequential(Scale(), Scale())
+    with pytest.raises(ValueError, match=r"no multiply-adds were seen.*cost='time'"):
+        choose_cut(model, loss, batches())
+    assert choose_cut(model, loss, batches(), cost="time").n_blocks == 2
+    blocks = nn.Sequential(*[Scale() for _ in range(6)])
+    with_head = nn.Sequential(blocks, nn.Linear(6, 2))
+    assert choose_cut(with_head, loss, batches()).candidates[-1].cost < 1
+
+
+def test_complex_tensors_are_probed():
+    model = make()
+    model.phase = nn.Parameter(torch.ones(6, dtype=torch.complex64))
+    cut = choose_cut(model, lambda m, b: loss_of(m, b) + (m.phase - 1j).abs().sum(), batches())
+    assert math.isfinite(cut.gains[-1]) and cut.gains[-1] > 3
 
 
 # The choice
@@ -348,6 +409,14 @@ def test_the_best_ratio_is_chosen_with_its_standard_error():
     assert 0 < candidates[-1].error < 0.1
 
 
+def test_the_standard_error_is_that_of_a_mean_where_every_batch_gains_the_same():
+    shares = [0.1, 0.4, 0.2, 0.5, 0.3]
+    candidate = choose._candidate([[1 - x, x] for x in shares], 0, 0.5)
+    assert candidate.ratio == pytest.approx(statistics.mean(shares) / 0.5)
+    assert candidate.error == pytest.approx(statistics.stdev(shares) / math.sqrt(5) / 0.5)
+    assert math.isnan(choose._candidate([[0.0, 0.0]] * 4, 0, 1.0).ratio)
+
+
 def test_no_cut_where_every_block_gains_as_much_as_it_costs():
     gains = gains_of(0.4, 0.2, 0.2, 0.2)
     candidates = [
@@ -364,10 +433,10 @@ def test_no_cut_that_is_better_within_its_standard_error_alone():
 
 
 def test_no_cut_where_the_probe_saw_noise():
-    k, reason = choose._choice(
-        [Candidate(None, 1, 1, 1, 0), Candidate(0, 2, 1, 2, 0)], gains_of(0.0)
-    )
-    assert k is None and "no gain beyond its noise" in reason
+    candidates = [Candidate(None, 1, 1, 1, 0), Candidate(0, 2, 1, 2, 0)]
+    for gains in (gains_of(0.0), [[1.0], [-0.9], [1.0], [-0.9]]):
+        k, reason = choose._choice(candidates, gains)
+        assert k is None and "no gain beyond its noise" in reason
 
 
 def test_a_task_that_the_head_learns_is_cut_and_one_that_needs_the_embedding_is_not():
@@ -525,6 +594,17 @@ def test_the_trainer_probes_in_the_precision_of_the_training(tmp_path):
     add_grades(transformers.Trainer(model, args, train_dataset=data), tau=0.0, cut="auto")
     handle.remove()
     assert seen == {torch.bfloat16}
+
+
+def test_lightning_does_not_probe_a_step_that_the_module_takes_itself():
+    lightning = pytest.importorskip("lightning")
+    from grades_kernels.integrations.lightning import GradESCallback
+
+    module = lightning.LightningModule()
+    module.automatic_optimization = False
+    trainer = types.SimpleNamespace(strategy=None)
+    with pytest.raises(ValueError, match=r"automatic_optimization=False.*choose_cut"):
+        GradESCallback("auto").setup(trainer, module, "fit")
 
 
 # Bad input

@@ -35,7 +35,7 @@ from ..optimizer import GradESAdamW
 from ..release import ReentrantDetector
 from ..report.tables import standard_error
 from ..state_tensors import local
-from .blocks import Stack, as_they_run, below_the_blocks, find_stack, trainable
+from .blocks import Stack, below_the_blocks, find_stack, trainable
 from .cut import NO_REENTRANT, Candidate, Cut, disable_input_grads
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -98,17 +98,18 @@ def choose_cut(
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
     with _unchanged(inner) as repeat_random_numbers:
-        with as_they_run(stack) as order:
-            first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
-        stack = Stack(stack.name, tuple(dict.fromkeys([*order, *stack.blocks])))
+        first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
 
         def backward() -> None:
-            _clear(inner)
+            inner.zero_grad()
             repeat_random_numbers()  # the same dropout in every call
             # A copy, as a loss may take its labels out of a batch.
             _loss_of(loss, inner, deepcopy(first), "the first batch").backward()
 
-        below, shared = _of_rank_0(below_the_blocks(inner, stack, backward))
+        order, *found = below_the_blocks(inner, stack, backward)
+        below, shared = _of_rank_0(found)
+        if len(order) == len(stack.blocks):  # layerdrop leaves out blocks at random
+            stack = Stack(stack.name, tuple(order))
         names = trainable(inner)
         if tied == "freeze":
             below += shared
@@ -157,23 +158,21 @@ def _probe(
     The optimizer steps copies of the weights, so that those of the model are never written.
     """
     named = trainable(_unwrapped(model))
-    copies = {name: p.detach().clone() for name, p in named.items()}
+    copies = {name: _real(p.detach()).clone() for name, p in named.items()}
     for copy in copies.values():
         copy.requires_grad_(True)
     # By their own names the factors of a LoRA update would be one unit, which is void while B = 0.
     numbered = [(f"tensor{i}", copy) for i, copy in enumerate(copies.values())]
     group = {"params": numbered, "tau": 0.0, "statistic": "gain", "monitor_all": True}
-    optimizer = GradESAdamW(
-        [group], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, grace_steps=0, stop_grad=False
-    )
+    optimizer = GradESAdamW([group], lr=0.0, betas=betas, eps=eps, grace_steps=0)
     detector = ReentrantDetector(stack.params)
     first, n = None, 0
     try:
-        for n, batch in enumerate(_first(batches, n_batches), start=1):
+        for n, batch in zip(range(1, n_batches + 1), batches, strict=False):
             first = deepcopy(batch) if n == 1 else first
-            _clear(model)
+            model.zero_grad()
             _loss_of(loss, model, batch, f"batch {n}").backward()
-            grads = {name: p.grad for name, p in named.items() if p.grad is not None}
+            grads = {name: _real(p.grad) for name, p in named.items() if p.grad is not None}
             _check_gradients(grads, stack, n, detector)
             if not isinstance(model, DistributedDataParallel):
                 _average(grads.values())
@@ -197,8 +196,8 @@ def _probe(
     ]
 
 
-def _first(batches: Iterable[Any], n: int) -> Iterator[Any]:
-    return (batch for _, batch in zip(range(n), batches, strict=False))
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x  # as torch's AdamW does
 
 
 def _loss_of(loss: Loss, model: nn.Module, batch: Any, where: str) -> Tensor:
@@ -223,8 +222,9 @@ def _check_gradients(
         raise ValueError(f"choose_cut: {NO_REENTRANT}")
     if all(p.grad is None for p in stack.params):
         raise ValueError(f"loss(model, batch) does not depend on the blocks of {stack.name!r}.")
-    dense = [torch.view_as_real(x) if x.is_complex() else x for x in map(local, grads.values())]
-    norms = torch._foreach_norm(dense, 2, torch.float64)  # a fifth of the time of isfinite
+    norms = torch._foreach_norm(
+        list(map(local, grads.values())), 2, torch.float64
+    )  # a fifth of the time of isfinite
     found = torch.stack([x.to(norms[0].device) for x in norms]).tolist()
     for name, norm in zip(grads, found, strict=True):
         if not math.isfinite(norm):
@@ -297,8 +297,6 @@ def _costs(
     finally:
         for module in having:
             module.enable_input_require_grads()  # type: ignore[operator]
-        for p in params.values():
-            p.requires_grad_(True)
     costs: dict[int | None, float] = {None: 1.0}
     size = list(accumulate(sizes, initial=0.0))  # of the blocks below a cut
     for k in cuts:
@@ -357,7 +355,7 @@ def _by_segment(
     """Per probe step the gain below the blocks, of every block, and above."""
     rows = []
     for step in steps:
-        own = [math.fsum(step.get(name, 0.0) for name in segment) for segment in segments]
+        own = [math.fsum(step[name] for name in segment) for segment in segments]
         rows.append([*own, math.fsum(step.values()) - math.fsum(own)])
     return rows
 
@@ -409,11 +407,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
         inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
     return inner
-
-
-def _clear(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = None
 
 
 @contextmanager

@@ -91,8 +91,8 @@ class Cut:
         Raises:
             ValueError: If `k` is not one of the candidates.
         """
-        if k not in [candidate.k for candidate in self.candidates]:
-            places = [candidate.k for candidate in self.candidates]
+        places = [candidate.k for candidate in self.candidates]
+        if k not in places:
             raise ValueError(f"k={k!r} is no candidate of this cut: choose one of {places}")
         return replace(self, k=k, reason=f"k={k} was set by hand")
 
