@@ -8,6 +8,7 @@ import random
 import statistics
 import types
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -121,6 +122,18 @@ def test_what_acts_through_the_blocks_alone_is_below_them():
     assert [candidate.k for candidate in cut.candidates] == [None, 0, 1, 2, 3, 4]
 
 
+def test_inputs_of_the_blocks_may_be_keywords():
+    class Keywords(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.position
+            for layer in self.layers:
+                x = layer(x=x)
+            return self.head(self.norm(x).mean(1))
+
+    torch.manual_seed(0)
+    assert sorted(cut_of(Keywords()).segments[0]) == sorted(BELOW)
+
+
 @pytest.mark.parametrize("tied", ["train", "freeze"])
 def test_a_tied_embedding_trains_unless_asked_otherwise(tied):
     cut = cut_of(make(tied=True), tied=tied)
@@ -182,6 +195,8 @@ def test_an_embedding_of_another_stack_is_not_tied():
 def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
     model = nn.ModuleDict({
         "frozen": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False),
+        "single": nn.Sequential(nn.Linear(3, 3)),
+        "head": nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()),
         "layers": nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)),
     })  # fmt: skip
     assert find_stack(model).name == "layers"
@@ -191,6 +206,8 @@ def test_a_stack_may_alternate_two_classes_and_a_model_is_none():
     layers = nn.ModuleList(nn.Linear(2, 2) if k % 2 else nn.LayerNorm(2) for k in range(4))
     model = nn.ModuleDict({"embed": nn.Embedding(2, 2), "layers": layers, "norm": nn.LayerNorm(2)})
     assert find_stack(model).name == "layers"
+    wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
+    assert len(find_stack(nn.ModuleDict({"0": nn.Linear(2, 2), "1": wrapped})).blocks) == 2
     with pytest.raises(ValueError, match="has no repeated blocks"):
         find_stack(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
 
@@ -245,9 +262,14 @@ def test_nothing_has_changed_afterwards():
     loss_of(model, batches()[0]).backward()
     model.layers[1].eval()
     random.seed(3)
-    before = bits(model)
-    choose_cut(model, loss_of, batches())
+    before, of_numpy = bits(model), np.random.get_state()[1].tolist()
+
+    def loss(model, batch):
+        return loss_of(model, batch) + 0.1 * random.random() + 0.1 * np.random.rand()
+
+    choose_cut(model, loss, batches())
     assert_unchanged(before, bits(model))
+    assert np.random.get_state()[1].tolist() == of_numpy
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "norm.bias"])
