@@ -131,7 +131,11 @@ def test_inputs_of_the_blocks_may_be_keywords():
             return self.head(self.norm(x).mean(1))
 
     torch.manual_seed(0)
-    assert sorted(cut_of(Keywords()).segments[0]) == sorted(BELOW)
+    model = Keywords()
+    assert sorted(cut_of(model).segments[0]) == sorted(BELOW)
+    cache = cached(model)
+    with pytest.raises(ValueError, match="do not begin with a tensor"), cache.rows(range(8)):
+        loss_of(model, batches()[0])
 
 
 @pytest.mark.parametrize("tied", ["train", "freeze"])
@@ -773,8 +777,10 @@ def test_later_epochs_skip_the_frozen_blocks_with_the_same_bits():
 def test_rows_in_half_precision_and_beyond_the_limit():
     expected = train_epochs(with_cut(), None)[0]
     model = make()
-    half, runs = train_epochs(model, cached(model, dtype=torch.bfloat16))
+    cache = cached(model, dtype=torch.bfloat16)
+    half, runs = train_epochs(model, cache)
     assert runs == 4 and half == pytest.approx(expected, rel=0.02)
+    assert cache.n_bytes == 32 * 6 * 12 * 2
     model = make()
     small = cached(model, max_bytes=6 * 12 * 4 * 20)
     assert train_epochs(model, small)[0] == expected
@@ -804,12 +810,17 @@ def test_the_cache_gives_the_same_bits(case):
 
 
 def test_numbers_of_rows_may_be_tensors():
-    model = make()
+    model = make(checkpointing=False)
     cache = cached(model)
     for _ in range(2):
         with cache.rows(list(torch.arange(8))):
-            loss_of(model, batches()[0])
+            loss_of(model, batches()[0]).backward()  # runs the upper blocks again
     assert cache.n_skipped == 1
+    with cache.rows(range(4, 12)):
+        loss_of(model, batches()[0])
+    assert cache.n_bytes == 12 * 6 * 12 * 4
+    stored = sum(row.untyped_storage().nbytes() for row in cache._rows.values())
+    assert stored == cache.n_bytes  # rows do not keep their batch
 
 
 CHANGING = {
@@ -828,6 +839,34 @@ def test_what_changes_between_epochs_is_not_cached(name):
         loss(model, batches()[0])
 
 
+def test_blocks_may_return_their_output_in_a_tuple_but_no_more():
+    class Tuple(Block):
+        n_outputs = 1
+
+        def forward(self, x):
+            return (super().forward(x),) * self.n_outputs
+
+    class Tuples(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.position
+            for layer in self.layers:
+                x = layer(x)[0]
+            return self.head(self.norm(x).mean(1))
+
+    torch.manual_seed(0)
+    model = Tuples()
+    model.layers = nn.ModuleList(Tuple(12) for _ in range(4))
+    cache = cached(model)
+    losses = []
+    for _ in range(2):
+        with cache.rows(range(8)):
+            losses.append(loss_of(model, batches()[0]).item())
+    assert losses[0] == losses[1] and cache.n_skipped == 1
+    Tuple.n_outputs = 2
+    with pytest.raises(ValueError, match="returns more than"), cache.rows(range(8, 16)):
+        loss_of(model, batches()[0])
+
+
 def test_a_cache_of_other_weights_or_with_hooks_below_is_refused():
     model = make()
     cache = cached(model)
@@ -839,13 +878,21 @@ def test_a_cache_of_other_weights_or_with_hooks_below_is_refused():
         model.layers[0].fc1.weight.mul_(2)
     with pytest.raises(ValueError, match="weights below the cut have changed"), cache.rows([0]):
         pass
+    model = make()
+    cache = cached(model)
+    model.layers[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="have changed or train again"), cache.rows([0]):
+        pass
 
 
 def test_what_cannot_be_cached_is_refused():
     model = make(dropout=0.1)
     cut = cut_of(model)
-    with pytest.raises(ValueError, match="the cut freezes 0 of 4 blocks"):
-        ActivationCache(model, cut.at(0), max_bytes=1)
+    for k in (0, None):
+        with pytest.raises(ValueError, match="the cut freezes 0 of 4 blocks"):
+            ActivationCache(model, cut.at(k), max_bytes=1)
+    with pytest.raises(ValueError, match="tensors below the cut still train"):
+        ActivationCache(nn.Linear(2, 2), cut.at(2), max_bytes=1)
     with pytest.raises(ValueError, match="tensors below the cut still train"):
         ActivationCache(model, cut.at(2), max_bytes=1)
     cut.at(2).apply(model)
@@ -857,11 +904,22 @@ def test_what_cannot_be_cached_is_refused():
         loss_of(model, batches()[0])
     model = make()
     cache = cached(model)
-    with pytest.raises(ValueError, match="3 ids for 8 rows"), cache.rows(range(3)):
-        loss_of(model, batches()[0])
+    for n in (3, 0):
+        with pytest.raises(ValueError, match=f"{n} ids for 8 rows"), cache.rows(range(n)):
+            loss_of(model, batches()[0])
     with cache.rows(range(8)):
         loss_of(model, batches()[0])
     message = r"7 ids for rows of shape \(8, 6, 12\)"
     with pytest.raises(ValueError, match=message), cache.rows(range(7)):
         loss_of(model, batches()[0])
     assert "forward" not in model.layers[0].__dict__
+
+
+def test_a_row_of_another_length_is_refused():
+    model = make()
+    model.position = nn.Parameter(torch.zeros(1, 12))
+    cache = cached(model)
+    with cache.rows(range(8)):
+        loss_of(model, batches()[0])
+    with pytest.raises(ValueError, match="stored with another length"), cache.rows(range(8)):
+        loss_of(model, batches()[0][:, :4])

@@ -49,7 +49,9 @@ class ActivationCache:
         self, model: nn.Module, cut: Cut, *, max_bytes: float, dtype: torch.dtype | None = None
     ) -> None:
         if not cut.k:
-            raise ValueError(f"ActivationCache: the cut freezes {cut.k} of {cut.n_blocks} blocks.")
+            raise ValueError(
+                f"ActivationCache: the cut freezes {cut.k or 0} of {cut.n_blocks} blocks."
+            )
         params = tensors_of(model)
         self._below = [params[name] for name in cut.frozen if name in params]
         if len(self._below) < len(cut.frozen) or any(p.requires_grad for p in self._below):
@@ -81,7 +83,7 @@ class ActivationCache:
         """
         keys = ids.tolist() if isinstance(ids, Tensor) else [_number(key) for key in ids]
         if self._current_versions() != self._versions:
-            raise _error("weights below the cut have changed. Make a new cache.")
+            raise _error("weights below the cut have changed or train again. Make a new cache.")
         with ExitStack() as stack:
             if keys and all(key in self._rows for key in keys):
                 self._skip(stack, keys)
@@ -97,7 +99,7 @@ class ActivationCache:
         device = self._below[0].device
         random_state = _random_state(device)
 
-        def note(block: nn.Module, args: Any, output: Any) -> None:
+        def note(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if block in ran[: self._k]:
                 raise _error("a frozen block runs twice. Use one context for each forward pass.")
             ran.append(block)
@@ -113,6 +115,7 @@ class ActivationCache:
                     f"hooks inside of {type(block).__name__} would not be called. Remove them; "
                     "transformers sets them for output_router_logits and output_attentions."
                 )
+            _hidden(args, kwargs)
             alone = isinstance(output, tuple) and len(output) == 1
             hidden = output[0] if alone else output
             if not isinstance(hidden, Tensor):
@@ -143,11 +146,11 @@ class ActivationCache:
             self._computed = hidden.dtype
 
         for block in self._blocks:
-            stack.callback(block.register_forward_hook(note).remove)
+            stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
 
     def _skip(self, stack: ExitStack, keys: list[Hashable]) -> None:
         def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = _hidden(args, kwargs)
             if block is self._frozen[-1]:
                 rows = [self._rows[key] for key in keys]
                 if any(row.shape != hidden.shape[1:] for row in rows) or len(rows) != len(hidden):
@@ -169,6 +172,13 @@ class ActivationCache:
 
 def _error(text: str) -> ValueError:
     return ValueError(f"ActivationCache: {text}")
+
+
+def _hidden(args: Any, kwargs: Any) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise _error("the inputs of a block do not begin with a tensor.")
+    return hidden
 
 
 def _number(key: Any) -> Hashable:
