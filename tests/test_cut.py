@@ -5,17 +5,21 @@ import copy
 import math
 import pickle
 import random
+import statistics
+import types
 
+import numpy as np
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import tiny_llama
+from tiny import TRAINER, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from grades_kernels import (
     ActivationCache,
@@ -118,6 +122,22 @@ def test_what_acts_through_the_blocks_alone_is_below_them():
     assert [candidate.k for candidate in cut.candidates] == [None, 0, 1, 2, 3, 4]
 
 
+def test_inputs_of_the_blocks_may_be_keywords():
+    class Keywords(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.position
+            for layer in self.layers:
+                x = layer(x=x)
+            return self.head(self.norm(x).mean(1))
+
+    torch.manual_seed(0)
+    model = Keywords()
+    assert sorted(cut_of(model).segments[0]) == sorted(BELOW)
+    cache = cached(model)
+    with pytest.raises(ValueError, match="do not begin with a tensor"), cache.rows(range(8)):
+        loss_of(model, batches()[0])
+
+
 @pytest.mark.parametrize("tied", ["train", "freeze"])
 def test_a_tied_embedding_trains_unless_asked_otherwise(tied):
     cut = cut_of(make(tied=True), tied=tied)
@@ -179,6 +199,8 @@ def test_an_embedding_of_another_stack_is_not_tied():
 def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
     model = nn.ModuleDict({
         "frozen": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False),
+        "single": nn.Sequential(nn.Linear(3, 3)),
+        "head": nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()),
         "layers": nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)),
     })  # fmt: skip
     assert find_stack(model).name == "layers"
@@ -188,6 +210,8 @@ def test_a_stack_may_alternate_two_classes_and_a_model_is_none():
     layers = nn.ModuleList(nn.Linear(2, 2) if k % 2 else nn.LayerNorm(2) for k in range(4))
     model = nn.ModuleDict({"embed": nn.Embedding(2, 2), "layers": layers, "norm": nn.LayerNorm(2)})
     assert find_stack(model).name == "layers"
+    wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
+    assert len(find_stack(nn.ModuleDict({"0": nn.Linear(2, 2), "1": wrapped})).blocks) == 2
     with pytest.raises(ValueError, match="has no repeated blocks"):
         find_stack(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
 
@@ -207,6 +231,31 @@ def test_blocks_are_counted_as_they_run():
     assert cost == sorted(cost, reverse=True) and cost[-1] < 0.5
 
 
+def test_a_place_for_a_cut_freezes_something_and_leaves_something():
+    model = make()
+    for part in (model.embed, model.layers[0], model.norm, model.head):
+        part.requires_grad_(False)
+    model.position.requires_grad_(False)
+    cut = cut_of(model)
+    assert [candidate.k for candidate in cut.candidates] == [None, 2, 3]
+    assert [candidate.cost < 1 for candidate in cut.candidates] == [False, True, True]
+
+
+def test_blocks_that_are_left_out_at_random_keep_their_order():
+    class Dropping(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.position
+            for layer in self.layers:
+                x = layer(x) if torch.rand(()) > 0.5 else x
+            return self.head(self.norm(x).mean(1))
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        cut = cut_of(Dropping())
+        assert sorted(cut.segments[0]) == sorted(BELOW)
+        assert [segment[0].split(".")[1] for segment in cut.segments[1:]] == list("0123")
+
+
 # The measurement
 
 
@@ -217,27 +266,78 @@ def test_nothing_has_changed_afterwards():
     loss_of(model, batches()[0]).backward()
     model.layers[1].eval()
     random.seed(3)
-    before = bits(model)
-    choose_cut(model, loss_of, batches())
+    before, of_numpy = bits(model), np.random.get_state()[1].tolist()
+
+    def loss(model, batch):
+        return loss_of(model, batch) + 0.1 * random.random() + 0.1 * np.random.rand()
+
+    choose_cut(model, loss, batches())
     assert_unchanged(before, bits(model))
+    assert np.random.get_state()[1].tolist() == of_numpy
 
 
-@pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "head.weight"])
+@pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "norm.bias"])
 def test_the_gain_is_what_a_small_step_takes_from_the_loss(name):
     """Against finite differences: the mean over batches of what -lr * m_hat / sqrt(v_hat) gains."""
     model, seen = make(seed=2), batches(6)
-    steps = choose._probe(model, loss_of, seen, 6, find_stack(model), (0.9, 0.999), 1e-8)[1]
+    steps = choose._probe(model, loss_of, seen, 6, find_stack(model), (0.8, 0.95), 1e-3)[1]
     p = dict(model.named_parameters())[name]
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, batch in enumerate(seen, start=1):
         model.zero_grad()
         loss_of(model, batch).backward()
         if t > 1:
-            direction = m / (1 - 0.9 ** (t - 1)) / ((v / (1 - 0.999 ** (t - 1))).sqrt() + 1e-8)
+            direction = m / (1 - 0.8 ** (t - 1)) / ((v / (1 - 0.95 ** (t - 1))).sqrt() + 1e-3)
             expected = (p.grad * direction).sum().item()
             assert steps[t - 2][name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        m.lerp_(p.grad, 0.1)
-        v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+        m.lerp_(p.grad, 0.2)
+        v.mul_(0.95).addcmul_(p.grad, p.grad, value=0.05)
+
+
+def test_a_forward_pass_that_replaces_buffers_changes_none():
+    class Counting(Model):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(2))
+            self.register_buffer("late", None)
+            self.register_buffer("expanded", torch.zeros(1).expand(3))
+
+        def forward(self, tokens):
+            self.count, self.late = self.count + 1, torch.ones(1)
+            return super().forward(tokens)
+
+    model = Counting()
+    count = model.count
+    cut_of(model)
+    assert model.count is count and count.tolist() == [0, 0] and model.late is None
+
+
+def test_a_loss_may_take_its_labels_out_of_the_batch():
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["tokens"]), batch.pop("labels"))
+
+    given = [{"tokens": batch, "labels": batch.sum(1) % 9} for batch in batches()]
+    assert choose_cut(make(), loss, given) == cut_of()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_number_of_losses_is_that_of_the_documentation(tied):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        return loss_of(model, batch)
+
+    choose_cut(make(tied=tied), loss, batches())
+    assert len(calls) == 16 + (6 if tied else 5)
+
+
+def test_a_tensor_of_two_blocks_is_frozen_with_the_higher_one():
+    model = make()
+    model.layers[2].fc1.weight = model.layers[0].fc1.weight
+    cut = cut_of(model)
+    assert [len(segment) for segment in cut.segments] == [2, 5, 6, 6, 6]
+    assert "layers.0.fc1.weight" in cut.segments[3]
 
 
 def test_costs_are_those_of_a_prefix():
@@ -254,13 +354,67 @@ def test_costs_between_the_measured_cuts_are_interpolated():
         assert cost[k] == pytest.approx(1 - 2 / 3 * k / 20, abs=0.04)
 
 
+def test_blocks_of_other_sizes_are_interpolated_by_their_multiply_adds():
+    """Blocks that alternate: by their number alone the cost of odd cuts would be 0.1 off."""
+
+    def alternating():
+        model = make(n=6, dim=32)
+        for block in model.layers[::2]:
+            block.fc1, block.fc2 = nn.Linear(32, 256), nn.Linear(256, 32)
+        return model
+
+    cut = cut_of(alternating())
+    batch, whole = batches()[0], None
+    for candidate in cut.candidates:
+        model = alternating()
+        cut.at(candidate.k).apply(model)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(model, batch).backward()
+        whole = whole or counter.get_total_flops()
+        assert candidate.cost == pytest.approx(counter.get_total_flops() / whole, abs=0.03)
+
+
 def test_time_as_cost_orders_the_cuts_as_multiply_adds_do():
     cut = cut_of(make(n=3), cost="time")
     assert all(candidate.cost > 0 for candidate in cut.candidates)
 
 
+def test_the_smaller_of_two_times_counts(monkeypatch):
+    clock = iter([0.0, 5.0, 5.0, 8.0])
+    monkeypatch.setattr(choose.time, "perf_counter", lambda: next(clock))
+    assert choose._seconds(lambda: None, ())[0] == 3.0
+
+
 def test_the_same_call_gives_the_same_cut():
     assert cut_of() == cut_of()
+
+
+def test_nothing_to_count_is_an_error():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.weight
+
+    def loss(model, batch):
+        return model(batch.float()).square().mean()
+
+    model = nn.Sequential(Scale(), Scale())
+    with pytest.raises(ValueError, match=r"no multiply-adds were seen.*cost='time'"):
+        choose_cut(model, loss, batches())
+    assert choose_cut(model, loss, batches(), cost="time").n_blocks == 2
+    blocks = nn.Sequential(*[Scale() for _ in range(6)])
+    with_head = nn.Sequential(blocks, nn.Linear(6, 2))
+    assert choose_cut(with_head, loss, batches()).candidates[-1].cost < 1
+
+
+def test_complex_tensors_are_probed():
+    model = make()
+    model.phase = nn.Parameter(torch.ones(6, dtype=torch.complex64))
+    cut = choose_cut(model, lambda m, b: loss_of(m, b) + (m.phase - 1j).abs().sum(), batches())
+    assert math.isfinite(cut.gains[-1]) and cut.gains[-1] > 3
 
 
 # The choice
@@ -281,6 +435,14 @@ def test_the_best_ratio_is_chosen_with_its_standard_error():
     assert 0 < candidates[-1].error < 0.1
 
 
+def test_the_standard_error_is_that_of_a_mean_where_every_batch_gains_the_same():
+    shares = [0.1, 0.4, 0.2, 0.5, 0.3]
+    candidate = choose._candidate([[1 - x, x] for x in shares], 0, 0.5)
+    assert candidate.ratio == pytest.approx(statistics.mean(shares) / 0.5)
+    assert candidate.error == pytest.approx(statistics.stdev(shares) / math.sqrt(5) / 0.5)
+    assert math.isnan(choose._candidate([[0.0, 0.0]] * 4, 0, 1.0).ratio)
+
+
 def test_no_cut_where_every_block_gains_as_much_as_it_costs():
     gains = gains_of(0.4, 0.2, 0.2, 0.2)
     candidates = [
@@ -297,10 +459,10 @@ def test_no_cut_that_is_better_within_its_standard_error_alone():
 
 
 def test_no_cut_where_the_probe_saw_noise():
-    k, reason = choose._choice(
-        [Candidate(None, 1, 1, 1, 0), Candidate(0, 2, 1, 2, 0)], gains_of(0.0)
-    )
-    assert k is None and "no gain beyond its noise" in reason
+    candidates = [Candidate(None, 1, 1, 1, 0), Candidate(0, 2, 1, 2, 0)]
+    for gains in (gains_of(0.0), [[1.0], [-0.9], [1.0], [-0.9]]):
+        k, reason = choose._choice(candidates, gains)
+        assert k is None and "no gain beyond its noise" in reason
 
 
 def test_a_task_that_the_head_learns_is_cut_and_one_that_needs_the_embedding_is_not():
@@ -445,6 +607,32 @@ def test_autocast_is_the_callers():
     assert choose_cut(make(), loss, batches()).candidates[0].k is None
 
 
+def test_the_trainer_probes_in_the_precision_of_the_training(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from grades_kernels.integrations.transformers import add_grades
+
+    model, seen = tiny_llama(), set()
+    handle = model.model.layers[0].mlp.gate_proj.register_forward_hook(
+        lambda _, args, output: seen.add(output.dtype)
+    )
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), bf16=True, **TRAINER)
+    data = [{"input_ids": x, "labels": x} for x in torch.arange(32).reshape(8, 4)]
+    add_grades(transformers.Trainer(model, args, train_dataset=data), tau=0.0, cut="auto")
+    handle.remove()
+    assert seen == {torch.bfloat16}
+
+
+def test_lightning_does_not_probe_a_step_that_the_module_takes_itself():
+    lightning = pytest.importorskip("lightning")
+    from grades_kernels.integrations.lightning import GradESCallback
+
+    module = lightning.LightningModule()
+    module.automatic_optimization = False
+    trainer = types.SimpleNamespace(strategy=None)
+    with pytest.raises(ValueError, match=r"automatic_optimization=False.*choose_cut"):
+        GradESCallback("auto").setup(trainer, module, "fit")
+
+
 # Bad input
 
 BAD = {
@@ -510,6 +698,9 @@ def cut_in_a_job(kind):
     for name, p in inner.named_parameters():
         whole = p.full_tensor() if kind == "fsdp2" else p
         assert torch.equal(whole, before[name]) and p.grad is None
+    if kind == "ddp":
+        with pytest.raises(ValueError, match=r"would wait for the gradients.*model\.module"):
+            cut.at(2).apply(model)
     cut.at(2).apply(inner)
     if kind == "ddp":
         model = DistributedDataParallel(inner)
@@ -548,7 +739,7 @@ def train_epochs(model, cache, n=3):
     """Losses of three epochs in another order each, and how often the lowest block computed."""
     optimizer = GradESAdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     runs, losses = [], []
-    handle = model.layers[0].fc1.register_forward_hook(lambda *_: runs.append(1))
+    handle = model.layers[0].fc1.register_forward_pre_hook(lambda *_: runs.append(1))
     data = torch.cat(batches(4))
     for epoch in range(n):
         order = torch.randperm(32, generator=torch.Generator().manual_seed(epoch))
@@ -586,19 +777,122 @@ def test_later_epochs_skip_the_frozen_blocks_with_the_same_bits():
 def test_rows_in_half_precision_and_beyond_the_limit():
     expected = train_epochs(with_cut(), None)[0]
     model = make()
-    half, runs = train_epochs(model, cached(model, dtype=torch.bfloat16))
+    cache = cached(model, dtype=torch.bfloat16)
+    half, runs = train_epochs(model, cache)
     assert runs == 4 and half == pytest.approx(expected, rel=0.02)
+    assert cache.n_bytes == 32 * 6 * 12 * 2
     model = make()
     small = cached(model, max_bytes=6 * 12 * 4 * 20)
     assert train_epochs(model, small)[0] == expected
     assert small.n_bytes == small.max_bytes
 
 
+@pytest.mark.parametrize("case", ["checkpointing", "all blocks", "partly frozen", "own forward"])
+def test_the_cache_gives_the_same_bits(case):
+    """With recomputed blocks; with the head alone; with blocks that were frozen before."""
+
+    def start():
+        model = make(checkpointing=False if case == "checkpointing" else None)
+        if case == "partly frozen":
+            model.layers[0].requires_grad_(False)
+        if case == "own forward":
+            model.layers[1].forward = model.layers[1].forward
+        return model
+
+    model, other, k = start(), start(), 4 if case == "all blocks" else 2
+    cache = cached(model, k)
+    cut_of(other).at(k).apply(other, eval_frozen=True)
+    assert train_epochs(model, cache)[0] == train_epochs(other, None)[0]
+    assert cache.n_skipped == 8
+    assert ("forward" in model.layers[1].__dict__) == (case == "own forward")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_numbers_of_rows_may_be_tensors():
+    model = make(checkpointing=False)
+    cache = cached(model)
+    for _ in range(2):
+        with cache.rows(list(torch.arange(8))):
+            loss_of(model, batches()[0]).backward()  # runs the upper blocks again
+    assert cache.n_skipped == 1
+    with cache.rows(range(4, 12)):
+        loss_of(model, batches()[0])
+    assert cache.n_bytes == 12 * 6 * 12 * 4
+    stored = sum(row.untyped_storage().nbytes() for row in cache._rows.values())
+    assert stored == cache.n_bytes  # rows do not keep their batch
+
+
+CHANGING = {
+    "tied": ({"tied": True}, loss_of, r"tensor that trains.*tied='freeze'"),
+    "random": ({}, lambda m, b: loss_of(m, b + 0 * torch.randint(2, ())), "random numbers were"),
+    "twice": ({}, lambda m, b: loss_of(m, b) + loss_of(m, b), "runs twice"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_changes_between_epochs_is_not_cached(name):
+    options, loss, message = CHANGING[name]
+    model = make(**options)
+    cache = cached(model)
+    with pytest.raises(ValueError, match=message), cache.rows(range(8)):
+        loss(model, batches()[0])
+
+
+def test_blocks_may_return_their_output_in_a_tuple_but_no_more():
+    class Tuple(Block):
+        n_outputs = 1
+
+        def forward(self, x):
+            return (super().forward(x),) * self.n_outputs
+
+    class Tuples(Model):
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.position
+            for layer in self.layers:
+                x = layer(x)[0]
+            return self.head(self.norm(x).mean(1))
+
+    torch.manual_seed(0)
+    model = Tuples()
+    model.layers = nn.ModuleList(Tuple(12) for _ in range(4))
+    cache = cached(model)
+    losses = []
+    for _ in range(2):
+        with cache.rows(range(8)):
+            losses.append(loss_of(model, batches()[0]).item())
+    assert losses[0] == losses[1] and cache.n_skipped == 1
+    Tuple.n_outputs = 2
+    with pytest.raises(ValueError, match="returns more than"), cache.rows(range(8, 16)):
+        loss_of(model, batches()[0])
+
+
+def test_a_cache_of_other_weights_or_with_hooks_below_is_refused():
+    model = make()
+    cache = cached(model)
+    handle = model.layers[0].fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks inside of Block"), cache.rows(range(8)):
+        loss_of(model, batches()[0])
+    handle.remove()
+    with torch.no_grad():
+        model.layers[0].fc1.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights below the cut have changed"), cache.rows([0]):
+        pass
+    model = make()
+    cache = cached(model)
+    model.layers[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="have changed or train again"), cache.rows([0]):
+        pass
+
+
 def test_what_cannot_be_cached_is_refused():
     model = make(dropout=0.1)
     cut = cut_of(model)
-    with pytest.raises(ValueError, match="the cut freezes 0 of 4 blocks"):
-        ActivationCache(model, cut.at(0), max_bytes=1)
+    for k in (0, None):
+        with pytest.raises(ValueError, match="the cut freezes 0 of 4 blocks"):
+            ActivationCache(model, cut.at(k), max_bytes=1)
+    with pytest.raises(ValueError, match="tensors below the cut still train"):
+        ActivationCache(nn.Linear(2, 2), cut.at(2), max_bytes=1)
     with pytest.raises(ValueError, match="tensors below the cut still train"):
         ActivationCache(model, cut.at(2), max_bytes=1)
     cut.at(2).apply(model)
@@ -610,11 +904,22 @@ def test_what_cannot_be_cached_is_refused():
         loss_of(model, batches()[0])
     model = make()
     cache = cached(model)
-    with pytest.raises(ValueError, match="3 ids for 8 rows"), cache.rows(range(3)):
-        loss_of(model, batches()[0])
+    for n in (3, 0):
+        with pytest.raises(ValueError, match=f"{n} ids for 8 rows"), cache.rows(range(n)):
+            loss_of(model, batches()[0])
     with cache.rows(range(8)):
         loss_of(model, batches()[0])
     message = r"7 ids for rows of shape \(8, 6, 12\)"
     with pytest.raises(ValueError, match=message), cache.rows(range(7)):
         loss_of(model, batches()[0])
     assert "forward" not in model.layers[0].__dict__
+
+
+def test_a_row_of_another_length_is_refused():
+    model = make()
+    model.position = nn.Parameter(torch.zeros(1, 12))
+    cache = cached(model)
+    with cache.rows(range(8)):
+        loss_of(model, batches()[0])
+    with pytest.raises(ValueError, match="stored with another length"), cache.rows(range(8)):
+        loss_of(model, batches()[0][:, :4])

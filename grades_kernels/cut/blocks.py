@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,14 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Those that need a gradient."""
     return {name: p for name, p in tensors_of(model).items() if p.requires_grad}
+
+
+def blocks_of(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The blocks of the stack of this name, whether they train or not."""
+    return next(
+        (tuple(x.children()) for path, x in model.named_modules() if canonical_name(path) == name),
+        (),
+    )
 
 
 def find_stack(model: nn.Module, name: str | None = None) -> Stack:
@@ -98,51 +106,32 @@ def _class_of(block: nn.Module) -> type[nn.Module]:
     return type(block)
 
 
-@contextmanager
-def as_they_run(stack: Stack) -> Iterator[list[nn.Module]]:
-    """Within the context, the list of the blocks that have run, in the order of their first run."""
-    order: list[nn.Module] = []
-
-    def note(block: nn.Module, _: Any) -> None:
-        if block not in order:
-            order.append(block)
-
-    handles = [block.register_forward_pre_hook(note) for block in stack.blocks]
-    try:
-        yield order
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def below_the_blocks(
     model: nn.Module, stack: Stack, backward: Callable[[], Any]
-) -> tuple[list[str], list[str]]:
-    """Names of the tensors outside of the blocks that act on the loss through the blocks.
+) -> tuple[list[nn.Module], list[str], list[str]]:
+    """The blocks as they run, and tensors outside of them that act on the loss through them.
 
-    The first are those that act in no other way: token and position embeddings, the norm above
-    these, a tower whose output enters the blocks. They get no gradient once the inputs of the
-    lowest block are detached. The second are embeddings that are also used elsewhere, as a tied
-    head: their gradient changes then.
+    The first names are those of tensors that act in no other way: token and position embeddings,
+    the norm above these, a tower whose output enters the blocks. They get no gradient once the
+    inputs of the lowest block are detached. The second names are those of embeddings that are also
+    used elsewhere, as a tied head: their gradient changes then.
 
     Args:
         model: The model.
-        stack: Its blocks, lowest first.
+        stack: Its blocks.
         backward: Computes the loss and all gradients anew, the same in every call.
     """
-    with detached_inputs(stack.blocks[0]):
+    with _detached_inputs(stack.blocks) as order:
         backward()
     named, inside = trainable(model), stack.params
-    detached = {name: p.grad for name, p in named.items() if p not in inside}
-    below = [name for name, grad in detached.items() if grad is None]
-    backward()
+    outside = {name: p for name, p in named.items() if p not in inside}
+    below = [name for name, p in outside.items() if p.grad is None]
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    tied = [
-        name
-        for name, grad in detached.items()
-        if grad is not None and named[name] in tables and _differ(grad, named[name].grad)
-    ]
-    return below, tied
+    detached = {name: p.grad for name, p in outside.items() if p.grad is not None and p in tables}
+    if detached:
+        backward()
+    tied = [name for name, grad in detached.items() if _differ(grad, named[name].grad)]
+    return order, below, tied
 
 
 def _differ(a: Tensor, b: Any) -> bool:
@@ -156,14 +145,18 @@ def _whole(x: Any) -> Tensor:
 
 
 @contextmanager
-def detached_inputs(block: nn.Module) -> Iterator[None]:
-    """Let no gradient leave a block downward."""
+def _detached_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Let no gradient leave the block that runs first downward; yields the blocks as they run."""
+    order: list[nn.Module] = []
 
-    def detach(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    def detach(block: nn.Module, args: Any, kwargs: Any) -> Any:
+        if block not in order:
+            order.append(block)
+        return tree_map_only(Tensor, Tensor.detach, (args, kwargs)) if block is order[0] else None
 
-    handle = block.register_forward_pre_hook(detach, with_kwargs=True)
+    handles = [block.register_forward_pre_hook(detach, with_kwargs=True) for block in blocks]
     try:
-        yield
+        yield order
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import find_stack, tensors_of
+from .blocks import blocks_of, tensors_of
 from .cut import Cut
 
 
 class ActivationCache:
-    """Keeps the inputs of the lowest block that trains, one row per example.
+    """Keeps the output of the highest frozen block, one row per example.
 
     In a later epoch over the same data the frozen blocks do not run at all: a step that costs
     3 - 2k forward passes with a share k of the blocks frozen costs 3 - 3k. The result is the same
@@ -32,7 +33,7 @@ class ActivationCache:
 
     Args:
         model: The model, after `cut.apply(model, eval_frozen=True)`.
-        cut: The cut; at least one block is frozen and one trains.
+        cut: The cut; at least one block is frozen.
         max_bytes: Size up to which rows are stored, in the memory of the CPU.
         dtype: What rows are stored in; None: as they are computed.
 
@@ -41,26 +42,27 @@ class ActivationCache:
         n_skipped: Forward passes in which the frozen blocks did not run.
 
     Raises:
-        ValueError: If no block is frozen or none trains, or tensors below the cut still train.
+        ValueError: If no block is frozen, or tensors below the cut still train.
     """
 
     def __init__(
         self, model: nn.Module, cut: Cut, *, max_bytes: float, dtype: torch.dtype | None = None
     ) -> None:
-        if cut.k is None or not 0 < cut.k < cut.n_blocks:
-            raise ValueError(f"ActivationCache: the cut freezes {cut.k} of {cut.n_blocks} blocks.")
+        if not cut.k:
+            raise ValueError(
+                f"ActivationCache: the cut freezes {cut.k or 0} of {cut.n_blocks} blocks."
+            )
         params = tensors_of(model)
-        below = {params.get(name) for name in cut.frozen}
-        if not all(p is not None and not p.requires_grad for p in below):
+        self._below = [params[name] for name in cut.frozen if name in params]
+        if len(self._below) < len(cut.frozen) or any(p.requires_grad for p in self._below):
             raise ValueError(
                 "ActivationCache: tensors below the cut still train. Call "
                 "cut.apply(model, eval_frozen=True) first."
             )
-        blocks = [
-            next(b for b in find_stack(model, cut.stack).blocks if params[segment[0]] in _params(b))
-            for segment in cut.segments[1 : cut.k + 2]
-        ]
-        *self._skipped, self._first = blocks
+        self._versions = self._current_versions()
+        self._blocks = blocks_of(model, cut.stack)
+        self._k = cut.k
+        self._frozen: list[nn.Module] = []  # lowest first, as they ran
         self._rows: dict[Hashable, Tensor] = {}
         self._wrapped: dict[nn.Module, bool] = {}  # whether a block returns a tuple
         self.max_bytes, self.dtype = max_bytes, dtype
@@ -71,14 +73,17 @@ class ActivationCache:
         """Within the context, one forward pass of the model for the examples `ids`.
 
         Args:
-            ids: What identifies each row of the batch, in its order; of a tensor, its numbers.
+            ids: What identifies each row of the batch, in its order; of tensors, their numbers.
 
         Raises:
-            ValueError: If the inputs of the block have not one row per example, if a frozen block
-                is in training mode or returns more than one tensor, or if an example comes with
-                another length.
+            ValueError: If what the frozen blocks compute is not the same in every epoch, since
+                random numbers or a tensor that trains act on it, weights have changed, or a block
+                is in training mode; if more is read from them than one tensor with a row per
+                example; if they run more than once; if an example comes with another length.
         """
-        keys = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        keys = ids.tolist() if isinstance(ids, Tensor) else [_number(key) for key in ids]
+        if self._current_versions() != self._versions:
+            raise _error("weights below the cut have changed or train again. Make a new cache.")
         with ExitStack() as stack:
             if keys and all(key in self._rows for key in keys):
                 self._skip(stack, keys)
@@ -86,75 +91,100 @@ class ActivationCache:
                 self._store(stack, keys)
             yield
 
-    def _store(self, stack: ExitStack, keys: list[Hashable]) -> None:
-        def note(block: nn.Module, args: Any, output: Any) -> None:
-            if block.training:
-                raise ValueError(
-                    "ActivationCache: a frozen block is in training mode, so that dropout would "
-                    "differ in every epoch. Use cut.apply(model, eval_frozen=True)."
-                )
-            alone = isinstance(output, tuple) and len(output) == 1
-            if not alone and not isinstance(output, Tensor):
-                raise ValueError(
-                    "ActivationCache: a frozen block returns more than its hidden states."
-                )
-            self._wrapped[block] = alone
+    def _current_versions(self) -> list[tuple[int, bool]]:
+        return [(p._version, p.requires_grad) for p in self._below]
 
-        def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
-            hidden = _hidden(args, kwargs)
-            if hidden.shape[0] != len(keys):
-                raise ValueError(
-                    f"ActivationCache: {len(keys)} ids for {hidden.shape[0]} rows of a batch."
+    def _store(self, stack: ExitStack, keys: list[Hashable]) -> None:
+        ran: list[nn.Module] = []
+        device = self._below[0].device
+        random_state = _random_state(device)
+
+        def note(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if block in ran[: self._k]:
+                raise _error("a frozen block runs twice. Use one context for each forward pass.")
+            ran.append(block)
+            if len(ran) > self._k:
+                return
+            if block.training:
+                raise _error(
+                    "a frozen block is in training mode, so that dropout would differ in every "
+                    "epoch. Use cut.apply(model, eval_frozen=True)."
                 )
+            if any(inner._forward_hooks for inner in block.modules() if inner is not block):
+                raise _error(
+                    f"hooks inside of {type(block).__name__} would not be called. Remove them; "
+                    "transformers sets them for output_router_logits and output_attentions."
+                )
+            _hidden(args, kwargs)
+            alone = isinstance(output, tuple) and len(output) == 1
+            hidden = output[0] if alone else output
+            if not isinstance(hidden, Tensor):
+                raise _error("a frozen block returns more than its hidden states.")
+            self._wrapped[block] = alone
+            if len(ran) == self._k:
+                self._frozen = ran[:]
+                keep(hidden)
+
+        def keep(hidden: Tensor) -> None:
+            if hidden.requires_grad:
+                raise _error(
+                    "a tensor that trains acts on the frozen blocks, such as an embedding that is "
+                    "also the head. Choose the cut with tied='freeze'."
+                )
+            if not all(map(torch.equal, random_state, _random_state(device))):
+                raise _error(
+                    "random numbers were drawn below the cut. Set the dropout between embeddings "
+                    "and blocks to zero, and draw others before the context."
+                )
+            if hidden.shape[0] != len(keys):
+                raise _error(f"{len(keys)} ids for {hidden.shape[0]} rows of a batch.")
             for key, row in zip(keys, hidden.detach(), strict=True):
                 size = row.numel() * (self.dtype or row.dtype).itemsize
                 if key not in self._rows and self.n_bytes + size <= self.max_bytes:
                     self._rows[key] = row.to("cpu", self.dtype, copy=True)
                     self.n_bytes += size
+            self._computed = hidden.dtype
 
-        for block in self._skipped:
-            stack.callback(block.register_forward_hook(note).remove)
-        first = self._first.register_forward_pre_hook(keep, with_kwargs=True)
-        stack.callback(first.remove)
+        for block in self._blocks:
+            stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
 
     def _skip(self, stack: ExitStack, keys: list[Hashable]) -> None:
-        def replace(block: nn.Module, args: Any, kwargs: Any) -> Any:
+        def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
-            rows = [self._rows[key] for key in keys]
-            if any(row.shape != hidden.shape[1:] for row in rows) or len(rows) != len(hidden):
-                raise ValueError(
-                    f"ActivationCache: {len(keys)} ids for rows of shape {tuple(hidden.shape)}, "
-                    "stored with another length or number. Pad every example to one length."
-                )
-            cached = torch.stack(rows).to(hidden.device, hidden.dtype)
-            if args:
-                return (cached, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": cached}
+            if block is self._frozen[-1]:
+                rows = [self._rows[key] for key in keys]
+                if any(row.shape != hidden.shape[1:] for row in rows) or len(rows) != len(hidden):
+                    raise _error(
+                        f"{len(keys)} ids for rows of shape {tuple(hidden.shape)}, stored with "
+                        "another length or number. Pad every example to one length."
+                    )
+                hidden = torch.stack(rows).to(hidden.device, self._computed)
+            return (hidden,) if self._wrapped[block] else hidden
 
-        for block in self._skipped:
-            block.forward = _returning(self._wrapped[block])
-            stack.callback(delattr, block, "forward")
-        first = self._first.register_forward_pre_hook(replace, with_kwargs=True)
-        stack.callback(first.remove)
+        for block in self._frozen:
+            # Libraries that cast or move weights give an instance a forward of its own.
+            own = {name: value for name, value in vars(block).items() if name == "forward"}
+            stack.callback(vars(block).update, own)
+            stack.callback(vars(block).pop, "forward")
+            vars(block)["forward"] = partial(forward, block)
         self.n_skipped += 1
 
 
-def _params(block: nn.Module) -> set[Tensor]:
-    return set(block.parameters())
+def _error(text: str) -> ValueError:
+    return ValueError(f"ActivationCache: {text}")
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise ValueError("ActivationCache: the inputs of a block do not begin with a tensor.")
+        raise _error("the inputs of a block do not begin with a tensor.")
     return hidden
 
 
-def _returning(wrapped: bool) -> Any:
-    """A forward method that returns its first input, in a tuple where the block does."""
+def _number(key: Any) -> Hashable:
+    return key.item() if isinstance(key, Tensor) else key
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
-        return (hidden,) if wrapped else hidden
 
-    return forward
+def _random_state(device: torch.device) -> list[Tensor]:
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *own]

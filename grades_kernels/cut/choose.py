@@ -17,7 +17,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from functools import partial
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -32,13 +35,13 @@ from ..optimizer import GradESAdamW
 from ..release import ReentrantDetector
 from ..report.tables import standard_error
 from ..state_tensors import local
-from .blocks import Stack, as_they_run, below_the_blocks, find_stack, trainable
+from .blocks import Stack, below_the_blocks, find_stack, trainable
 from .cut import NO_REENTRANT, Candidate, Cut, disable_input_grads
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 MEASURED_PLACES = 3
-"""Cuts whose cost is measured; those between them are interpolated, as blocks are alike."""
+"""Cuts whose cost is measured; in between it is interpolated by the sizes of the blocks."""
 
 
 def choose_cut(
@@ -56,8 +59,8 @@ def choose_cut(
     """Choose how many of the lowest blocks not to train, by predicted gain per compute.
 
     Weights, gradients, buffers, flags, and the states of random generators are afterwards what they
-    were. It takes `n_batches` steps and six more to find costs, and for that time two moments and a
-    copy of the trained weights. In a job of several processes all of them call it together,
+    were. It takes `n_batches` steps and some five more to find costs, and for that time two moments
+    and a copy of the trained weights. In a job of several processes all of them call it together,
     each with its own batches, and get the same cut; the model may be wrapped by DDP or FSDP2.
 
     Args:
@@ -95,22 +98,34 @@ def choose_cut(
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
     with _unchanged(inner) as repeat_random_numbers:
-        with as_they_run(stack) as order:
-            first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
-        stack = Stack(stack.name, tuple(dict.fromkeys([*order, *stack.blocks])))
+        first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
 
         def backward() -> None:
-            _clear(inner)
+            inner.zero_grad()
             repeat_random_numbers()  # the same dropout in every call
-            _loss_of(loss, inner, first, "the first batch").backward()
+            # A copy, as a loss may take its labels out of a batch.
+            _loss_of(loss, inner, deepcopy(first), "the first batch").backward()
 
-        below, shared = _of_rank_0(below_the_blocks(inner, stack, backward))
+        order, *found = below_the_blocks(inner, stack, backward)
+        below, shared = _of_rank_0(found)
+        if len(order) == len(stack.blocks):  # layerdrop leaves out blocks at random
+            stack = Stack(stack.name, tuple(order))
         names = trainable(inner)
         if tied == "freeze":
             below += shared
-        segments = (tuple(below), *(_names_in(block, names) for block in stack.blocks))
+        # A tensor of several blocks trains as long as one of them does.
+        highest: dict[Tensor, int] = {
+            p: k for k, block in enumerate(stack.blocks) for p in block.parameters()
+        }
+        segments: tuple[tuple[str, ...], ...] = (
+            tuple(below),
+            *(
+                tuple(name for name, p in names.items() if highest.get(p) == k)
+                for k in range(len(stack.blocks))
+            ),
+        )
         places = _places(segments, len(names))
-        costs = _costs(inner, backward, segments, places, cost)
+        costs = _costs(inner, stack, backward, segments, places, cost)
     gains = _by_segment(steps, segments)
     candidates = tuple(_candidate(gains, k, costs[k]) for k in places)
     k, reason = _choice(candidates, gains)
@@ -143,23 +158,21 @@ def _probe(
     The optimizer steps copies of the weights, so that those of the model are never written.
     """
     named = trainable(_unwrapped(model))
-    copies = {name: p.detach().clone() for name, p in named.items()}
+    copies = {name: _real(p.detach()).clone() for name, p in named.items()}
     for copy in copies.values():
         copy.requires_grad_(True)
     # By their own names the factors of a LoRA update would be one unit, which is void while B = 0.
     numbered = [(f"tensor{i}", copy) for i, copy in enumerate(copies.values())]
     group = {"params": numbered, "tau": 0.0, "statistic": "gain", "monitor_all": True}
-    optimizer = GradESAdamW(
-        [group], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, grace_steps=0, stop_grad=False
-    )
+    optimizer = GradESAdamW([group], lr=0.0, betas=betas, eps=eps, grace_steps=0)
     detector = ReentrantDetector(stack.params)
     first, n = None, 0
     try:
-        for n, batch in enumerate(_first(batches, n_batches), start=1):
-            first = batch if n == 1 else first
-            _clear(model)
+        for n, batch in zip(range(1, n_batches + 1), batches, strict=False):
+            first = deepcopy(batch) if n == 1 else first
+            model.zero_grad()
             _loss_of(loss, model, batch, f"batch {n}").backward()
-            grads = {name: p.grad for name, p in named.items() if p.grad is not None}
+            grads = {name: _real(p.grad) for name, p in named.items() if p.grad is not None}
             _check_gradients(grads, stack, n, detector)
             if not isinstance(model, DistributedDataParallel):
                 _average(grads.values())
@@ -183,15 +196,18 @@ def _probe(
     ]
 
 
-def _first(batches: Iterable[Any], n: int) -> Iterator[Any]:
-    return (batch for _, batch in zip(range(n), batches, strict=False))
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x  # as torch's AdamW does
 
 
 def _loss_of(loss: Loss, model: nn.Module, batch: Any, where: str) -> Tensor:
     value = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss(model, batch) must return a scalar tensor; {where} gave {found}.")
+        raise ValueError(
+            f"loss(model, batch) must return a scalar tensor; {where} gave {found}. Return the "
+            "loss alone, such as model(**batch).loss."
+        )
     if not value.requires_grad:
         raise ValueError(f"loss(model, batch) of {where} depends on no tensor that trains.")
     if not math.isfinite(value.item()):
@@ -252,6 +268,7 @@ def _places(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int | Non
 
 def _costs(
     model: nn.Module,
+    stack: Stack,
     backward: Callable[[], None],
     segments: Sequence[Sequence[str]],
     places: Sequence[int | None],
@@ -263,7 +280,7 @@ def _costs(
     chosen = {cuts[round(i * (len(cuts) - 1) / max(1, n - 1))] for i in range(n)}
     params = trainable(model)
     measure = _multiply_adds if kind == "count" else _seconds
-    whole = measure(backward)
+    whole, sizes = measure(backward, stack.blocks)
     if not whole:
         raise ValueError(
             "cost='count': no multiply-adds were seen; code that torch.compile has compiled hides "
@@ -276,39 +293,57 @@ def _costs(
             for segment in segments[: k + 1]:
                 for name in segment:
                     params[name].requires_grad_(False)
-            measured[k] = measure(backward) / whole
+            measured[k] = measure(backward, ())[0] / whole
     finally:
         for module in having:
             module.enable_input_require_grads()  # type: ignore[operator]
-        for p in params.values():
-            p.requires_grad_(True)
     costs: dict[int | None, float] = {None: 1.0}
+    size = list(accumulate(sizes, initial=0.0))  # of the blocks below a cut
     for k in cuts:
         low, high = max(x for x in measured if x <= k), min(x for x in measured if x >= k)
-        part = (k - low) / (high - low) if high > low else 0.0
+        part = (size[k] - size[low]) / (size[high] - size[low]) if high > low else 0.0
         costs[k] = measured[low] + part * (measured[high] - measured[low])
     return _of_rank_0(costs)
 
 
-def _multiply_adds(backward: Callable[[], None]) -> float:
+def _multiply_adds(
+    backward: Callable[[], None], blocks: Sequence[nn.Module]
+) -> tuple[float, list[float]]:
+    """Those of all, and of the forward pass of every block."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    with FlopCounterMode(display=False) as counter:
+    begun, sizes = [0] * len(blocks), [1.0] * len(blocks)  # 1: no block has the size zero
+
+    def begin(k: int, *_: Any) -> None:
+        begun[k] = counter.get_total_flops()
+
+    def end(k: int, *_: Any) -> None:
+        sizes[k] = 1.0 + counter.get_total_flops() - begun[k]
+
+    with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        for k, block in enumerate(blocks):
+            hooks.callback(block.register_forward_pre_hook(partial(begin, k)).remove)
+            hooks.callback(block.register_forward_hook(partial(end, k)).remove)
         backward()
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops()), sizes
 
 
-def _seconds(backward: Callable[[], None]) -> float:
+def _seconds(
+    backward: Callable[[], None], blocks: Sequence[nn.Module]
+) -> tuple[float, list[float]]:
+    """The smaller of two times; blocks count as equal, since hooks would disturb the time."""
+
+    def now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
     def once() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = now()
         backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return now() - start
 
-    return min(once(), once())
+    return min(once(), once()), [1.0] * len(blocks)
 
 
 # The choice
@@ -320,7 +355,7 @@ def _by_segment(
     """Per probe step the gain below the blocks, of every block, and above."""
     rows = []
     for step in steps:
-        own = [math.fsum(step.get(name, 0.0) for name in segment) for segment in segments]
+        own = [math.fsum(step[name] for name in segment) for segment in segments]
         rows.append([*own, math.fsum(step.values()) - math.fsum(own)])
     return rows
 
@@ -374,16 +409,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _names_in(block: nn.Module, names: dict[str, Tensor]) -> tuple[str, ...]:
-    own = set(block.parameters())
-    return tuple(name for name, p in names.items() if p in own)
-
-
-def _clear(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = None
-
-
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore gradients, flags, buffers and the states of random generators.
@@ -391,7 +416,8 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     Yields what sets the random generators back within the context.
     """
     params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
     set_back = _random_states({p.device for p, *_ in params})
     try:
         yield set_back
@@ -399,8 +425,11 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
         for p, grad, flag in params:
             p.requires_grad_(flag)
             p.grad = grad
-        with torch.no_grad():
-            for buffer, before in buffers:
+        for module, own in buffers:  # a forward pass may assign new ones
+            module._buffers.update(own)
+        for buffer, before in values:
+            # Nothing can have been written where this cannot: an expanded tensor.
+            with torch.no_grad(), suppress(RuntimeError):
                 buffer.copy_(before)
         set_back()
 

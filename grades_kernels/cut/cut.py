@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..report.plot import picture_path
 from ..report.text import Table, layout, shorten
-from .blocks import tensors_of
+from .blocks import blocks_of, tensors_of
 
 NO_REENTRANT = (
     "with reentrant activation checkpointing the blocks above a frozen prefix get no gradients at "
@@ -90,8 +91,8 @@ class Cut:
         Raises:
             ValueError: If `k` is not one of the candidates.
         """
-        if k not in [candidate.k for candidate in self.candidates]:
-            places = [candidate.k for candidate in self.candidates]
+        places = [candidate.k for candidate in self.candidates]
+        if k not in places:
             raise ValueError(f"k={k!r} is no candidate of this cut: choose one of {places}")
         return replace(self, k=k, reason=f"k={k} was set by hand")
 
@@ -112,9 +113,15 @@ class Cut:
             The names of the frozen tensors, none without a cut.
 
         Raises:
-            ValueError: If the model has other tensors than the one that the cut was chosen for, or
-                uses reentrant activation checkpointing. Nothing has changed then.
+            ValueError: If the model has other tensors than the one that the cut was chosen for, is
+                wrapped by DDP, or uses reentrant activation checkpointing. Nothing has changed
+                then.
         """
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "Cut.apply: this DistributedDataParallel would wait for the gradients of frozen "
+                "tensors. Apply the cut to model.module, and wrap that anew."
+            )
         params = tensors_of(model)
         for name, shape in self.shapes:
             if name not in params or tuple(params[name].shape) != shape:
@@ -132,10 +139,10 @@ class Cut:
             p.requires_grad_(False)
             p.grad = None
         disable_input_grads(model)
-        for module in _maximal(model, set(frozen)):
-            if eval_frozen:
-                module.register_forward_pre_hook(_stay_in_eval)
-            for inner in module.modules():
+        for module in _maximal(model, set(frozen), self.stack):
+            for inner in module.modules():  # a ModuleList itself is never called
+                if eval_frozen:
+                    inner.register_forward_pre_hook(_stay_in_eval)
                 _disable_idle_adapters(inner)
         return list(self.frozen)
 
@@ -146,8 +153,8 @@ class Cut:
         sizes = {name: math.prod(shape) for name, shape in self.shapes}
         elements = sum(sizes[name] for name in self.frozen)
         return (
-            f"{self.k} of {self.n_blocks} blocks of {self.stack} and everything below them are "
-            f"frozen: {elements:,} of {sum(sizes.values()):,} elements"
+            f"{self.k} of {self.n_blocks} blocks of {shorten(self.stack, 60)} and everything below "
+            f"them are frozen: {elements:,} of {sum(sizes.values()):,} elements"
         )
 
     def __str__(self) -> str:
@@ -266,13 +273,14 @@ def disable_input_grads(model: nn.Module) -> list[nn.Module]:
     return having
 
 
-def _maximal(model: nn.Module, frozen: set[Tensor]) -> list[nn.Module]:
-    """The largest modules that have parameters and train none, the new ones among them."""
+def _maximal(model: nn.Module, frozen: set[Tensor], stack: str) -> list[nn.Module]:
+    """The largest modules that train nothing: those with tensors of `frozen`, and blocks."""
     found: list[nn.Module] = []
+    blocks = blocks_of(model, stack)
 
     def search(module: nn.Module) -> None:
         params = list(module.parameters())
-        if any(p in frozen for p in params):
+        if module in blocks or any(p in frozen for p in params):
             if not any(p.requires_grad for p in params):
                 found.append(module)
             else:

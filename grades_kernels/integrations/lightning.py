@@ -105,6 +105,11 @@ class GradESCallback(Callback):
 
 def _chosen_cut(trainer: Trainer, pl_module: LightningModule) -> Cut:
     """The cut that `choose_cut` chooses from the Trainer's batches and the module's loss."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            "GradESCallback: cut='auto' cannot probe a training_step that takes the step itself "
+            "(automatic_optimization=False). Pass the cut that choose_cut chooses for its loss."
+        )
     device = trainer.strategy.root_device
     numbers = itertools.count()
 

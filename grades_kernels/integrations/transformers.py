@@ -118,7 +118,8 @@ def _chosen_cut(trainer: Trainer) -> Cut:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
     def loss(model: nn.Module, inputs: Any) -> Any:
-        with trainer.compute_loss_context_manager():
+        # train() has autocast from the wrapped model
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             return trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
 
     loader: Any = trainer.get_train_dataloader()
