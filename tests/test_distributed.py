@@ -9,6 +9,7 @@ more of the random problems than the few of every day.
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
 import math
@@ -482,6 +483,51 @@ def test_a_rank_that_raises_an_error_is_not_the_only_one(error, texts, function,
         assert [text for text in texts if text not in message] == []
     if function not in (step_in_group, zero_without_any_matrix):  # which name what a rank has
         assert results[0] == results[1]
+
+
+def absent_rank(own, model, at, fused):
+    """The error of a run in which rank 1 skips step `at` under DDP, and ends there without."""
+    optimizer = optimizer_of(model, {**CHANGE, "tau": 0.0, "fused": fused})
+    optimizer.process_group = own
+    dist.barrier()
+    try:
+        for step in backward(model, optimizer, 0, last=4):
+            if step != at or dist.get_rank() == 0:
+                optimizer.step()
+            elif not isinstance(model, DistributedDataParallel):
+                break
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def absent_ranks():
+    """The errors of ranks that miss a check on Triton and the first exchange, and of no rank."""
+    own, of_ddp, second = (dist.new_group(timeout=datetime.timedelta(seconds=2)) for _ in range(3))
+    model = DistributedDataParallel(Net(0), process_group=of_ddp)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        yield absent_rank(own, model, at=2, fused=True)
+        yield absent_rank(second, Net(0), at=1, fused=False)
+    try:
+        dist.new_group([2])
+    except ValueError as error:
+        dist.barrier()
+        distributed.raise_if_absent(error, None, 1)
+        yield str(error)
+
+
+def test_a_rank_that_takes_no_part_is_named():
+    """Within the timeout of the group; the control is a failure that both ranks report."""
+    (*errors, control), others = ranks.run(2, all_of, absent_ranks)
+    for step, error in zip((3, 1), errors, strict=True):
+        assert f"step {step} of the optimizer failed on rank 0: rank 1 did not take part" in error
+    assert "out of range" in control
+    assert not any("did not take part" in error for error in [control, *others])
+
+
+def all_of(function):
+    return list(function())
 
 
 # DDP
