@@ -689,6 +689,38 @@ def test_stopping_gradients_under_fsdp2():
         assert stopped[0]["values"] == masked[0]["values"]
 
 
+def stepped_in_backward():
+    """A run under FSDP2 with an optimizer for each parameter, which steps it in a hook."""
+    net = Net(3)
+    model, mine = parallel("fsdp2", net)
+    optimizers = {
+        p: optimizer_of(nn.ParameterDict({name.replace(".", "_"): p}), {**CHANGE, "tau": tau})
+        for name, p in net.named_parameters()
+        for tau in [4.0 if name.startswith("blocks") and p.dim() > 1 else None]
+    }
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    for step in range(1, STEPS + 1):
+        x, y = batch(3, step)
+        (model(x[mine]) - y[mine]).square().mean().backward()
+        model.zero_grad()
+    return {
+        "values": [whole(p).tolist() for p in net.parameters()],
+        "events": sorted(
+            (e.step, e.statistic) for x in optimizers.values() for e in x.freeze_events
+        ),
+    }
+
+
+def test_an_optimizer_for_each_parameter_under_fsdp2():
+    """It equals one optimizer bit for bit."""
+    results = ranks.run(2, stepped_in_backward)
+    (expected, _) = ranks.run(2, train, "fsdp2", 3, {**CHANGE, "tau": 4.0})
+    assert same_on_all(results)
+    assert results[0]["values"] == expected["values"]
+    assert results[0]["events"] == sorted((e.step, e.statistic) for e in expected["events"]) != []
+
+
 def sharded_kinds():
     answers = {}
     for kind in ("fsdp2", "hsdp", "fsdp2+tp", "tp", "ddp"):
