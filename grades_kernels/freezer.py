@@ -26,7 +26,7 @@ from .distributed import Ranks, in_a_job, is_initialized, raise_if_absent, refus
 from .freezing.config import check_group
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
 from .freezing.unit_map import UnitMap, make_unit_map, nothing_is_monitored, thresholds
-from .release import Release
+from .release import Release, rewrap
 
 
 class Freezer:
@@ -206,20 +206,32 @@ class Freezer:
     def _release_where_safe(self, optimizer: Optimizer, units: list[Unit]) -> None:
         if not units or self.config.stop_grad is False:
             return
-        reason = self._why_not_release(optimizer)
+        automatic = self.config.stop_grad == "auto"
+        reason = self._why_not_release(optimizer, automatic=automatic)
         self.release.raise_if_required(reason)
         if reason is None:
-            self._release_units(optimizer, units)
+            ddp = self.release.ddp
+            chosen = {p for unit in units for p in self.unit_map.members[unit]}
+            if ddp is None or any(p.requires_grad and p not in chosen for p in ddp.parameters()):
+                self._release_units(optimizer, units)
+                self._rewrap()
         else:
             self.warn_once(f"frozen matrices go on receiving gradients: {reason}")
+
+    def _rewrap(self) -> None:
+        """Initialise the DDP wrapper of the loop anew, where that is needed."""
+        ddp = self.release.ddp
+        if ddp is not None and self.release.rewrap_ddp:
+            self.release.rewrap_ddp = False
+            rewrap(ddp)
 
     def _release_units(self, optimizer: Optimizer, units: list[Unit]) -> None:
         self.release.release(units, self.unit_map, optimizer.state, self.table.t)
         for unit in units:
             self._write_unit(optimizer, unit)
 
-    def release_all(self, optimizer: Optimizer, *, within_ddp: bool) -> bool:
-        """Release all frozen units now; whether there were any.
+    def release_all(self, optimizer: Optimizer, *, within_ddp: bool) -> None:
+        """Release all frozen units now.
 
         Raises:
             RuntimeError: If that is not safe.
@@ -227,15 +239,12 @@ class Freezer:
         reason = self._why_not_release(optimizer, within_ddp=within_ddp)
         if reason:
             raise RuntimeError(f"apply_freezes(model): {reason}")
-        unreleased = self.table.unreleased
-        self._release_units(optimizer, unreleased)
-        return bool(unreleased)
+        self._release_units(optimizer, self.table.unreleased)
 
-    def _why_not_release(self, optimizer: Optimizer, *, within_ddp: bool = False) -> str | None:
+    def _why_not_release(self, optimizer: Optimizer, **circumstances: bool) -> str | None:
         """The reason why nothing can be released safely, or None; see `Release.why_not`."""
-        return self.release.why_not(
-            self.unit_map, _process_group(optimizer), self.ranks, within_ddp=within_ddp
-        )
+        group = _process_group(optimizer)
+        return self.release.why_not(self.unit_map, group, self.ranks, **circumstances)
 
     def thaw(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
         """Let these units train again."""
@@ -249,6 +258,7 @@ class Freezer:
             if unit.is_decided:
                 unit.thaw()
                 self._write_unit(optimizer, unit)
+        self._rewrap()
         if self.release.rewrap_ddp and self._why_not_release(optimizer):
             self.warn_once(
                 "DistributedDataParallel does not know of the tensors that thaw() let train again "
@@ -360,6 +370,7 @@ class Freezer:
             unit.is_published = unit.is_frozen  # before the checkpoint was written
         released = [unit for unit in self.table.units if unit.is_released]
         self._release_where_safe(optimizer, released)
+        self._rewrap()  # for what the checkpoint lets train again
         for unit in released:
             if not self.release.released.issuperset(self.unit_map.members[unit]):
                 unit.released_at = NEVER  # it is not safe in this run
