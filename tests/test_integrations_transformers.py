@@ -395,11 +395,11 @@ def test_measurements_before_the_first_check_have_no_statistic():
 def train_one_rank(folder):
     FreezeReport.plot = lambda report, path: path
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    options |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 10}
+    options |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 6}
     trainer = make_trainer(folder, **options)
     optimizer = train(trainer, max_frozen=0.5)
     resumed = make_trainer(f"{folder}/resumed", **options)
-    train(resumed, resume=f"{folder}/checkpoint-10", max_frozen=0.5)
+    train(resumed, resume=f"{folder}/checkpoint-6", max_frozen=0.5)
     assert_same_weights(resumed.model, trainer.model)
     found = {
         "events": [event[:2] for event in optimizer.freeze_events],
