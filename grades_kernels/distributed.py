@@ -10,17 +10,21 @@ sharded over all ranks, the first all-reduce compares the tables too, and there 
 torch's all-reduce has the same bits on all ranks.
 
 Every rank takes part in every check, whatever tensors and gradients it has. Ranks that do not call
-`step()` equally often wait for each other until torch's timeout, as in any other collective.
+`step()` equally often wait for each other until torch's timeout, as in any other collective; the
+error then names the ranks that did not take part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,6 +40,8 @@ Members = Mapping[Unit, Sequence[Tensor]]
 
 _NAMELESS = re.compile(r"group\d+\.param\d+")
 _STATE = ("hits", "decided_at", "frozen_at")
+REPORTED_WITHIN = timedelta(seconds=3)
+"""How long ranks wait, once a collective has failed, for others to report the same."""
 _DIFFERENT_MODELS = "if the ranks train different models, set optimizer.process_group."
 
 
@@ -93,6 +99,39 @@ def refuse_flat(tensors: Sequence[Tensor]) -> None:
         f"measured or frozen. Use torch.distributed.fsdp.fully_shard (FSDP2){others} to "
         "keep every matrix; or tau=None."
     )
+
+
+def raise_if_absent(error: Exception, group: ProcessGroup | None, t: int) -> None:
+    """Name the ranks that did not take part in a collective of step `t`, if `error` is of one.
+
+    The ranks in which it failed report that in the store of the group within `REPORTED_WITHIN`.
+
+    Raises:
+        RuntimeError: From `error`, if some rank has reported nothing.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if not str(frame.f_globals.get("__name__")).startswith("torch.distributed"):
+        return
+    group = group or dist.group.WORLD
+    assert group is not None
+    keys = {rank: f"grades_kernels/{t}/{rank}" for rank in dist.get_process_group_ranks(group)}
+    missing = "another rank"
+    try:
+        store = group.get_group_store()
+        store.set(keys[dist.get_rank()], "")
+        with contextlib.suppress(RuntimeError):  # some have not reported
+            store.wait([*keys.values()], REPORTED_WITHIN)
+        absent = [rank for rank, key in keys.items() if not store.check([key])]
+        if not absent:
+            return
+        missing = f"rank {', '.join(map(str, absent))}"
+    except RuntimeError:  # the store was in a process that has left
+        pass
+    raise RuntimeError(
+        f"step {t} of the optimizer failed on rank {dist.get_rank()}: {missing} did not take part "
+        "in its collective. It has skipped a step, raised an error, or ended, while every rank "
+        f"must call step() equally often; {_DIFFERENT_MODELS}"
+    ) from error
 
 
 class _Share(NamedTuple):

@@ -24,11 +24,11 @@ from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
 from .backends.select import assign, run_tasks_of, unscales
 from .backends.step_tensors import Layout, prepare_state, uses_prev_grads
-from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
+from .distributed import Ranks, in_a_job, is_initialized, raise_if_absent, refuse_flat
 from .freezing.config import check_group
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
 from .freezing.unit_map import UnitMap, make_unit_map, nothing_is_monitored, thresholds
-from .release import Release
+from .release import Release, rewrap
 
 
 class Freezer:
@@ -155,8 +155,6 @@ class Freezer:
             )
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
-        if self.ranks is not None and found_inf is not None:
-            found_inf = self.ranks.found_anywhere(found_inf)
         if found_inf is None and self._is_at_rest():
             table.begin_step()
             return []
@@ -165,7 +163,15 @@ class Freezer:
         ):
             names = self.backends(optimizer)
             self.engines = _make_engines(optimizer, names, self.unit_map, table)
-        take_step(self.engines, table, self.ranks, grad_scale, found_inf)
+        t = table.t + 1
+        try:
+            if self.ranks is not None and found_inf is not None:
+                found_inf = self.ranks.found_anywhere(found_inf)
+            take_step(self.engines, table, self.ranks, grad_scale, found_inf)
+        except RuntimeError as error:
+            if self.ranks is not None:
+                raise_if_absent(error, _process_group(optimizer), t)
+            raise
         if any(engine.runs_ahead for engine in self.engines):
             return []
         return self._publish(optimizer)
@@ -207,20 +213,32 @@ class Freezer:
     def _release_where_safe(self, optimizer: Optimizer, units: list[Unit]) -> None:
         if not units or self.config.stop_grad is False:
             return
-        reason = self._why_not_release(optimizer)
+        automatic = self.config.stop_grad == "auto"
+        reason = self._why_not_release(optimizer, automatic=automatic)
         self.release.raise_if_required(reason)
         if reason is None:
-            self._release_units(optimizer, units)
+            ddp = self.release.ddp
+            chosen = {p for unit in units for p in self.unit_map.members[unit]}
+            if ddp is None or any(p.requires_grad and p not in chosen for p in ddp.parameters()):
+                self._release_units(optimizer, units)
+                self._rewrap()
         else:
             self.warn_once(f"frozen matrices go on receiving gradients: {reason}")
+
+    def _rewrap(self) -> None:
+        """Initialise the DDP wrapper of the loop anew, where that is needed."""
+        ddp = self.release.ddp
+        if ddp is not None and self.release.rewrap_ddp:
+            self.release.rewrap_ddp = False
+            rewrap(ddp)
 
     def _release_units(self, optimizer: Optimizer, units: list[Unit]) -> None:
         self.release.release(units, self.unit_map, optimizer.state, self.table.t)
         for unit in units:
             self._write_unit(optimizer, unit)
 
-    def release_all(self, optimizer: Optimizer, *, within_ddp: bool) -> bool:
-        """Release all frozen units now; whether there were any.
+    def release_all(self, optimizer: Optimizer, *, within_ddp: bool) -> None:
+        """Release all frozen units now.
 
         Raises:
             RuntimeError: If that is not safe.
@@ -228,15 +246,12 @@ class Freezer:
         reason = self._why_not_release(optimizer, within_ddp=within_ddp)
         if reason:
             raise RuntimeError(f"apply_freezes(model): {reason}")
-        unreleased = self.table.unreleased
-        self._release_units(optimizer, unreleased)
-        return bool(unreleased)
+        self._release_units(optimizer, self.table.unreleased)
 
-    def _why_not_release(self, optimizer: Optimizer, *, within_ddp: bool = False) -> str | None:
+    def _why_not_release(self, optimizer: Optimizer, **circumstances: bool) -> str | None:
         """The reason why nothing can be released safely, or None; see `Release.why_not`."""
-        return self.release.why_not(
-            self.unit_map, _process_group(optimizer), self.ranks, within_ddp=within_ddp
-        )
+        group = _process_group(optimizer)
+        return self.release.why_not(self.unit_map, group, self.ranks, **circumstances)
 
     def thaw(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
         """Let these units train again."""
@@ -250,6 +265,7 @@ class Freezer:
             if unit.is_decided:
                 unit.thaw()
                 self._write_unit(optimizer, unit)
+        self._rewrap()
         if self.release.rewrap_ddp and self._why_not_release(optimizer):
             self.warn_once(
                 "DistributedDataParallel does not know of the tensors that thaw() let train again "
@@ -310,9 +326,13 @@ class Freezer:
             on_device = len({p.device for p in unit_map.params}) == 1 and all(
                 name == "triton" for name, units in names if units
             )
-            self.ranks, units = Ranks.join(
-                self.table, unit_map.members, unit_map.params, group, on_device=on_device
-            )
+            try:
+                self.ranks, units = Ranks.join(
+                    self.table, unit_map.members, unit_map.params, group, on_device=on_device
+                )
+            except RuntimeError as error:
+                raise_if_absent(error, group, self.table.t + 1)
+                raise
             self.table = self.table.successor(units)
             members = {unit: unit_map.members.get(unit, ()) for unit in units}
             unit_map = replace(unit_map, members=members)
@@ -357,6 +377,7 @@ class Freezer:
             unit.is_published = unit.is_frozen  # before the checkpoint was written
         released = [unit for unit in self.table.units if unit.is_released]
         self._release_where_safe(optimizer, released)
+        self._rewrap()  # for what the checkpoint lets train again
         for unit in released:
             if not self.release.released.issuperset(self.unit_map.members[unit]):
                 unit.released_at = NEVER  # it is not safe in this run

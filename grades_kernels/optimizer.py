@@ -19,7 +19,7 @@ from .freezer import Freezer
 from .freezing.config import check_group, make_config
 from .freezing.table import FreezeEvent
 from .freezing.unit_map import names_from_model
-from .release import frozen_prefix, memory_of, rewrapped
+from .release import frozen_prefix, memory_of, rewrap
 from .report.report import FreezeReport
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ class GradESAdamW(AdamW):
         stop_grad: Whether frozen tensors are released: they get `requires_grad=False`, so that
             backward skips their gradient, and give up their moments, at the start of the step
             after, in at most six batches a run. "auto" (default): where that is safe, which is on
-            one process and with DTensors. True: always, or a RuntimeError. False: never; the update
-            alone is masked (`apply_freezes` does the rest when it is called).
+            one process, with DTensors, and under DDP with
+            `grades_kernels.integrations.release_under_ddp`. True: always, or a RuntimeError. False:
+            never; the update alone is masked (`apply_freezes` does the rest when it is called).
 
     Attributes:
         process_group: The processes that step this optimizer and decide together. None (default):
@@ -245,31 +246,30 @@ class GradESAdamW(AdamW):
     def apply_freezes(self, model: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Turn everything frozen into savings now: no gradients, no moments, no launch.
 
-        `stop_grad` does this by itself, in batches, where that is safe. Under
-        `DistributedDataParallel` it is not, since that waits for the gradient of every tensor which
-        needed one when it was built; there, call this on every rank between two steps, now and
-        then, and continue with what it returns: `ddp_model = optimizer.apply_freezes(ddp_model)`.
+        `stop_grad` does this by itself, in batches, where that is safe. `DistributedDataParallel`
+        waits for the gradient of every tensor which needed one when it was initialised; there, use
+        `grades_kernels.integrations.release_under_ddp`, or call this on every rank between two
+        steps, now and then: `ddp_model = optimizer.apply_freezes(ddp_model)`.
 
         Args:
             model: A `DistributedDataParallel` model. Not needed otherwise.
 
         Returns:
-            `model`, or a new wrapper where DDP has to be built anew: without
-            `find_unused_parameters`, and after a thaw. The bare module if nothing is left to train.
+            `model`, which is initialised anew where tensors were released or thawed. The bare
+            module if nothing is left to train.
 
         Raises:
             RuntimeError: In a job of several processes without their DDP model, and where reentrant
                 activation checkpointing is in use. Nothing has changed then.
         """
         freezer = self._exact()
-        ddp = model if isinstance(model, DistributedDataParallel) else None
-        changed = freezer.release_all(self, within_ddp=ddp is not None)
-        if ddp is None or not (
-            freezer.release.rewrap_ddp or (changed and not ddp.find_unused_parameters)
-        ):
+        ddp = model if isinstance(model, DistributedDataParallel) else freezer.release.ddp
+        freezer.release_all(self, within_ddp=ddp is not None)
+        if ddp is None or not freezer.release.rewrap_ddp:
             return model
         freezer.release.rewrap_ddp = False
-        return rewrapped(ddp)
+        fitting = rewrap(ddp)
+        return fitting if model is ddp else model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may bring its own `tau`, `statistic` and `fused`."""

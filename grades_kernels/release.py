@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from .distributed import Ranks, all_sharded, in_a_job
+from .distributed import Ranks, all_sharded, in_a_job, is_initialized
 from .freezing.naming import is_embedding, layer_and_kind, stack_of
 from .freezing.table import NEVER, Unit
 from .freezing.unit_map import UnitMap
@@ -37,14 +37,22 @@ class Release:
     Attributes:
         stop_grad: As in `GradESAdamW`.
         released: The tensors that are released now.
-        rewrap_ddp: Whether a DistributedDataParallel wrapper has to be built anew.
+        rewrap_ddp: Whether a DistributedDataParallel wrapper has to be initialised anew.
+        find_wrapper: Returns the model as a loop calls it; set by `release_under_ddp`.
     """
 
     def __init__(self, stop_grad: bool | str) -> None:
         self.stop_grad = stop_grad
         self.released: set[Tensor] = set()
         self.rewrap_ddp = False
+        self.find_wrapper: Callable[[], Any] = lambda: None
         self._detector: ReentrantDetector | None = None
+
+    @property
+    def ddp(self) -> DistributedDataParallel | None:
+        """The DDP wrapper of the loop; None where there is none, or where it is not known."""
+        wrapper = self.find_wrapper()
+        return wrapper if isinstance(wrapper, DistributedDataParallel) else None
 
     def begin_run(self, unit_map: UnitMap, group: ProcessGroup | None, ranks: Ranks | None) -> None:
         """Look for reentrant checkpointing from the first step on.
@@ -66,6 +74,7 @@ class Release:
         ranks: Ranks | None,
         *,
         within_ddp: bool = False,
+        automatic: bool = False,
     ) -> str | None:
         """The reason why gradients cannot be stopped safely, or None.
 
@@ -73,7 +82,9 @@ class Release:
             unit_map: The units.
             group: The optimizer's `process_group`.
             ranks: The other processes, once they have joined.
-            within_ddp: Whether the DistributedDataParallel wrapper will be built anew.
+            within_ddp: Whether the DistributedDataParallel wrapper will be initialised anew, as the
+                one of `find_wrapper` always is.
+            automatic: Whether nobody has asked for it. A job of a single process may use DDP too.
         """
         if self._detector is not None and self._detector.found:
             return (
@@ -81,9 +92,9 @@ class Release:
                 "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
             )
         members = list(chain.from_iterable(unit_map.members.values()))
-        if not in_a_job(group, members):
+        if not in_a_job(group, members) and not (automatic and is_initialized()):
             return None
-        if within_ddp:
+        if within_ddp or self.ddp is not None:
             if ranks is None or ranks.everywhere:
                 return None
             return (
@@ -96,7 +107,8 @@ class Release:
         # raises.
         return (
             "DistributedDataParallel would wait for them. For the saving, call "
-            "ddp_model = optimizer.apply_freezes(ddp_model) now and then."
+            "ddp_model = optimizer.apply_freezes(ddp_model) now and then, or once "
+            "grades_kernels.integrations.release_under_ddp."
         )
 
     def raise_if_required(self, reason: str | None) -> None:
@@ -124,6 +136,7 @@ class Release:
                 self.released.add(p)
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
+            self.rewrap_ddp = True
 
     def take_back(self, tensors: Iterable[Tensor]) -> None:
         """Let tensors need gradients again."""
@@ -135,9 +148,7 @@ class Release:
 
     def take_all_back(self) -> None:
         """Let all released tensors need gradients again: a checkpoint replaces the state."""
-        for p in self.released:
-            p.requires_grad_(True)
-        self.released = set()
+        self.take_back(set(self.released))
 
 
 class ReentrantDetector:
@@ -181,13 +192,14 @@ class ReentrantDetector:
             frame = frame.f_back
 
 
-def rewrapped(ddp: DistributedDataParallel) -> nn.Module:
-    """A DDP model with the settings of `ddp`, built for the tensors that still need gradients.
+def rewrap(ddp: DistributedDataParallel) -> nn.Module:
+    """Initialise a DDP wrapper anew, with its settings, for the tensors that still need gradients.
 
-    Using `ddp` itself afterwards raises an error. Where nothing is left to train, which DDP refuses
-    to wrap, the bare module.
+    It stays the same object, so every reference to it stays right. Forward hooks that were
+    registered on the wrapper itself are lost. Where nothing is left to train, which DDP refuses to
+    wrap, the result is the bare module, and using the wrapper raises an error.
     """
-    hooks, module = list(getattr(ddp, "_comm_hooks", ())), ddp.module
+    hooks, module, training = list(getattr(ddp, "_comm_hooks", ())), ddp.module, ddp.training
     renamed = hasattr(ddp, "forward_sync_buffers")  # in torch 2.13, where the old name warns
     buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
     settings: dict[str, Any] = {
@@ -203,14 +215,15 @@ def rewrapped(ddp: DistributedDataParallel) -> nn.Module:
         "static_graph": ddp.static_graph,
         "mixed_precision": ddp.mixed_precision,
     }
-    # Without these the old wrapper raises; with them its ranks would drift apart.
+    # They have hooks on the gradients, of which there must not be two kinds.
     del ddp.reducer, ddp.logger
     if not any(p.requires_grad for p in module.parameters()):
         return module
-    new = DistributedDataParallel(module, **settings)
+    DistributedDataParallel.__init__(ddp, module, **settings)
+    ddp.training = training
     for hook, state in hooks:
-        new.register_comm_hook(state, hook)
-    return new
+        ddp.register_comm_hook(state, hook)
+    return ddp
 
 
 def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Memory:

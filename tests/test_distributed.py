@@ -9,6 +9,7 @@ more of the random problems than the few of every day.
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
 import math
@@ -484,6 +485,51 @@ def test_a_rank_that_raises_an_error_is_not_the_only_one(error, texts, function,
         assert results[0] == results[1]
 
 
+def absent_rank(own, model, at, fused):
+    """The error of a run in which rank 1 skips step `at` under DDP, and ends there without."""
+    optimizer = optimizer_of(model, {**CHANGE, "tau": 0.0, "fused": fused})
+    optimizer.process_group = own
+    dist.barrier()
+    try:
+        for step in backward(model, optimizer, 0, last=4):
+            if step != at or dist.get_rank() == 0:
+                optimizer.step()
+            elif not isinstance(model, DistributedDataParallel):
+                break
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def absent_ranks():
+    """The errors of ranks that miss a check on Triton and the first exchange, and of no rank."""
+    own, of_ddp, second = (dist.new_group(timeout=datetime.timedelta(seconds=2)) for _ in range(3))
+    model = DistributedDataParallel(Net(0), process_group=of_ddp)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        yield absent_rank(own, model, at=2, fused=True)
+        yield absent_rank(second, Net(0), at=1, fused=False)
+    try:
+        dist.new_group([2])
+    except ValueError as error:
+        dist.barrier()
+        distributed.raise_if_absent(error, None, 1)
+        yield str(error)
+
+
+def test_a_rank_that_takes_no_part_is_named():
+    """Within the timeout of the group; the control is a failure that both ranks report."""
+    (*errors, control), others = ranks.run(2, all_of, absent_ranks)
+    for step, error in zip((3, 1), errors, strict=True):
+        assert f"step {step} of the optimizer failed on rank 0: rank 1 did not take part" in error
+    assert "out of range" in control
+    assert not any("did not take part" in error for error in [control, *others])
+
+
+def all_of(function):
+    return list(function())
+
+
 # DDP
 
 
@@ -643,6 +689,38 @@ def test_stopping_gradients_under_fsdp2():
         assert stopped[0]["values"] == masked[0]["values"]
 
 
+def stepped_in_backward():
+    """A run under FSDP2 with an optimizer for each parameter, which steps it in a hook."""
+    net = Net(3)
+    model, mine = parallel("fsdp2", net)
+    optimizers = {
+        p: optimizer_of(nn.ParameterDict({name.replace(".", "_"): p}), {**CHANGE, "tau": tau})
+        for name, p in net.named_parameters()
+        for tau in [4.0 if name.startswith("blocks") and p.dim() > 1 else None]
+    }
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    for step in range(1, STEPS + 1):
+        x, y = batch(3, step)
+        (model(x[mine]) - y[mine]).square().mean().backward()
+        model.zero_grad()
+    return {
+        "values": [whole(p).tolist() for p in net.parameters()],
+        "events": sorted(
+            (e.step, e.statistic) for x in optimizers.values() for e in x.freeze_events
+        ),
+    }
+
+
+def test_an_optimizer_for_each_parameter_under_fsdp2():
+    """It equals one optimizer bit for bit."""
+    results = ranks.run(2, stepped_in_backward)
+    (expected, _) = ranks.run(2, train, "fsdp2", 3, {**CHANGE, "tau": 4.0})
+    assert same_on_all(results)
+    assert results[0]["values"] == expected["values"]
+    assert results[0]["events"] == sorted((e.step, e.statistic) for e in expected["events"]) != []
+
+
 def sharded_kinds():
     answers = {}
     for kind in ("fsdp2", "hsdp", "fsdp2+tp", "tp", "ddp"):
@@ -714,6 +792,24 @@ def test_nameless_replicas_are_the_same_units():
         assert same_on_all(results)
         assert all(name.startswith("group0.") for name in results[0]["statistics"])
         assert len(results[0]["statistics"]) == 7  # with the head, which no name gives away
+
+
+def backends_of_zero():
+    """The backend inside of ZeroRedundancyOptimizer, and the error of Triton's first step."""
+    net = Net(0)
+    parallel("zero", net)
+    own = {**CHANGE, "tau": 1.0, "foreach": None}
+    inside = {fused: optimizer_of(net, {**own, "fused": fused}, "zero") for fused in (None, True)}
+    inside[None].step()
+    return inside[None].optim.backend, error_of(inside[True].step)
+
+
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native op is not built")
+def test_zero_uses_the_native_op_and_refuses_triton():
+    """The Triton kernels need the same units on every rank."""
+    for backend, (error, message) in ranks.run(2, backends_of_zero):
+        assert (backend, error) == ("native", RuntimeError)
+        assert "the Triton kernels need the same tensors on every rank" in message
 
 
 def zero_of_two_layers(own, hooked):

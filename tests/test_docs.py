@@ -96,6 +96,11 @@ def check_after(heading, names, folder):
         assert names["trainer"].global_step == 6
     if heading == "Accelerate":
         assert names["optimizer"].report().step == 2
+    if heading == "An optimizer for each part of a model":
+        assert [x.report().step for x in names["optimizers"].optimizers] == [30, 30]
+    if heading == "Steps in the backward pass":
+        frozen = {name for x in names["optimizers"].values() for name in x.frozen_units}
+        assert frozen and all(p.grad is None for p in names["optimizers"])
     if heading == "Save":
         assert set(torch.load("run.pt", weights_only=True)) == {"model", "optimizer"}
 

@@ -274,6 +274,7 @@ def train_one_rank(folder):
         "statistics": optimizer.statistics(),
         "steps": trainer.global_step,
         "weights": [p.double().sum().item() for p in model.parameters()],
+        "released": sum(not p.requires_grad for p in model.parameters()),
     }
     with open(f"{folder}/rank{trainer.global_rank}.json", "w") as file:
         json.dump(found, file)
@@ -311,6 +312,7 @@ def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
     assert first["statistics"] == pytest.approx(optimizer.statistics(), rel=1e-4)
     weights = [p.double().sum().item() for p in model.parameters()]
     assert first["weights"] == pytest.approx(weights, rel=1e-4)
+    assert first["released"] == sum(not p.requires_grad for p in model.parameters()) > 0
     report = FreezeReport.load(tmp_path / "grades_report.json")
     assert [list(event[:2]) for event in report.events] == first["events"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import assert_same_run, regression_data, tiny_network
+from tiny import assert_same_run, assert_same_weights, regression_data, tiny_network
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -128,3 +128,65 @@ def test_unwrapping_another_optimizer_is_an_error_that_names_it():
         unwrap_optimizer(sgd)
     with pytest.raises(ValueError, match=r"optimizer=NoneType"):
         unwrap_optimizer(None)
+
+
+# Other ways to step
+
+OWN = {**OPTIONS, "lr": 1e-2, "total_steps": STEPS, "tau": 0.022}  # without clipping
+
+
+def together(model):
+    return [GradESAdamW(model.named_parameters(), **OWN)]
+
+
+def by_part(model):
+    """An optimizer for each part of a model, with names as the whole model gives them."""
+    named = list(model.named_parameters())
+    return [GradESAdamW(x, **OWN) for x in (named[:2], named[2:])]
+
+
+def in_backward(model):
+    """An optimizer for each parameter, which steps when the gradient arrives."""
+    optimizers = {}
+    for name, p in model.named_parameters():
+        tau = OWN["tau"] if p.dim() > 1 else None
+        optimizers[p] = GradESAdamW([(name, p)], **{**OWN, "tau": tau})
+
+    def step(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
+    return list(optimizers.values())
+
+
+def deferred(model):
+    """Made on the meta device; `to_empty` gives the same parameters their memory afterwards."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    optimizers = together(model.to("meta"))
+    model.to_empty(device="cpu").load_state_dict(weights)
+    torch.__future__.set_swap_module_params_on_conversion(before)
+    return optimizers
+
+
+def stepped(make):
+    """The model and the decisions of a run with the optimizers that `make(model)` returns."""
+    model = tiny_network()
+    optimizers = make(model)
+    for x, y in DataLoader(regression_data(STEPS * 8), batch_size=8):
+        nn.functional.mse_loss(model(x), y).backward()
+        for optimizer in optimizers if make is not in_backward else []:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, sorted(event for x in optimizers for event in x.freeze_events)
+
+
+@pytest.mark.parametrize("make", [by_part, in_backward, deferred])
+def test_other_ways_to_step_equal_one_optimizer(make):
+    """Bit for bit; some matrices freeze in the run."""
+    (model, events), (expected, others) = stepped(make), stepped(together)
+    assert_same_weights(model, expected)
+    assert events == others and 0 < len(events) < 3

@@ -394,12 +394,18 @@ def test_measurements_before_the_first_check_have_no_statistic():
 
 def train_one_rank(folder):
     FreezeReport.plot = lambda report, path: path
-    trainer = make_trainer(folder, per_device_train_batch_size=2, ddp_backend="gloo")
+    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    options |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 6}
+    trainer = make_trainer(folder, **options)
     optimizer = train(trainer, max_frozen=0.5)
+    resumed = make_trainer(f"{folder}/resumed", **options)
+    train(resumed, resume=f"{folder}/checkpoint-6", max_frozen=0.5)
+    assert_same_weights(resumed.model, trainer.model)
     found = {
         "events": [event[:2] for event in optimizer.freeze_events],
         "statistics": optimizer.statistics(),
         "steps": trainer.state.global_step,
+        "released": sum(not p.requires_grad for p in trainer.model.parameters()),
         "share": [e["grades/frozen_share"] for e in trainer.state.log_history if "loss" in e],
         "batches": [batch["input_ids"].tolist() for batch in trainer.data_collator.batches],
     }
@@ -408,15 +414,15 @@ def train_one_rank(folder):
 
 
 def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
-    """DDP over gloo, compared with a loop over the batches of both ranks."""
+    """DDP over gloo, compared with a loop over the batches of both ranks, and resumed."""
     launcher = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"
     found = ranks.run_script(__file__, tmp_path, *launcher.split())
     batches = [rank.pop("batches") for rank in found]
     assert found[0] == found[1]
     rows = (torch.tensor(a + b) for a, b in zip(*batches, strict=True))
-    # Under DDP backward still computes gradients of frozen matrices, and clipping counts them.
     recorded = [{"input_ids": x, "labels": x} for x in rows]
-    _, plain = plain_loop(recorded, max_frozen=0.5, stop_grad=False)
+    model, plain = plain_loop(recorded, max_frozen=0.5)
+    assert found[0]["released"] == sum(not p.requires_grad for p in model.parameters()) > 0
     assert found[0]["events"] == [list(event[:2]) for event in plain.freeze_events]
     assert found[0]["statistics"] == pytest.approx(plain.statistics(), rel=1e-3)
     assert found[0]["steps"] == plain.freeze_events[-1].step < STEPS

@@ -13,11 +13,13 @@ import ranks
 import torch
 from harness import feed, values
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from grades_kernels import FreezeReport, GradESAdamW
+from grades_kernels.integrations import release_under_ddp
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_BATCHES = 6
@@ -451,33 +453,32 @@ def test_of_two_stacks_none_is_the_lowest():
 def ddp_run(find_unused, apply_at):
     """Weights and what still needs gradients after 8 steps of a DDP model on this rank's data."""
     model, opt = build(n_blocks=3)
-    ddp = first = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    if apply_at == "release_under_ddp":
+        release_under_ddp(opt, lambda: ddp)
     rank = torch.distributed.get_rank()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for step in range(8):
             if step == apply_at:
-                ddp = opt.apply_freezes(ddp)
+                assert opt.apply_freezes(ddp) is ddp
             freeze(opt, *([UP, "layers.2.down_proj.weight"] if step else []))
             train(ddp, opt, 1, first=2 * step + rank)
-    if ddp is not first:
-        with pytest.raises(AttributeError, match=r"reducer|logger"):
-            loss_of(first, 0).backward()
-    return values(model), stopped(model), opt.frozen_units, ddp is first
+    return values(model), stopped(model), opt.frozen_units
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_ddp_stops_gradients_by_apply_freezes(find_unused):
     """The ranks stay alike, and nothing but the saving changes."""
     plain = ranks.run(2, ddp_run, find_unused, None)
-    for _, still, frozen, same in plain:
-        assert (still, len(frozen), same) == ([], 2, True)
-    applied = ranks.run(2, ddp_run, find_unused, 5)
-    for weights, still, frozen, same in applied:
-        assert still == sorted(frozen) and len(still) == 2
-        assert same is find_unused, "the wrapper is built anew only where it has to be"
-        torch.testing.assert_close(weights, plain[0][0], rtol=1e-6, atol=1e-7)
-        assert all(map(torch.equal, weights, applied[0][0])), "ranks have drifted apart"
+    for _, still, frozen in plain:
+        assert (still, len(frozen)) == ([], 2)
+    for how in (5, "release_under_ddp"):
+        applied = ranks.run(2, ddp_run, find_unused, how)
+        for weights, still, frozen in applied:
+            assert still == sorted(frozen) and len(still) == 2
+            torch.testing.assert_close(weights, plain[0][0], rtol=1e-6, atol=1e-7)
+            assert all(map(torch.equal, weights, applied[0][0])), "ranks have drifted apart"
 
 
 def ddp_thaws(find_unused):
@@ -501,6 +502,76 @@ def test_ddp_averages_again_what_was_thawed(find_unused):
     (ours, _), (theirs, still) = ranks.run(2, ddp_thaws, find_unused)
     assert still == []
     assert all(map(torch.equal, ours, theirs))
+
+
+def ddp_is_followed():
+    """Weights after a thaw and a checkpoint, and what is released after each step."""
+    model, opt = build()
+    ddp = DistributedDataParallel(model)
+    ddp.register_comm_hook(None, allreduce_hook)
+    release_under_ddp(opt, lambda: ddp)
+    rank, seen = torch.distributed.get_rank(), []
+
+    def step(n):
+        for _ in range(n):
+            train(ddp, opt, 1, first=2 * len(seen) + rank)
+            seen.append(stopped(model))
+
+    step(1)
+    begun = copy.deepcopy(opt.state_dict())
+    freeze(opt, UP)
+    step(2)
+    half = copy.deepcopy(opt.state_dict())
+    freeze(opt)
+    opt.thaw()
+    step(1)
+    for state in (half, begun):
+        opt.load_state_dict(state)
+        freeze(opt)
+        step(2)
+    return values(model), seen, len(ddp._comm_hooks)
+
+
+def test_release_under_ddp_follows_thaws_and_checkpoints():
+    """The wrapper always waits for what needs a gradient, and the ranks stay alike."""
+    (ours, seen, n_hooks), (theirs, *_) = ranks.run(2, ddp_is_followed)
+    assert all(map(torch.equal, ours, theirs)) and n_hooks == 1
+    assert seen == [[], [], [UP], [], [UP], [UP], [], []]
+
+
+def ddp_without_other_tensors():
+    """What is released where nothing but units is trained and all of them freeze."""
+    model, opt = build()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in opt.monitored_units)
+    ddp = DistributedDataParallel(model)
+    release_under_ddp(opt, lambda: ddp)
+    before = stopped(model)
+    freeze(opt, *opt.monitored_units)
+    train(ddp, opt, 3)
+    return opt.all_frozen, stopped(model) == before
+
+
+def test_the_last_tensors_are_not_released_under_ddp():
+    """DDP refuses to wrap a model without any tensor that needs a gradient."""
+    assert ranks.run(2, ddp_without_other_tensors) == [(True, True)] * 2
+
+
+def ddp_of_one_rank():
+    group = torch.distributed.new_group([0])
+    if torch.distributed.get_rank() == 1:
+        return []
+    model, opt = build()
+    opt.process_group = group
+    freeze(opt, UP)
+    with pytest.warns(UserWarning, match="release_under_ddp"):
+        train(DistributedDataParallel(model, process_group=group), opt, 4)
+    return stopped(model)
+
+
+def test_a_job_of_one_rank_may_use_ddp_too():
+    """It only masks, as the wrapper would go on waiting for the gradient."""
+    assert ranks.run(2, ddp_of_one_rank) == [[], []]
 
 
 def ddp_warns():

@@ -21,7 +21,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut
 from ..optimizer import GradESAdamW
-from .shared import is_choice, is_finished, measurements, repeated, save_report
+from .shared import (
+    is_choice,
+    is_finished,
+    measurements,
+    release_under_ddp,
+    repeated,
+    save_report,
+)
 
 __all__ = ["GradESCallback"]
 
@@ -58,6 +65,12 @@ class GradESCallback(Callback):
         if stage == "fit" and isinstance(self.cut, Cut):
             rank_zero_info(str(self.cut))
             self.cut.apply(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a single optimizer release under DDP, before a checkpoint is loaded."""
+        if len(trainer.optimizers) == 1:  # several toggle requires_grad
+            for optimizer in _optimizers(trainer):
+                release_under_ddp(optimizer, lambda: trainer.strategy.model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError, before the first step, if no optimizer monitors a unit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,20 @@ def unwrap_optimizer(optimizer: Any) -> GradESAdamW:
                 "GradESCallback."
             )
     return inner
+
+
+def release_under_ddp(optimizer: GradESAdamW, find_wrapper: Callable[[], Any]) -> None:
+    """Release frozen tensors in batches under DDP too, as on one process.
+
+    The wrapper is initialised anew, as the same object, at the start of a step that releases. This
+    is not part of a pickle or copy of the optimizer.
+
+    Args:
+        optimizer: The only optimizer of the model.
+        find_wrapper: Returns the model as the loop calls it; nothing happens where that is no
+            DistributedDataParallel.
+    """
+    optimizer._freezer.release.find_wrapper = find_wrapper
 
 
 def is_finished(optimizer: GradESAdamW) -> bool:

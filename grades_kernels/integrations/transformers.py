@@ -21,7 +21,15 @@ from ..cut.choose import choose_cut
 from ..cut.cut import Cut
 from ..freezing.param_groups import grades_param_groups
 from ..optimizer import GradESAdamW
-from .shared import is_choice, is_finished, measurements, repeated, save_report, unwrap_optimizer
+from .shared import (
+    is_choice,
+    is_finished,
+    measurements,
+    release_under_ddp,
+    repeated,
+    save_report,
+    unwrap_optimizer,
+)
 
 __all__ = ["GradESCallback", "GradESFactory", "add_grades", "unwrap_optimizer"]
 
@@ -63,7 +71,7 @@ def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any
             'fsdp_config={"version": 2}) or DDP.'
         )
     if trainer.optimizer is not None:
-        unwrap_optimizer(trainer.optimizer)
+        release_under_ddp(unwrap_optimizer(trainer.optimizer), lambda: trainer.model_wrapped)
         if cut is not None:
             raise ValueError(
                 "add_grades: cut has to come before the optimizer, which this Trainer has already. "
@@ -181,7 +189,9 @@ class GradESFactory:
                 empty = {"params": [], "tau": own_tau, "weight_decay": decay}
                 groups.setdefault((own_tau, decay), empty)["params"].append((name, p))
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return GradESAdamW([*groups.values()], lr=args.learning_rate, tau=tau, **options)
+        optimizer = GradESAdamW([*groups.values()], lr=args.learning_rate, tau=tau, **options)
+        release_under_ddp(optimizer, lambda: trainer.model_wrapped)
+        return optimizer
 
 
 class GradESCallback(TrainerCallback):
