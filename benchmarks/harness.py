@@ -48,12 +48,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def alternate(
-    calls: Sequence[Callable[[], Any]],
-    device: torch.device,
-    repeats: int,
-    *,
-    host: bool = False,
-    before: Callable[[], None] = lambda: None,
+    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int, *, host: bool = False
 ) -> list[list[float]]:
     """Seconds of every call in `repeats` rounds, each in another order.
 
@@ -63,16 +58,14 @@ def alternate(
     took 3.4 instead of 2.6 ms (CPU with 32 MB of cache). On a GPU a time is that of the device
     between two events, and the device is kept busy before the first one until the host has queued
     the whole call: otherwise a short call is as long as its launches. With `host` it is the time
-    until the call returns, begun on an idle device. `before` runs before each call, untimed.
+    until the call returns, begun on an idle device.
     """
     on_events = device.type == "cuda" and not host
     seconds: list[list[float]] = [[] for _ in calls]
     head_starts = []
     for call in calls:
         for _ in range(3):  # the first calls compile, allocate and freeze
-            before()
             call()
-        before()
         synchronize(device)
         start = time.perf_counter()
         call()
@@ -82,7 +75,6 @@ def alternate(
     draw = random.Random(0)
     for _ in range(repeats):
         for n in draw.sample(range(len(calls)), len(calls)):
-            before()
             seconds[n].append(
                 _device_seconds(calls[n], device, head_starts[n])
                 if on_events

@@ -47,7 +47,7 @@ class _Pending(NamedTuple):
     """A step whose results the host has not read yet.
 
     Attributes:
-        updated: Per tensor whether it was updated, if the step happened.
+        updated: Per tensor 1 if it was updated, provided that the step happened.
         kept: The units of which all gradients were stored, if it happened.
         decides: Whether values and decisions were computed.
         agreed: Whether all ranks took part.
@@ -214,7 +214,7 @@ class TritonEngine:
             g.copy_(copy)
         agreed = decides and ranks is not None
         self.pending = _Pending(
-            (tasks & UPDATE) != 0, kept, decides, agreed, scaled=found is not None
+            (tasks & UPDATE) // UPDATE, kept, decides, agreed, scaled=found is not None
         )
 
     def sync(self) -> Outcome | None:
