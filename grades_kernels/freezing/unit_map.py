@@ -60,7 +60,7 @@ class UnitMap:
             and not any([p.requires_grad for p in self.untrained])
             and all(
                 [
-                    p.requires_grad or unit is None or unit.frozen_at != NEVER
+                    unit is None or p.requires_grad or unit.frozen_at != NEVER
                     for p, unit in zip(self.params, self.units, strict=True)
                 ]
             )
