@@ -3,11 +3,12 @@
     python -m benchmarks.bench_step [--device auto] [--part host reference native shards]
 
 `host`: microseconds from calling step() on an idle device until it returns, launches and host
-synchronisations per step, against torch's fused and foreach AdamW. `reference`: what the reference
-costs on the CPU when nothing is monitored, against the implementation it stands on. `native`: the
-native op's targets on the CPU, against torch's fused AdamW on the same tensors. `shards`: the same
-for the DTensors of FSDP2 in two processes of one thread each. On a GPU the first alone unless asked
-for.
+synchronisations per step, against torch's fused and foreach AdamW. On a CPU it is the time of
+Python alone, with fresh gradients: the Triton engine and torch's fused AdamW without their kernels.
+`reference`: what the reference costs on the CPU when nothing is monitored, against the
+implementation it stands on. `native`: the native op's targets on the CPU, against torch's fused
+AdamW on the same tensors. `shards`: the same for the DTensors of FSDP2 in two processes of one
+thread each. On a GPU the first alone unless asked for.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from grades_kernels.backends import native
 N_MATRICES = 300
 SIZES = (64, 128, 256, 512, 1024)
 CPU_SIZES = (16, 32, 64)  # the same number of tensors, so the same work around them
+PYTHON_TENSORS = (300, 1000)
 
 
 def matrices(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -45,15 +47,17 @@ def matrices(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(islice(cycle((m, n) for m in sizes for n in sizes), N_MATRICES))
 
 
+SETTINGS = {
+    "grades": Setting(),
+    "grades momentum next_step": Setting("momentum"),
+    "grades change next_step": Setting("change"),
+    "grades change same_step": Setting("change", "same_step"),
+    "grades change all frozen": Setting("change", "next_step", share=1.0),
+}
+
+
 def providers(problem: Problem) -> Iterator[tuple[str, Callable[[], Callable[[], Any]]]]:
-    settings = {
-        "grades": Setting(),
-        "grades momentum next_step": Setting("momentum"),
-        "grades change next_step": Setting("change"),
-        "grades change same_step": Setting("change", "same_step"),
-        "grades change all frozen": Setting("change", "next_step", share=1.0),
-    }
-    for name, setting in settings.items():
+    for name, setting in SETTINGS.items():
         yield name, lambda s=setting: grades(problem, s).step
     yield "torch foreach", lambda: torch.optim.AdamW(problem.params, LR, foreach=True).step
     yield "torch loop", lambda: torch.optim.AdamW(problem.params, LR, foreach=False).step
@@ -61,30 +65,82 @@ def providers(problem: Problem) -> Iterator[tuple[str, Callable[[], Callable[[],
 
 
 def host(device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
-    """One row per provider, each in turns with torch's fused AdamW."""
-    problem = Problem(
-        matrices(SIZES if device.type == "cuda" else CPU_SIZES), torch.float32, device
-    )
+    """One row per provider on a GPU, each in turns with torch's fused AdamW."""
+    problem = Problem(matrices(SIZES), torch.float32, device)
     fused = torch.optim.AdamW(problem.params, LR, fused=True).step
     for name, make in [("torch fused", lambda: fused), *providers(problem)]:
         call = make()
         seconds, anchor = harness.alternate((call, fused), device, repeats, host=True)
-        median, low, high = harness.summary(seconds, 1e6)
         whole = harness.alternate((_and_wait(call, device),), device, repeats, host=True)[0]
         yield {
-            "provider": name,
-            "tensors": len(problem.params),
+            **host_row(name, problem, seconds, anchor, repeats),
             "elements": problem.n_elements,
-            "host_us": harness.rounded(median),
-            "host_us_p20": harness.rounded(low),
-            "host_us_p80": harness.rounded(high),
             "whole_us": harness.rounded(harness.summary(whole, 1e6)[0]),
-            "fused_us": harness.rounded(harness.summary(anchor, 1e6)[0]),
-            "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
             "launches": launches(call, device),
             "synchronizes": synchronizes(call, device),
-            "repeats": repeats,
         }
+
+
+class NoKernel:
+    """Stands in place of a kernel, and does nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+    def warmup(self, *args: Any, **options: Any) -> None:
+        pass
+
+
+def python_alone(repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per setting, all in turns with torch's fused AdamW, and none runs its kernels.
+
+    Gradients are fresh, as after `zero_grad()`. Processor time of the thread: it waits for nothing.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    from grades_kernels.backends import triton_engine
+
+    for n in PYTHON_TENSORS:
+        problem = Problem([(2, 2)] * n, torch.float32, torch.device("cpu"))
+        params, grads = problem.params, [p.grad for p in problem.params]
+        steps = {"torch fused": torch.optim.AdamW(params, LR, fused=True).step}
+        for name, setting in SETTINGS.items():
+            if setting.share == 0:  # nothing freezes, since no kernel decides
+                steps[name] = grades(problem, setting, fused=True).step
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        draw = random.Random(0)
+        with pytest.MonkeyPatch.context() as patch:
+            for kernel in ("step_kernel", "decide_kernel"):
+                patch.setattr(triton_engine, kernel, NoKernel())
+            for kernel in ("_fused_adamw_", "_foreach_add_"):
+                patch.setattr(torch, kernel, lambda *args, **options: None)
+            for _ in range(repeats + 5):
+                for name in draw.sample(list(steps), len(steps)):
+                    for p in params:
+                        p.grad = None
+                    torch.autograd.backward(params, [g.clone() for g in grads])
+                    start = time.thread_time()
+                    steps[name]()
+                    seconds[name].append(time.thread_time() - start)
+        anchor = seconds["torch fused"][5:]
+        for name in steps:
+            yield host_row(name, problem, seconds[name][5:], anchor, repeats)
+
+
+def host_row(
+    name: str, problem: Problem, seconds: list[float], anchor: list[float], repeats: int
+) -> dict[str, Any]:
+    median, low, high = harness.summary(seconds, 1e6)
+    return {
+        "provider": name,
+        "tensors": len(problem.params),
+        "host_us": harness.rounded(median),
+        "host_us_p20": harness.rounded(low),
+        "host_us_p80": harness.rounded(high),
+        "fused_us": harness.rounded(harness.summary(anchor, 1e6)[0]),
+        "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
+        "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+        "repeats": repeats,
+    }
 
 
 def _and_wait(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
@@ -95,10 +151,8 @@ def _and_wait(call: Callable[[], Any], device: torch.device) -> Callable[[], Non
     return whole
 
 
-def launches(call: Callable[[], Any], device: torch.device) -> int | str:
-    """Kernels that one call runs on the device, without copies and fills; "" on a CPU."""
-    if device.type != "cuda":
-        return ""
+def launches(call: Callable[[], Any], device: torch.device) -> int:
+    """Kernels that one call runs on the device, without copies and fills."""
     call()
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
@@ -109,10 +163,8 @@ def launches(call: Callable[[], Any], device: torch.device) -> int | str:
     return sum(not e.name.startswith(("Memcpy", "Memset", "Optimizer.")) for e in on_device)
 
 
-def synchronizes(call: Callable[[], Any], device: torch.device) -> bool | str:
-    """Whether torch sees the call wait for the device; "" on a CPU."""
-    if device.type != "cuda":
-        return ""
+def synchronizes(call: Callable[[], Any], device: torch.device) -> bool:
+    """Whether torch sees the call wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -312,7 +364,9 @@ def main() -> None:
     parts = ("host",) if device.type == "cuda" else ("host", "reference", "native")
     for part in options.part or parts:
         if part == "host":
-            rows, where = host(device, options.repeats), device
+            on_gpu = device.type == "cuda"
+            rows = host(device, options.repeats) if on_gpu else python_alone(options.repeats)
+            where = device
         elif part == "native":
             rows, where = native_op(options.repeats), torch.device("cpu")
         elif part == "shards":

@@ -242,6 +242,9 @@ def launched(monkeypatch):
             launches.append(grid[0])
             return kernel[grid]
 
+        def warmup(self, *args, grid, **options):
+            kernel.warmup(*args, grid=grid, **options)
+
     monkeypatch.setattr(engine, "step_kernel", Counted())
     return launches
 
@@ -279,6 +282,66 @@ def test_dropped_tensors_are_not_launched(launched):
     run.steps(1)
     assert run.opt.all_frozen
     assert launched[-1] == 1
+
+
+COMPILED = [
+    {},
+    {"tau": None},
+    {"freeze_timing": "next_step", "check_every": 3, "statistic": "norm"},
+    {"freeze_timing": "next_step", "amsgrad": True},
+    {"check_every": 2, "stop_grad": False},
+]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_no_step_waits_for_a_compiler(options, scaled, monkeypatch):
+    """Every variant that a run launches is compiled when its engine takes the first step."""
+    module, compiled, missing, messages = tr.module("triton_engine"), set(), [], []
+    monkeypatch.setattr(module._logger, "info", lambda message, *args: messages.append(message))
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def variant(self, options):
+            numbers = {key: str(x) for key, x in options.items() if key != "FIELDS"}
+            return self.kernel.__name__, frozenset(numbers.items())
+
+        def warmup(self, *args, grid, **options):
+            compiled.add(self.variant(options))
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                if self.variant(options) not in compiled:
+                    missing.append(self.variant(options))
+                self.kernel[grid](*args, **options)
+
+            return launch
+
+    for name in ("step_kernel", "decide_kernel"):
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    run = tr.start(True, ((3, 3), (4, 4), (5,)), **options)
+    for _ in range(8):
+        tr.scaled_step(run) if scaled else run.steps(1)
+    assert not missing and compiled
+    assert messages and all("compiling the Triton kernels" in message for message in messages)
+
+
+def test_memory_of_tables_is_not_reused_while_another_stream_reads_it(monkeypatch):
+    """The allocator knows of every stream that has read a table, when the table is replaced."""
+    recorded = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: recorded.append((x, s)))
+    engine = tr.engine_of(tr.start(tau=0.0).steps(2))
+    engine._use_on(engine.stream)
+    assert not recorded
+    engine._use_on("another stream")
+    pointers = {x.data_ptr() for x, stream in recorded if stream == "another stream"}
+    tables = engine.tables
+    used = (tables.program_table, tables.tensor_table, tables.members, tables.partials)
+    for x in (*used, tables.step_inputs, engine.results, engine.sums, engine.zero, engine.one):
+        assert x.data_ptr() in pointers
+    assert engine.mirror.data_ptr() not in pointers
 
 
 def test_the_tables_are_built_twice_a_run(monkeypatch):

@@ -112,11 +112,14 @@ ENGINE_FAULTS = {
     ),
     "(g.is_neg() or not same -> (not same": change("gradients with the negative bit"),
     "addresses != self.addresses -> not addresses": change("moments at other addresses"),
-    "or self.step_versions != -> or False and self.step_versions !=": change(
+    "if self.step_versions != -> if False and self.step_versions !=": change(
         "state changed in place"
     ),
     "table.config.is_check(table.t + 1) -> True": partial(
         kernels.test_other_steps_do_not_touch_the_previous_gradient
+    ),
+    "config.is_check(t + 1)) for -> False) for": partial(
+        with_patch, engine.test_no_step_waits_for_a_compiler, {}, False
     ),
     "if happened: -> if True:": partial(
         scaling.test_a_run_with_overflows_equals_one_without, (3,), "next_step", False

@@ -8,7 +8,7 @@ whether they are still right.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from .tasks import KEEP, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
 Groups = Sequence[dict[str, Any]]
 State = Mapping[Tensor, dict[str, Any]]
 Units = Sequence[Unit | None]
+
+_form, _kind = attrgetter("shape", "dtype", "layout"), attrgetter("shape", "dtype", "device")
 
 
 class Outcome(NamedTuple):
@@ -57,45 +59,49 @@ class Layout:
         self, groups: Groups, state: State, chosen: Sequence[Sequence[tuple[Tensor, Unit | None]]]
     ) -> None:
         self.flags = _flags(groups)
-        self.kinds = _kinds([p for pairs in chosen for p, _ in pairs])
         self.keys = list(state)
         position = {p: k for k, p in enumerate(self.keys)}
-        self.found: list[list[Tensor]] = []
-        self.positions: list[list[int]] = []
+        self.params: list[Tensor] = []
         self.units: list[Unit | None] = []
-        self.all_params = [p for pairs in chosen for p, _ in pairs]
+        self.sizes: list[int] = []  # tensors per group
         self.without_state: list[Tensor] = []
         self.dtensors: list[int] = []
         for group, pairs in zip(groups, chosen, strict=True):
-            params: list[Tensor] = []
+            n_before = len(self.params)
             for p, unit in pairs:
                 released = unit is not None and unit.released_at != NEVER
                 if not released and state.get(p):
                     # What autograd differentiates stays a DTensor, as in torch's AdamW.
                     if hasattr(p, "_spec") and not group["differentiable"]:
-                        self.dtensors.append(len(self.units))
-                    params.append(p)
+                        self.dtensors.append(len(self.params))
+                    self.params.append(p)
                     self.units.append(unit)
                 elif not released:
                     self.without_state.append(p)
-            self.found.append(params)
-            self.positions.append([position[p] for p in params])
-        self.is_monitored = any(unit is not None for unit in self.units)
+            self.sizes.append(len(self.params) - n_before)
+        self.positions = [position[p] for p in self.params]
+        self.gradients = [(p.shape, gradient_dtype(p.grad, p), torch.strided) for p in self.params]
+        self.comparing = [u if u and u.statistic == "change" else None for u in self.units]
+        self.compares = any(unit is not None for unit in self.comparing)
+        self.kinds = _kinds(self.params)
         self.is_cacheable = not any(group["differentiable"] for group in groups)
 
     def is_valid(self, groups: Groups, state: State) -> bool:
-        """Whether a search would find the parameters and their state at the same positions.
-
-        `model.to(...)` moves and casts the very tensors that the optimizer refers to.
-        """
+        """Whether a search would find the parameters and their state at the same positions."""
         return (
             self.is_cacheable
             and self.flags == _flags(groups)
-            and self.kinds == _kinds(self.all_params)
             and len(state) == len(self.keys)
             and all(map(is_, state, self.keys))
             and all([p.grad is None for p in self.without_state])
         )
+
+    def has_same_kinds(self) -> bool:
+        """Whether devices, dtypes and shapes of the parameters are as they were.
+
+        `model.to(...)` moves and casts the very tensors that the optimizer refers to.
+        """
+        return self.kinds == _kinds(self.params)
 
     def collect(self, groups: Groups, state: State, *, prev_grads: bool) -> StepTensors | None:
         """The tensors of the next step; None where one is missing or does not fit.
@@ -104,48 +110,41 @@ class Layout:
             prev_grads: Whether the step reads or writes previous gradients.
         """
         states = list(state.values())
-        params: list[Tensor] = []
-        own: list[dict[str, Any]] = []
-        sizes = []
-        for found, positions in zip(self.found, self.positions, strict=True):
-            params += found
-            own += [states[k] for k in positions]
-            sizes.append(len(found))
-        grads = [p.grad for p in params]
-        for p, g in zip(params, grads, strict=True):
-            if g is not None and (g.layout is not torch.strided or g.shape != p.shape):
-                return None
-        maxima: list[Tensor | None] = [None] * len(params)
-        previous: list[Tensor | None] = [None] * len(params)
+        own = [states[k] for k in self.positions]
+        grads = [p.grad for p in self.params]
+        if not all(
+            [g is None or _form(g) == form for g, form in zip(grads, self.gradients, strict=True)]
+        ):
+            return None
+        none: list[Any] = [None] * len(own)
+        maxima = previous = none
         try:
             if any(group["amsgrad"] for group in groups):
                 amsgrads = [
-                    g["amsgrad"] for g, n in zip(groups, sizes, strict=True) for _ in range(n)
+                    g["amsgrad"] for g, n in zip(groups, self.sizes, strict=True) for _ in range(n)
                 ]
                 maxima = [
                     s["max_exp_avg_sq"] if amsgrad else None
                     for s, amsgrad in zip(own, amsgrads, strict=True)
                 ]
-            if self.is_monitored:
+            if self.compares:
                 previous = [
-                    s["prev_grad"]
-                    if unit is not None and unit.statistic == "change" and unit.decided_at == NEVER
-                    else None
-                    for s, unit in zip(own, self.units, strict=True)
+                    s["prev_grad"] if unit is not None and unit.decided_at == NEVER else None
+                    for s, unit in zip(own, self.comparing, strict=True)
                 ]
             tensors = StepTensors(
-                params,
+                list(self.params),
                 grads,
                 [s["exp_avg"] for s in own],
                 [s["exp_avg_sq"] for s in own],
                 maxima,
                 previous,
                 [s["step"] for s in own],
-                [(GroupOptions.of(group), n) for group, n in zip(groups, sizes, strict=True)],
+                [(GroupOptions.of(group), n) for group, n in zip(groups, self.sizes, strict=True)],
             )
         except KeyError:
             return None
-        if prev_grads and self.is_monitored and not all(map(_fits, previous, grads)):
+        if prev_grads and self.compares and not all(map(_fits, previous, grads)):
             return None
         return with_local_shards(tensors, self.dtensors) if self.dtensors else tensors
 
@@ -368,8 +367,8 @@ def _flags(groups: Groups) -> list[Any]:
     ]
 
 
-def _kinds(params: Sequence[Tensor]) -> tuple[list[torch.device], list[torch.dtype]]:
-    return [p.device for p in params], [p.dtype for p in params]
+def _kinds(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return list(map(_kind, params))
 
 
 def _fits(previous: Tensor | None, grad: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ every run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
 from .triton_kernels import block_size, decide_kernel, launch_options, step_kernel
 from .triton_tables import DEPENDS, FIELDS, FREEZES, DeviceTables
 
+_logger = logging.getLogger(__name__)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -45,7 +47,7 @@ class _Pending(NamedTuple):
     """A step whose results the host has not read yet.
 
     Attributes:
-        updated: Per tensor whether it was updated, if the step happened.
+        updated: Per tensor 1 if it was updated, provided that the step happened.
         kept: The units of which all gradients were stored, if it happened.
         decides: Whether values and decisions were computed.
         agreed: Whether all ranks took part.
@@ -90,7 +92,8 @@ class TritonEngine:
         self.tensors: StepTensors | None = tensors
         self.layout, self.device, self.cuda = layout, device, device.type == "cuda"
         self.tables = DeviceTables(tensors, units, device, own_units)
-        self.addresses = _addresses(tensors)
+        self.dtypes = [p.dtype for p in tensors.params]
+        self.addresses, self.lacks_prev_grads = _addresses(tensors), _lacks_prev_grads(tensors)
         self.strided = [n for n, p in enumerate(tensors.params) if not p.is_contiguous()]
         self.options = launch_options("cpu")
         if self.cuda:
@@ -116,6 +119,8 @@ class TritonEngine:
         self.position = {p: n for n, p in tensors.dtensors}
         self.shards: list[Any] | None = None  # of `Ranks.shard_rows`
         self.pending: Any = None  # a `_Pending`
+        self.is_compiled, self.only_compiles = layout is None, False
+        self.stream = torch.cuda.current_stream(device) if self.cuda else None
 
     def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
         self.tensors = None
@@ -124,40 +129,30 @@ class TritonEngine:
             return False
         # Whether previous gradients fit shows in their addresses and in the gradients' dtypes.
         tensors = self.layout.collect(groups, state, prev_grads=False)
-        if tensors is None or not self._stands(tensors, prev_grads=uses_prev_grads(table)):
+        if tensors is None or not self._has_addresses_of(tensors):
+            return False
+        if self.lacks_prev_grads and uses_prev_grads(table):
             return False
         self.tensors = tensors
         return True
 
-    def _stands(self, tensors: StepTensors, *, prev_grads: bool) -> bool:
-        """Whether the kernels' tables describe these tensors.
+    def _has_addresses_of(self, tensors: StepTensors) -> bool:
+        """Whether these tensors are where the kernels' tables say, with the same dtypes and steps.
 
         `state[p]["exp_avg"] = ...` and `x.data = ...` give a tensor another address; the old memory
-        may belong to somebody else by now.
+        may belong to somebody else by now. An address belongs to one device.
         """
-        grad_dtypes = [
-            planned if g is None else g.dtype
-            for g, planned in zip(tensors.grads, self.tables.grad_dtypes, strict=True)
-        ]
-        if grad_dtypes != self.tables.grad_dtypes or self.step_versions != [
-            step._version for step in tensors.state_steps
-        ]:
+        if self.dtypes != [p.dtype for p in tensors.params]:
+            return False
+        if self.step_versions != [step._version for step in tensors.state_steps]:
             return False
         addresses = _addresses(tensors)
-        own = addresses[-len(tensors.params) :]
-        if prev_grads and any(
-            [
-                x is not None and not a and p.numel()
-                for x, a, p in zip(tensors.prev_grads, own, tensors.params, strict=True)
-            ]
-        ):
-            return False  # a placeholder
         if addresses != self.addresses:
             # Address 0 is a placeholder of what a decision or a release has given up: no task
             # touches it any more.
             if any(now for now, was in zip(addresses, self.addresses, strict=True) if now != was):
                 return False
-            self.addresses = addresses
+            self.addresses, self.lacks_prev_grads = addresses, _lacks_prev_grads(tensors)
         return True
 
     def step(
@@ -190,10 +185,17 @@ class TritonEngine:
 
         elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
         with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
+            if self.cuda:
+                self._use_on(torch.cuda.current_stream())
+            scalars = (self.zero if found is None else found, self.one if scale is None else scale)
+            if ranks is not None and self.shards is None:
+                self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
+            if not self.is_compiled:
+                self.is_compiled = True
+                self._compile(table, ranks, scalars, scaled=scaled)
             self.tables.step_inputs.copy_(staging.buffer, non_blocking=True)
             if staging.read is not None:
                 staging.read.record()
-            scalars = (self.zero if found is None else found, self.one if scale is None else scale)
             same_step = table.config.freeze_timing == "same_step"
             if decides and same_step:
                 self._launch(scalars, measure=True, scaled=scaled)
@@ -212,29 +214,27 @@ class TritonEngine:
             g.copy_(copy)
         agreed = decides and ranks is not None
         self.pending = _Pending(
-            (tasks & UPDATE) != 0, kept, decides, agreed, scaled=found is not None
+            (tasks & UPDATE) // UPDATE, kept, decides, agreed, scaled=found is not None
         )
 
     def sync(self) -> Outcome | None:
         pending, self.pending = self.pending, None
         if pending is None:
             return None
-        m = len(self.tables.own_units)
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
+        own_units, m = self.tables.own_units, len(self.tables.own_units)
         happened = ranks_agree = True
         if pending.decides or pending.scaled:
             if self.mirrored is not None:
                 self.mirrored.synchronize()
-            results = self.mirror.tolist()
+            results = self.mirror.numpy()
             happened = not (pending.scaled and results[-1] != 0)
             if pending.decides:
-                pairs = list(
-                    zip(self.tables.own_units, results[:m], results[m + 2 :], strict=False)
-                )
-                values = {unit: value for unit, value, _ in pairs if value < math.inf}
-                decided = {unit for unit, _, flag in pairs if flag != 0}
-                ranks_agree = not pending.agreed or results[m] == -results[m + 1]
+                pairs = zip(own_units, results[:m].tolist(), strict=True)
+                values = {unit: value for unit, value in pairs if value < math.inf}
+                decided = {own_units[k] for k in np.flatnonzero(results[m + 2 : -1])}
+                ranks_agree = not pending.agreed or bool(results[m] == -results[m + 1])
         if happened:
             self.steps += pending.updated
         return Outcome(happened, values, decided, pending.kept, ranks_agree)
@@ -285,6 +285,50 @@ class TritonEngine:
             return None
         return value.to(self.device, torch.float32, non_blocking=True)
 
+    def _use_on(self, stream: Any) -> None:
+        """Reuse no memory of this engine that is replaced before `stream` has read it."""
+        if stream != self.stream:
+            self.stream = stream
+            for x in (*vars(self).values(), *vars(self.tables).values()):
+                if isinstance(x, Tensor) and x is not self.mirror:
+                    x.record_stream(stream)
+
+    def _compile(
+        self, table: FreezeTable, ranks: Ranks | None, scalars: Any, *, scaled: bool
+    ) -> None:
+        """Compile all that the steps of this engine may launch, so that none waits for it later."""
+        _logger.info(
+            "compiling the Triton kernels for %d tensors on %s: up to a second for each variant "
+            "that Triton's cache does not have",
+            len(self.tables.units),
+            self.device,
+        )
+        config, first = table.config, max(1, table.config.grace_steps or 0)
+        variants = {(False, False)}
+        for t in range(first, first + config.check_every + 1):
+            variants |= {(m, config.is_check(t + 1)) for m in (False, config.is_check(t))}
+        same_step = config.freeze_timing == "same_step"
+        self.only_compiles = True
+        for measure, keep in sorted(variants):
+            if measure and same_step:
+                self._launch(scalars, measure=True, scaled=scaled)
+            measure = measure and not same_step
+            self._launch(scalars, measure=measure, update=True, keep=keep, scaled=scaled)
+        if self.tables.own_units:
+            if ranks is None:
+                self._launch_decide("SUM", "COMPARE")
+            else:
+                for flags in (("SUM", "STORE"), ("SUM", "LOAD")) if self.shards else (("SUM",),):
+                    self._launch_decide(*flags)
+                self._launch_decide("COMPARE")
+        self.only_compiles = False
+
+    def _run(self, kernel: Any, n_programs: int, *args: Any, **options: Any) -> None:
+        if self.only_compiles:
+            kernel.warmup(*args, grid=(n_programs,), **options)
+        else:
+            kernel[(n_programs,)](*args, **options)
+
     def _launch(
         self,
         scalars: tuple[Tensor, Tensor],
@@ -302,7 +346,9 @@ class TritonEngine:
             measures = measure and n_monitored > 0
             keeps = keep and n_monitored > 0 and launch.statistic == "change"
             narrow = min(launch.param.itemsize, launch.grad.itemsize, launch.moment.itemsize)
-            step_kernel[(n,)](
+            self._run(
+                step_kernel,
+                n,
                 tables.program_table,
                 tables.tensor_table,
                 tables.inputs,
@@ -330,8 +376,6 @@ class TritonEngine:
         if ranks is None:
             self._launch_decide("SUM", "COMPARE")
             return
-        if self.shards is None:
-            self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
         if self.shards:
             self.sums.fill_(math.inf)  # of tensors without evidence
             self._launch_decide("SUM", "STORE")
@@ -346,7 +390,9 @@ class TritonEngine:
 
     def _launch_decide(self, *flags: str) -> None:
         tables = self.tables
-        decide_kernel[(len(tables.own_units),)](
+        self._run(
+            decide_kernel,
+            len(tables.own_units),
             tables.unit_table,
             tables.members,
             tables.tensor_table,
@@ -362,8 +408,17 @@ class TritonEngine:
 
 
 def _addresses(tensors: StepTensors) -> list[int]:
-    always = (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.state_steps)
-    addresses = [address for column in always for address in map(Tensor.data_ptr, column)]
-    for column in (tensors.max_exp_avg_sqs, tensors.prev_grads):
-        addresses += [0 if x is None else x.data_ptr() for x in column]
+    addresses: list[int] = []
+    for always in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.state_steps):
+        addresses += map(Tensor.data_ptr, always)
+    for optional in (tensors.max_exp_avg_sqs, tensors.prev_grads):
+        addresses += [0 if x is None else x.data_ptr() for x in optional]
     return addresses
+
+
+def _lacks_prev_grads(tensors: StepTensors) -> bool:
+    """Whether a placeholder stands where a previous gradient will be needed."""
+    return any(
+        x is not None and x.numel() < p.numel()
+        for x, p in zip(tensors.prev_grads, tensors.params, strict=True)
+    )

@@ -337,7 +337,9 @@ class DeviceTables:
         rows["divisor"] = 1
         if table.config.tau_per == "element":
             rows["divisor"] = [1 if u.statistic in RATIOS else u.n_elements for u in units]
-        rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
+        rows["hits_missing"] = 1
+        if table.config.patience > 1:
+            rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
         rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
 
     def complete_units(self, chosen: np.ndarray) -> list[Unit]:

@@ -244,28 +244,31 @@ class FreezeTable:
         Args:
             values: The sums of the undecided units whose check is not void.
         """
+        per_element, patience = self.config.tau_per == "element", self.config.patience
         measured: dict[Unit, float] = {}
         for unit, value in values.items():
-            if self.config.tau_per == "element" and unit.statistic not in RATIOS:
+            if per_element and unit.statistic not in RATIOS:
                 value /= unit.n_elements
             measured[unit] = value
             # "gain" may be negative; tau=0.0 freezes nothing, and -1 in the state is "unknown".
-            unit.value = max(value, 0.0)
-            unit.hits = unit.hits + 1 if unit.value < unit.tau else 0
-            if unit.hits >= self.config.patience:
-                unit.decide(self.t, unit.value)
+            unit.value = value if value > 0.0 else 0.0
+            if unit.value < unit.tau:
+                unit.hits += 1
+                if unit.hits >= patience:
+                    unit.decide(self.t, unit.value)
+            else:
+                unit.hits = 0
         if values:
             self._freeze_cooled()
-            self._record(tuple(measured.get(unit, math.nan) for unit in self.units))
+            self._record(tuple([measured.get(unit, math.nan) for unit in self.units]))
 
     def _freeze_cooled(self) -> None:
         """Freeze the decided units whose cooldown is over at step `t`."""
-        for unit in self.units:
-            if unit.is_decided and not unit.is_frozen:
-                over_at = unit.decided_at + self.config.cooldown
-                if self.t >= over_at:
-                    unit.frozen_at = over_at
-                self.has_changes = True
+        for unit in [u for u in self.units if u.decided_at != NEVER and u.frozen_at == NEVER]:
+            over_at = unit.decided_at + self.config.cooldown
+            if self.t >= over_at:
+                unit.frozen_at = over_at
+            self.has_changes = True
 
     def checksum(self, *, taus: bool) -> int:
         """48 bits of all that decides what a step does to the units; exact as a float64.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .naming import canonical_name, unit_of
 from .statistics import threshold
-from .table import Unit
+from .table import NEVER, Unit
 
 Groups = Sequence[dict[str, Any]]
 
@@ -60,9 +60,8 @@ class UnitMap:
             and not any([p.requires_grad for p in self.untrained])
             and all(
                 [
-                    p.requires_grad or unit.is_frozen
-                    for unit, members in self.members.items()
-                    for p in members
+                    unit is None or p.requires_grad or unit.frozen_at != NEVER
+                    for p, unit in zip(self.params, self.units, strict=True)
                 ]
             )
         )
