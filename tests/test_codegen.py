@@ -55,7 +55,7 @@ LOAD_PARAM = "                p = _load(param_ptr, offsets, mask, NARROW)\n"
 FAULTS = {
     "without the hint every aligned access falls apart into single elements": (
         {"1 if NARROW else 16": "1"},
-        ("sm_90", "gfx942"),
+        ("sm_90",),
         ["loads 0 bytes per thread in wide accesses, needs 64", "stores 0 bytes"],
     ),
     "blocks of eight times the size need more registers than there are": (
@@ -63,15 +63,14 @@ FAULTS = {
         ("sm_90",),
         ["spills registers"],
     ),
-    "a sum by atomic additions": (
-        {"tl.store(partial, numerator)": "tl.atomic_add(partial, numerator)"},
+    "a load behind the stores of other tensors, and a sum by atomic additions": (
+        {
+            LOAD_PARAM: "",
+            "before = p.": "before = _load(param_ptr, offsets, mask, NARROW).",
+            "tl.store(partial, numerator)": "tl.atomic_add(partial, numerator)",
+        },
         ("sm_90", "gfx942"),
-        ["has atomic operations"],
-    ),
-    "a load behind the stores of other tensors": (
-        {LOAD_PARAM: "", "before = p.": "before = _load(param_ptr, offsets, mask, NARROW)."},
-        ("sm_90", "gfx942"),
-        ["waits between its loads"],
+        ["waits between its loads", "has atomic operations"],
     ),
     "a load whose address depends on another load": (
         {LOAD_PARAM: LOAD_PARAM.replace("param_ptr", "param_ptr + tl.max(m.to(tl.int32)) * 16")},
