@@ -60,7 +60,11 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "4096x11008": [(4096, 11008)],
     "gpt2-124m": _gpt2(),
     "llama-3.2-1b": _llama(),
+    "4096x4096 in a bucket": [(1,), (4096, 4096)],
 }
+BUCKETED = {"4096x4096 in a bucket"}
+"""Cases whose gradients lie one behind the other, as with DDP's gradient_as_bucket_view: behind a
+tensor of odd size they are not aligned."""
 SMALL_CASES: dict[str, list[tuple[int, ...]]] = {  # what a CPU does in no time
     "1024x1024": [(1024, 1024)],
     "8 of 256x1024": [(256, 1024)] * 8,
@@ -90,7 +94,13 @@ class Setting(NamedTuple):
 class Problem:
     """Parameters with gradients; every provider steps on the same ones."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        bucketed: bool = False,
+    ):
         generator = torch.Generator(device).manual_seed(0)
         self.params = []
         for shape in shapes:
@@ -100,6 +110,11 @@ class Problem:
             )
             p.grad = grad.mul_(1e-3)
             self.params.append(p.requires_grad_())
+        if bucketed:
+            bucket, start = torch.cat([p.grad.flatten() for p in self.params]), 0
+            for p in self.params:
+                p.grad = bucket[start : start + p.numel()].view_as(p)
+                start += p.numel()
         self.n_elements = sum(p.numel() for p in self.params)
 
     def frozen_part(self, share: float) -> list[Tensor]:
@@ -260,6 +275,9 @@ TUNING: list[tuple[str, int]] = [
     ("MAX_REGISTERS", 255),
     ("THREADS", 64),
     ("THREADS", 256),
+    ("_BLOCKS_PER_PROGRAM", 2),
+    ("_BLOCKS_PER_PROGRAM", 4),
+    ("_BLOCKS_PER_PROGRAM", 32),
     ("_MAX_PROGRAMS_PER_TENSOR", 2048),
     ("_MAX_PROGRAMS_PER_TENSOR", 8192),
     ("_MAX_PROGRAMS_PER_TENSOR", 16384),
@@ -369,7 +387,8 @@ def main() -> None:
         check(device, DTYPES[dtype])
         print(f"{dtype}: agrees with the reference")
         for case in cases:
-            problem = Problem((CASES | SMALL_CASES)[case], DTYPES[dtype], device)
+            shapes = (CASES | SMALL_CASES)[case]
+            problem = Problem(shapes, DTYPES[dtype], device, case in BUCKETED)
             new = measure(case, dtype, device, options.repeats, problem)
             rows += (new_rows := list(harness.recorded(path.stem, new, device)))
             harness.print_table(f"{case} {dtype}", new_rows)

@@ -2,23 +2,27 @@
 
     python -m benchmarks.codegen [--quick] [--target sm_90 gfx942] [--save]
 
-Exits with 1 if a kernel spills registers, if it touches a tensor on its aligned path with less
-than 16 bytes per thread and access, or if it has an atomic operation: no result may depend on the
-order in which programs run. There is no exception for mixed dtypes: a block is as large as 16 bytes
-per thread of the narrowest tensor, so that a wider one takes two whole accesses.
+Exits with 1 if a kernel spills registers, if it has an atomic operation (no result may depend on
+the order in which programs run), or if the path for aligned tensors is not as it should be:
 
-Both paths through a block, aligned and masked, are in the same machine code, and the masked one is
-narrow by right. They are told apart by the line table that the compiler writes beside each access:
-an access from the body of an `if FULL:` is on the aligned path. So that an access which the line
-table loses cannot pass, the bytes found there must be exactly those that the variant's tensors
-take: each once.
+- Every tensor is read and written once, in accesses of at least 16 bytes per thread. There is no
+  exception for mixed dtypes: a block is as large as 16 bytes per thread of the narrowest tensor, so
+  that a wider one takes two whole accesses.
+- All loads of a block come before its stores, and on NVIDIA before the first instruction that needs
+  what one of them loads, so that their latencies overlap. This is read off the final code, since
+  ptxas moves loads. It also unrolls a loop that only measures: there the loads of one block must be
+  together.
+
+The other path, for what is not aligned, is in the same machine code and has narrower accesses only.
+So the wide ones are those of the aligned path; their bytes must be those that the variant's tensors
+take, and an access that has fallen apart shows because it is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -107,8 +111,9 @@ class Variant(NamedTuple):
 class Code(NamedTuple):
     """What the machine code of one kernel says about itself."""
 
-    loads: Counter  # bytes per thread and access on the aligned path -> number
+    loads: Counter  # bytes per thread and access, of at least 16 -> number
     stores: Counter
+    together: list[int]  # bytes of the loads between which nothing stores or needs one of them
     registers: int
     spilled: int  # bytes of local memory per thread, or registers spilled
     shared: int  # bytes
@@ -137,16 +142,6 @@ def load_kernels(path: Path | None) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def aligned_lines(kernels: ModuleType) -> set[int]:
-    """Line numbers of the kernels' source on the aligned path alone: the bodies of `if FULL:`."""
-    lines: set[int] = set()
-    for node in ast.walk(ast.parse(Path(kernels.__file__).read_text())):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "FULL":
-            for statement in node.body:
-                lines.update(range(statement.lineno, (statement.end_lineno or 0) + 1))
-    return lines
 
 
 def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tuple[Any, int]:
@@ -215,68 +210,67 @@ def _compile(
     return triton.compile(source, target=target, options=options)
 
 
-def inspect(compiled: Any, aligned: set[int]) -> Code:
-    """Widths of the aligned path's accesses, and what the kernel takes of the processor."""
-    shared = compiled.metadata.shared
+def inspect(compiled: Any) -> Code:
+    """Wide accesses and their order, and what the kernel takes of the processor."""
     if "ptx" in compiled.asm:
-        usage = _cuda_usage(compiled.asm["cubin"])
-        text = compiled.asm["ptx"]
-        counts = _count(text, aligned, _PTX_ACCESS, _ptx_access)
-        local = usage["STACK"] + usage["LOCAL"]
-        return Code(*counts, usage["REG"], local, shared, len(_ATOMIC.findall(text)))
-    text = compiled.asm["amdgcn"]
-    usage = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-    counts = _count(text, aligned, _GCN_ACCESS, _gcn_access)
-    spilled = usage["vgpr_spill_count"] + usage["sgpr_spill_count"]
-    spilled += usage["private_segment_fixed_size"]
-    return Code(*counts, usage["vgpr_count"], spilled, shared, len(_ATOMIC.findall(text)))
+        text = _disassembled(compiled.asm["cubin"])
+        usage = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        accesses = [
+            (kind, int(vector) * int(bits) // 8)
+            for kind, vector, bits in _PTX_ACCESS.findall(compiled.asm["ptx"])
+        ]
+        order, registers, spilled = list(_sass(text)), usage["REG"], usage["STACK"] + usage["LOCAL"]
+    else:
+        text = compiled.asm["amdgcn"]
+        usage = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+        accesses = order = list(_gcn(text))
+        registers = usage["vgpr_count"]
+        # Spilled scalar registers stay in lanes of vector registers; only memory counts.
+        spilled = usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
+    loads = Counter(n for kind, n in accesses if kind == "ld" and n >= WIDE)
+    stores = Counter(n for kind, n in accesses if kind == "st" and n >= WIDE)
+    runs = itertools.groupby(order, lambda step: step[0] == "ld")
+    together = [sum(n for _, n in run) for is_load, run in runs if is_load]
+    atomics = len(_ATOMIC.findall(text))
+    return Code(loads, stores, together, registers, spilled, compiled.metadata.shared, atomics)
 
 
-_LOC = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)", re.MULTILINE)
-_PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
-_GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_([a-z]+)(?:x(\d))?[\s_]")
-_ATOMIC = re.compile(r"\b(?:atom|red)\.\w|\b(?:global|buffer|flat|ds)_(?:atomic|add|cmpst)_")
-_GCN_BYTES = {"dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1, "sbyte": 1, "sshort": 2}
+_ATOMIC = re.compile(r"\b(?:ATOM[GS]?|REDG?)\.\w|\b(?:global|buffer|flat|ds)_(?:atomic|add|cmpst)_")
+_PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?\.v(\d)\.[bfsu](\d+)\s")
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)([^;]*);")
+_SASS_ACCESS = re.compile(r"(LD|ST)G?\.E\.(?:\w+\.)*(128|256)\b")
+_REGISTER = re.compile(r"\bR(\d+)(\.64)?")
+_GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(lo|st)\w+_dwordx4\b")
 
 
-def _ptx_access(kind: str, vector: str, bits: str) -> tuple[bool, int]:
-    return kind == "ld", int(vector or 1) * int(bits) // 8
+def _sass(text: str) -> Iterator[tuple[str, int]]:
+    """Wide loads ("ld") and stores ("st") with their bytes, and uses of what has been loaded."""
+    loaded: set[int] = set()
+    for opcode, operands in _SASS.findall(text):
+        found = [(int(n), 2 if pair else 1) for n, pair in _REGISTER.findall(operands)]
+        access = _SASS_ACCESS.match(opcode)
+        target = found.pop(0)[0] if access and access[1] == "LD" else None
+        if loaded & {n + k for n, width in found for k in range(width)}:
+            yield "use", 0
+        if access:
+            yield access[1].lower(), int(access[2]) // 8
+        if access and target is not None:
+            loaded |= {target + k for k in range(int(access[2]) // 32)}
 
 
-def _gcn_access(kind: str, unit: str, vector: str) -> tuple[bool, int]:
-    return kind == "load", int(vector or 1) * _GCN_BYTES[unit]
+def _gcn(text: str) -> Iterator[tuple[str, int]]:
+    """Wide loads and stores; LLVM orders uses as it thinks best, in some variants between loads."""
+    for access in _GCN_ACCESS.findall(text):
+        yield {"lo": "ld", "st": "st"}[access], 16
 
 
-def _instructions(text: str) -> Iterator[tuple[int, str]]:
-    """Every line of assembly with the line of the source that it comes from."""
-    line, in_asm = 0, False
-    for instruction in text.splitlines():
-        if "inline asm" in instruction:
-            in_asm = "begin" in instruction
-        if found := _LOC.match(instruction):
-            # Inside inline assembly LLVM counts on from the line where it stands.
-            line = line if in_asm else int(found[1])
-        else:
-            yield line, instruction
-
-
-def _count(text, lines, pattern, parse) -> tuple[Counter, Counter]:
-    loads, stores = Counter(), Counter()
-    for line, instruction in _instructions(text):
-        if line in lines and (access := pattern.search(instruction)):
-            is_load, n_bytes = parse(*access.groups())
-            (loads if is_load else stores)[n_bytes] += 1
-    return loads, stores
-
-
-def _cuda_usage(cubin: bytes) -> dict[str, int]:
+def _disassembled(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def faults_of_any(code: Code) -> list[str]:
@@ -286,15 +280,13 @@ def faults_of_any(code: Code) -> list[str]:
 
 def faults(variant: Variant, code: Code, elements_per_thread: int) -> list[str]:
     found = faults_of_any(code)
-    for name, counts, dtypes in zip(
-        ("loads", "stores"), (code.loads, code.stores), variant.accesses(), strict=True
-    ):
-        if narrow := [n for n in counts if n < WIDE]:
-            found.append(f"{name} of {min(narrow)} bytes")
-        total = sum(n * count for n, count in counts.items())
-        needed = sum(map(_bytes, dtypes)) * elements_per_thread
-        if total != needed:
-            found.append(f"{name} {total} bytes per thread, needs {needed}")
+    needed = [sum(map(_bytes, dtypes)) * elements_per_thread for dtypes in variant.accesses()]
+    for name, counts, n in zip(("loads", "stores"), (code.loads, code.stores), needed, strict=True):
+        total = sum(n_bytes * count for n_bytes, count in counts.items())
+        if total != n:
+            found.append(f"{name} {total} bytes per thread in wide accesses, needs {n}")
+    if max(code.together, default=0) < needed[0]:
+        found.append("waits between its loads")
     return found
 
 
@@ -315,16 +307,16 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write results/codegen.csv anew")
     options = parser.parse_args()
     kernels = load_kernels(options.kernels)
-    aligned, start = aligned_lines(kernels), time.perf_counter()
+    start = time.perf_counter()
     dtypes = options.dtypes or (QUICK_DTYPES if options.quick else DTYPES)
     rows = []
     for name in options.target or (QUICK_TARGETS if options.quick else TARGETS):
         for variant in variants(dtypes, options.quick):
             compiled, per_thread = compile_step(kernels, variant, TARGETS[name])
-            code = inspect(compiled, aligned)
+            code = inspect(compiled)
             rows.append(_row(name, variant, code, faults(variant, code, per_thread)))
         for flags in DECISIONS:
-            code = inspect(compile_decide(kernels, TARGETS[name], flags), set())
+            code = inspect(compile_decide(kernels, TARGETS[name], flags))
             label = " ".join(["decide", *flags]).lower()
             rows.append(_row(name, label, code, faults_of_any(code)))
     harness.print_table("Machine code of the kernels (widths: aligned path, per thread)", rows)

@@ -1,9 +1,9 @@
 """The machine code of the kernels, compiled for GPUs that need not be there.
 
 Contract of `benchmarks/codegen.py`: exit status 0 if no variant spills registers, every access to a
-tensor on the aligned path moves 16 bytes, and no kernel has an atomic operation; 1 otherwise, with
-the fault in its row. Each kind of fault is put into a copy of the kernels on purpose and must be
-reported.
+tensor on the aligned path moves 16 bytes, all loads come before what needs them, and no kernel has
+an atomic operation; 1 otherwise, with the fault in its row. Each kind of fault is put into a copy
+of the kernels on purpose and must be reported.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def codegen(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def patched(tmp_path: Path, old: str, new: str) -> str:
-    """The path of a copy of the kernels with one piece of text replaced."""
+def patched(tmp_path: Path, edits: dict[str, str]) -> str:
+    """The path of a copy of the kernels with some pieces of text replaced."""
     source = KERNELS.read_text()
-    assert source.count(old) == 1, f"the kernels have changed: {old!r}"
+    for old, new in edits.items():
+        assert old in source, f"the kernels have changed: {old!r}"
+        source = source.replace(old, new)
     path = tmp_path / "triton_kernels.py"
-    path.write_text(source.replace(old, new))
+    path.write_text(source)
     return str(path)
 
 
@@ -48,35 +50,40 @@ def test_aligned_path_is_wide_and_nothing_spills(target):
     assert "50 kernels" in run.stdout
 
 
+LOAD_PARAM = "                p = _load(param_ptr, offsets, mask, NARROW)\n"
+# Edits of the kernels, the targets and the messages that must appear in a row of each.
 FAULTS = {
     "without the hint every aligned access falls apart into single elements": (
-        "ptr = tl.multiple_of(ptr, 16)",
-        "ptr = ptr + 0",
-        ["loads of 4 bytes", "stores of 4 bytes"],
-    ),
-    "an access that the line table does not put on the aligned path is missing": (
-        "    if FULL:\n        x = tl.load(ptr)\n",
-        "    if FULL == 1:\n        x = tl.load(ptr)\n",
-        ["loads 0 bytes per thread, needs 64"],
+        {"1 if NARROW else 16": "1"},
+        ("sm_90",),
+        ["loads 0 bytes per thread in wide accesses, needs 64", "stores 0 bytes"],
     ),
     "blocks of eight times the size need more registers than there are": (
-        "* 16 // itemsize",
-        "* 128 // itemsize",
+        {"* 16 // itemsize": "* 128 // itemsize"},
+        ("sm_90",),
         ["spills registers"],
     ),
-    "a sum by atomic additions": (
-        "tl.store(partial, tl.sum(numerators))",
-        "tl.atomic_add(partial, tl.sum(numerators))",
-        ["has atomic operations"],
+    "a load behind the stores of other tensors, and a sum by atomic additions": (
+        {
+            LOAD_PARAM: "",
+            "before = p.": "before = _load(param_ptr, offsets, mask, NARROW).",
+            "tl.store(partial, numerator)": "tl.atomic_add(partial, numerator)",
+        },
+        ("sm_90", "gfx942"),
+        ["waits between its loads", "has atomic operations"],
+    ),
+    "a load whose address depends on another load": (
+        {LOAD_PARAM: LOAD_PARAM.replace("param_ptr", "param_ptr + tl.max(m.to(tl.int32)) * 16")},
+        ("sm_90",),
+        ["waits between its loads"],
     ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_reported(name, tmp_path):
-    old, new, messages = FAULTS[name]
-    kernels = patched(tmp_path, old, new)
-    targets = ("sm_90", "gfx942") if "atomic" in name else ("sm_90",)
+    edits, targets, messages = FAULTS[name]
+    kernels = patched(tmp_path, edits)
     run = codegen("--quick", "--target", *targets, "--dtypes", "fp32", "--kernels", kernels)
     assert run.returncode == 1, run.stdout + run.stderr
     for message in messages:

@@ -277,7 +277,7 @@ def test_launches_per_combination_of_dtypes(launched):
 
 def test_dropped_tensors_are_not_launched(launched):
     """From the step after its decision on, a frozen matrix has no program in any launch."""
-    run = tr.start(True, ((4, 2048), (3, 5), (7,)), tau=1e9, grace_steps=1).steps(2)
+    run = tr.start(True, ((4, 4096), (3, 5), (7,)), tau=1e9, grace_steps=1).steps(2)
     assert launched[-1] == 4 + 1 + 1
     run.steps(1)
     assert run.opt.all_frozen

@@ -43,14 +43,12 @@ def with_patch(test, *args):
 OVERFLOW = partial(scaling.test_an_overflow_writes_nothing, 3, "same_step", True)
 # Each fault is an edit of a module's text, "old -> new", with the test that has to notice it.
 KERNEL_FAULTS = {
-    "(start, stop, BLOCK) -> (start, stop - BLOCK + 1, BLOCK)": partial(
+    "else 0, end, zeros -> else 0, end - 128, zeros": partial(
         parity.test_shapes, (1, 513), "next_step"
     ),
-    "BLOCK).to(tl.int32) -> BLOCK).to(tl.int32) - 1": partial(
-        parity.test_shapes, (1, 511), "next_step"
-    ),
-    "BLOCK).to(tl.int32) -> BLOCK).to(tl.int32) + 1": framed(513, 3),
-    "aligned & (first + BLOCK <= n_elements) -> aligned": framed(513, 0),
+    "offsets < end -> offsets < end - 1": partial(parity.test_shapes, (1, 511), "next_step"),
+    "offsets < end -> offsets < end + 1": framed(513, 3),
+    "// _GRAIN * _GRAIN -> // _GRAIN * _GRAIN + _GRAIN": framed(513, 0),
     "        if task == 0:\n            return\n -> ": partial(
         with_patch, kernels.test_frozen_tensors_keep_every_bit, "usual", False
     ),
@@ -67,23 +65,23 @@ KERNEL_FAULTS = {
     ' & (magnitude < float("inf")) -> ': change("gradients that are not finite, signal"),
     "FIELDS.is_measured) != 0.0 -> FIELDS.is_measured) >= 0.0": change("a matrix without gradient"),
     "(value > 0) | -> (value >= 0) |": option("weight change, lr zero"),
-    "numerator = m * m -> numerator = m": variant("signal", "next_step", maximize=False),
+    "numerators += m * m -> numerators += m": variant("signal", "next_step", maximize=False),
     "tl.div_rn(signed * m, past_root -> tl.div_rn(g * m, past_root": variant("gain", amsgrad=False),
-    "past_root + tl.load(coefficients + FIELDS.eps) -> past_root": option("gain, eps large"),
+    "past_root + eps -> past_root": option("gain, eps large"),
     "FIELDS.divisor), 0.0) -> FIELDS.divisor), -9.0)": option("gain, observe only"),
     "p.to(PARAM).to(tl.float32) - before -> p - before": partial(
         kernels.test_weight_change_is_measured_after_rounding, torch.bfloat16
     ),
     "FIELDS.hits_missing) <= 1.0 -> FIELDS.hits_missing) <= 9.0": option("patience"),
     "tl.load(found_inf_ptr) != 0.0 -> tl.load(found_inf_ptr) > 1e30": OVERFLOW,
-    "_store(grad_address, first, n_left, g, GRAD, FULL, BLOCK) -> pass": partial(
+    "_store(grad_ptr, offsets, mask, g, NARROW) -> pass": partial(
         scaling.test_the_unscaled_gradient_is_written_back, "same_step", "same"
     ),
     "tl.load(coefficients + FIELDS.sign) -> 1.0": variant("momentum", amsgrad=True),
-    "tl.maximum(v, v_max, propagate_nan=tl.PropagateNan.ALL) -> v": variant(
+    "tl.maximum(v, v_max.to(tl.float32), propagate_nan=tl.PropagateNan.ALL) -> v": variant(
         "norm", "next_step", amsgrad=True, maximize=False
     ),
-    "partial, tl.sum(numerators) -> partial, tl.load(partial) + tl.sum(numerators)": variant(),
+    "partial, numerator -> partial, tl.load(partial) + numerator": variant(),
 }
 TABLE_FAULTS = {
     "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
@@ -103,6 +101,15 @@ TABLE_FAULTS = {
     "steps = steps_taken + 1 -> steps = steps_taken + 2": variant(),
     "= lr * weight_decay -> = 0": variant(),
     "lr * np.array(lr_factors) -> lr": option("cooldown"),
+    "np.where(is_summed, -> np.where(True,": partial(
+        with_patch, kernels.test_a_tensor_is_divided_among_programs
+    ),
+    "np.argsort(-rows -> np.argsort(rows": partial(
+        with_patch, kernels.test_a_tensor_is_divided_among_programs
+    ),
+    'rows["address_bits"] |= rows[name] -> pass': partial(
+        with_patch, kernels.test_a_tensor_is_divided_among_programs
+    ),
     'np.isin(self.rows["unit"], frozen) -> self.rows["unit"] >= 0': variant(),
 }
 ENGINE_FAULTS = {

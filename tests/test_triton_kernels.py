@@ -222,6 +222,18 @@ def test_buffers_that_the_kernels_would_misread_are_an_error(key, wrong, message
         framed.run(table, unit)
 
 
+def test_a_tensor_is_divided_among_programs(monkeypatch):
+    """The largest first. Only one whose parts are added up has a limit on its programs."""
+    monkeypatch.setattr(tr.module("triton_tables"), "_MAX_PROGRAMS_PER_TENSOR", 2)
+    params = [torch.rand(n, device=tr.DEVICE) for n in (8192, 32768, 32769)]
+    params = [params[0].view(2, -1), params[1].view(8, -1), params[2][1:]]
+    run = tr.start(params=[torch.nn.Parameter(p) for p in params], tau=0.0).steps(1)
+    tables = tr.engine_of(run).tables
+    assert tables.rows["n_programs"].tolist() == [2, 2, 8]
+    assert tables.program_table[:, 0].tolist() == [1, 1, 0, 0, *[2] * 8]
+    assert (tables.rows["address_bits"] & 15 != 0).tolist() == [False, False, True]
+
+
 # Frozen means untouched -----------------------------------------------------------------------
 
 ARRIVING = {"usual": 0.5, "huge": 1e30, "nan": math.nan, "inf": math.inf, "zero": 0.0}

@@ -71,12 +71,12 @@ def test_every_option_equals_the_reference(name, watch):
 @pytest.mark.parametrize(
     "shape",
     [(0, 3), (1, 1), (2, 1), (1, 1000), (17, 23), (3, 5, 7), (2, 1, 3, 4)]
-    + [(1, n + k) for n in (512, 2048) for k in (-1, 0, 1)]
-    + [(2, 2049)],
+    + [(1, n + k) for n in (512, 4096) for k in (-1, 0, 1)]
+    + [(2, 4097)],
     ids=lambda shape: "x".join(map(str, shape)),
 )
 def test_shapes(shape, timing):
-    """Around blocks (512 elements of fp32) and spans (2048) nothing is left out or done twice."""
+    """Around blocks (512 elements of fp32) and spans (4096) nothing is left out or done twice."""
     assert tr.module("triton_kernels").block_size(4) == 512
     options = {"freeze_timing": timing, "tau": 1e-3, "grace_steps": 1}
     tr.compare(3, True, (shape, (3, 5)), **options)

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 
 PARTIALS = 3
-"""What a program stores of its tensor, fp32: its part of the statistic, of the sum of |g|, and of
-the denominator where the statistic is a ratio."""
+"""What a program stores of its tensor, fp32: its part of the statistic, of its denominator (0 if it
+is no ratio), and of the sum of |g|."""
 _PARTIALS = tl.constexpr(PARTIALS)
 _TILE = tl.constexpr(512)
+_GRAIN = tl.constexpr(16)  # elements, a multiple of 16 bytes in every dtype
 
 THREADS = 128  # per program
 # Without a ceiling ptxas spills a register here and there to fit one more program on a
@@ -48,131 +49,21 @@ def block_size(itemsize: int) -> int:
 
 
 @triton.jit
-def _pointer(address, first, dtype: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Typed pointers to `BLOCK` elements; the hint makes 16-byte accesses, after the cast only."""
-    ptr = address.to(tl.pointer_type(dtype)) + first
-    if FULL:
-        ptr = tl.multiple_of(ptr, 16)
-    return ptr + tl.arange(0, BLOCK)
+def _tensor(field, dtype: tl.constexpr):
+    """The tensor whose address is in a field of a table."""
+    return tl.load(field).to(tl.pointer_type(dtype))
 
 
 @triton.jit
-def _load(address, first, n_left, dtype: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    ptr = _pointer(address, first, dtype, FULL, BLOCK)
-    if FULL:
-        x = tl.load(ptr)
-    else:
-        x = tl.load(ptr, mask=tl.arange(0, BLOCK) < n_left, other=0.0)
-    return x.to(tl.float32)
+def _load(tensor, offsets, mask, NARROW: tl.constexpr):
+    ptr = tl.multiple_of(tensor + offsets, 1 if NARROW else 16)
+    return tl.load(ptr, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store(address, first, n_left, x, dtype: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    ptr = _pointer(address, first, dtype, FULL, BLOCK)
-    if FULL:
-        tl.store(ptr, x.to(dtype))
-    else:
-        tl.store(ptr, x.to(dtype), mask=tl.arange(0, BLOCK) < n_left)
-
-
-@triton.jit
-def _do_block(
-    row,
-    grad_address,
-    coefficients,
-    grad_scale,
-    measuring,
-    keeping,
-    first,
-    n_left,
-    FIELDS: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    MOMENT: tl.constexpr,
-    STATISTIC: tl.constexpr,
-    MEASURE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    STORE_GRAD: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """One block of one tensor: returns numerator, denominator ("signal") and |g| per element, fp32.
-
-    All arithmetic is fp32 and rounded operation by operation; only the storage dtypes are narrow.
-    FULL blocks lie wholly inside an aligned tensor and need no mask: a mask alone, even one that is
-    always true, breaks 16-byte accesses into single ones.
-    """
-    g = _load(grad_address, first, n_left, GRAD, FULL, BLOCK)
-    if SCALED:
-        g = tl.div_rn(g, tl.full(g.shape, 0.0, tl.float32) + grad_scale)
-        if UPDATE:
-            _store(grad_address, first, n_left, g, GRAD, FULL, BLOCK)
-    numerator = tl.zeros_like(g)
-    signed = g * tl.load(coefficients + FIELDS.sign)
-
-    if UPDATE:
-        exp_avg_address = tl.load(row + FIELDS.exp_avg)
-        exp_avg_sq_address = tl.load(row + FIELDS.exp_avg_sq)
-        param_address = tl.load(row + FIELDS.param)
-        m = _load(exp_avg_address, first, n_left, MOMENT, FULL, BLOCK)
-        v = _load(exp_avg_sq_address, first, n_left, MOMENT, FULL, BLOCK)
-        p = _load(param_address, first, n_left, PARAM, FULL, BLOCK)
-    else:
-        if STATISTIC == "momentum" or STATISTIC == "signal" or STATISTIC == "gain":
-            m = _load(tl.load(row + FIELDS.exp_avg), first, n_left, MOMENT, FULL, BLOCK)
-        if STATISTIC == "signal" or STATISTIC == "gain":
-            v = _load(tl.load(row + FIELDS.exp_avg_sq), first, n_left, MOMENT, FULL, BLOCK)
-
-    denominator = tl.zeros_like(g)
-    if MEASURE:
-        if STATISTIC == "change":
-            if measuring:
-                prev_address = tl.load(row + FIELDS.prev_grad)
-                numerator = tl.abs(g - _load(prev_address, first, n_left, GRAD, FULL, BLOCK))
-        elif STATISTIC == "momentum":
-            numerator = tl.abs(signed - m)
-        elif STATISTIC == "signal":
-            numerator = m * m
-            denominator = v
-        elif STATISTIC == "gain":
-            past_correction = tl.load(coefficients + FIELDS.past_root_correction2)
-            past_root = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + past_correction)
-            numerator = tl.div_rn(signed * m, past_root + tl.load(coefficients + FIELDS.eps))
-        elif STATISTIC == "norm":
-            numerator = tl.abs(g)
-
-    if STORE_GRAD:
-        if keeping:
-            _store(tl.load(row + FIELDS.prev_grad), first, n_left, g, GRAD, FULL, BLOCK)
-
-    if UPDATE:
-        weight = tl.load(coefficients + FIELDS.one_minus_beta1)
-        # As torch's lerp: the form that is exact at the nearer end.
-        m = tl.where(
-            weight < 0.5, m + weight * (signed - m), signed - (signed - m) * (1.0 - weight)
-        )
-        beta2 = tl.load(coefficients + FIELDS.beta2)
-        v = v * beta2 + (tl.load(coefficients + FIELDS.one_minus_beta2) * signed) * signed
-        _store(exp_avg_address, first, n_left, m, MOMENT, FULL, BLOCK)
-        _store(exp_avg_sq_address, first, n_left, v, MOMENT, FULL, BLOCK)
-        if AMSGRAD:
-            max_address = tl.load(row + FIELDS.max_exp_avg_sq)
-            v_max = _load(max_address, first, n_left, MOMENT, FULL, BLOCK)
-            v = tl.maximum(v, v_max, propagate_nan=tl.PropagateNan.ALL)
-            _store(max_address, first, n_left, v, MOMENT, FULL, BLOCK)
-        correction = tl.load(coefficients + FIELDS.root_correction2)
-        root = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction)
-        before = p
-        p = p - p * tl.load(coefficients + FIELDS.decay)
-        step_size = tl.load(coefficients + FIELDS.step_size)
-        p = p - tl.div_rn(step_size * m, root + tl.load(coefficients + FIELDS.eps))
-        _store(param_address, first, n_left, p, PARAM, FULL, BLOCK)
-        if MEASURE and STATISTIC == "weight_change":
-            numerator = tl.abs(p.to(PARAM).to(tl.float32) - before)
-
-    return numerator, denominator, tl.abs(g)
+def _store(tensor, offsets, mask, x, NARROW: tl.constexpr):
+    ptr = tl.multiple_of(tensor + offsets, 1 if NARROW else 16)
+    tl.store(ptr, x.to(tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_program"])
@@ -201,8 +92,13 @@ def step_kernel(
     """Statistic and AdamW of all tensors of one dtype combination.
 
     Reads g, and where it updates p, exp_avg, exp_avg_sq; writes the latter three. A tensor without
-    a task costs a few scalar loads and writes nothing.
+    a task costs a few scalar loads and writes nothing. All arithmetic is fp32 and rounded operation
+    by operation; only the storage dtypes are narrow.
     """
+    READS_V: tl.constexpr = UPDATE or STATISTIC == "signal" or STATISTIC == "gain"
+    READS_M: tl.constexpr = READS_V or STATISTIC == "momentum"
+    COMPARES: tl.constexpr = MEASURE and STATISTIC == "change"
+
     program = programs_ptr + (first_program + tl.program_id(0)) * 2
     tensor = tl.load(program).to(tl.int64)
     index = tl.load(program + 1)
@@ -226,152 +122,130 @@ def step_kernel(
         if not measuring:
             return
 
-    grad_address = tl.load(input_row + FIELDS.grad)
+    # All scalars are loaded before the loops: behind a store, which may alias them, they would have
+    # to be loaded again.
+    span = tl.load(row + FIELDS.span)
+    origin = index * span
+    n_elements = tl.minimum(tl.load(row + FIELDS.n_elements) - origin, span).to(tl.int32)
+    grad_ptr = _tensor(input_row + FIELDS.grad, GRAD) + origin
+    if COMPARES or STORE_GRAD:
+        prev_grad_ptr = _tensor(row + FIELDS.prev_grad, GRAD) + origin
+    if READS_M:
+        exp_avg_ptr = _tensor(row + FIELDS.exp_avg, MOMENT) + origin
+    if READS_V:
+        exp_avg_sq_ptr = _tensor(row + FIELDS.exp_avg_sq, MOMENT) + origin
+    if AMSGRAD:
+        max_ptr = _tensor(row + FIELDS.max_exp_avg_sq, MOMENT) + origin
     coefficients = coefficients_ptr + tensor * FIELDS.coefficient_row
-    grad_scale = 1.0
+    sign = tl.load(coefficients + FIELDS.sign)
+    eps = tl.load(coefficients + FIELDS.eps)
     if SCALED:
         grad_scale = tl.load(grad_scale_ptr)
-    n_elements = tl.load(row + FIELDS.n_elements)
-    span = tl.load(row + FIELDS.span)
-    start = index * span
-    stop = tl.minimum(start + span, n_elements)
-
-    addresses = grad_address
     if UPDATE:
-        addresses |= tl.load(row + FIELDS.param)
-        addresses |= tl.load(row + FIELDS.exp_avg) | tl.load(row + FIELDS.exp_avg_sq)
-        if AMSGRAD:
-            addresses |= tl.load(row + FIELDS.max_exp_avg_sq)
-    else:
-        if STATISTIC == "momentum" or STATISTIC == "signal" or STATISTIC == "gain":
-            addresses |= tl.load(row + FIELDS.exp_avg)
-        if STATISTIC == "signal" or STATISTIC == "gain":
-            addresses |= tl.load(row + FIELDS.exp_avg_sq)
-    if STATISTIC == "change":
-        if MEASURE or STORE_GRAD:
-            addresses |= tl.load(row + FIELDS.prev_grad)
-    aligned = (addresses & 15) == 0
+        param_ptr = _tensor(row + FIELDS.param, PARAM) + origin
+        weight = tl.load(coefficients + FIELDS.one_minus_beta1)
+        beta2 = tl.load(coefficients + FIELDS.beta2)
+        one_minus_beta2 = tl.load(coefficients + FIELDS.one_minus_beta2)
+        root_correction = tl.load(coefficients + FIELDS.root_correction2)
+        decay = tl.load(coefficients + FIELDS.decay)
+        step_size = tl.load(coefficients + FIELDS.step_size)
+    if MEASURE:
+        partial = partials_ptr + (tl.load(row + FIELDS.first_program) + index) * _PARTIALS
+    if MEASURE and STATISTIC == "gain":
+        past_root_correction = tl.load(coefficients + FIELDS.past_root_correction2)
 
-    numerators = tl.zeros((BLOCK,), tl.float32)
-    denominators = tl.zeros((BLOCK,), tl.float32)
-    magnitudes = tl.zeros((BLOCK,), tl.float32)
-    for first in range(start, stop, BLOCK):
-        n_left = tl.minimum(n_elements - first, BLOCK).to(tl.int32)
-        if aligned & (first + BLOCK <= n_elements):
-            numerator, denominator, magnitude = _do_block(
-                row, grad_address, coefficients, grad_scale, measuring, keeping, first, n_left,
-                FIELDS, PARAM, GRAD, MOMENT, STATISTIC, MEASURE, UPDATE, STORE_GRAD, AMSGRAD,
-                SCALED, BLOCK, FULL=True,
-            )  # fmt: skip
-        else:
-            numerator, denominator, magnitude = _do_block(
-                row, grad_address, coefficients, grad_scale, measuring, keeping, first, n_left,
-                FIELDS, PARAM, GRAD, MOMENT, STATISTIC, MEASURE, UPDATE, STORE_GRAD, AMSGRAD,
-                SCALED, BLOCK, FULL=False,
-            )  # fmt: skip
-        if MEASURE:
-            numerators += numerator
-            denominators += denominator
-            magnitudes += magnitude
-
+    # Aligned tensors are read and written 16 bytes at a time. Masks must be the same for that many
+    # neighbours, so the last elements take narrow accesses, as tensors that are not aligned do.
+    n_wide = 0
+    if ((grad_ptr.to(tl.int64) | tl.load(row + FIELDS.address_bits)) & 15) == 0:
+        n_wide = n_elements // _GRAIN * _GRAIN
     if UPDATE:
         if index == 0:
-            step_ptr = tl.load(row + FIELDS.step).to(tl.pointer_type(tl.float32))
+            step_ptr = _tensor(row + FIELDS.step, tl.float32)
             tl.store(step_ptr, tl.load(step_ptr) + 1.0)
+
+    numerator = 0.0
+    denominator = 0.0
+    magnitude = 0.0
+    for NARROW in tl.static_range(2):
+        # Few elements at a time, so that single accesses do not take more registers than wide ones.
+        zeros = tl.zeros((BLOCK // 4 if NARROW else BLOCK,), tl.float32)
+        numerators = zeros
+        denominators = zeros
+        magnitudes = zeros
+        end = n_elements if NARROW else n_wide
+        for first in range(n_wide if NARROW else 0, end, zeros.shape[0]):
+            offsets = first + tl.arange(0, zeros.shape[0])
+            mask = tl.max_constancy(offsets < end, 1 if NARROW else _GRAIN)
+            # All loads come first, so that they are under way at the same time.
+            grad = _load(grad_ptr, offsets, mask, NARROW)
+            if COMPARES:
+                prev_grad = _load(prev_grad_ptr, offsets, tl.where(mask, measuring, False), NARROW)
+            if READS_M:
+                m = _load(exp_avg_ptr, offsets, mask, NARROW)
+            if READS_V:
+                v = _load(exp_avg_sq_ptr, offsets, mask, NARROW)
+            if UPDATE:
+                p = _load(param_ptr, offsets, mask, NARROW)
+            if AMSGRAD:
+                v_max = _load(max_ptr, offsets, mask, NARROW)
+
+            g = grad.to(tl.float32)
+            if SCALED:
+                g = tl.div_rn(g, zeros + grad_scale)
+                if UPDATE:
+                    _store(grad_ptr, offsets, mask, g, NARROW)
+            signed = g * sign
+            if READS_M:
+                m = m.to(tl.float32)
+            if READS_V:
+                v = v.to(tl.float32)
+            if MEASURE:
+                magnitudes += tl.abs(g)
+                if STATISTIC == "change":
+                    numerators += tl.abs(g - prev_grad.to(tl.float32))
+                elif STATISTIC == "momentum":
+                    numerators += tl.abs(signed - m)
+                elif STATISTIC == "signal":
+                    numerators += m * m
+                    denominators += v
+                elif STATISTIC == "gain":
+                    past_root = tl.div_rn(tl.sqrt_rn(v), zeros + past_root_correction)
+                    numerators += tl.div_rn(signed * m, past_root + eps)
+                elif STATISTIC == "norm":
+                    numerators += tl.abs(g)
+            if STORE_GRAD:
+                _store(prev_grad_ptr, offsets, tl.where(mask, keeping, False), g, NARROW)
+
+            if UPDATE:
+                # As torch's lerp: the form that is exact at the nearer end.
+                m = tl.where(
+                    weight < 0.5, m + weight * (signed - m), signed - (signed - m) * (1.0 - weight)
+                )
+                v = v * beta2 + (one_minus_beta2 * signed) * signed
+                _store(exp_avg_ptr, offsets, mask, m, NARROW)
+                _store(exp_avg_sq_ptr, offsets, mask, v, NARROW)
+                if AMSGRAD:
+                    v = tl.maximum(v, v_max.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+                    _store(max_ptr, offsets, mask, v, NARROW)
+                root = tl.div_rn(tl.sqrt_rn(v), zeros + root_correction)
+                before = p.to(tl.float32)
+                p = before - before * decay
+                p = p - tl.div_rn(step_size * m, root + eps)
+                _store(param_ptr, offsets, mask, p, NARROW)
+                if MEASURE and STATISTIC == "weight_change":
+                    numerators += tl.abs(p.to(PARAM).to(tl.float32) - before)
+        if MEASURE:
+            numerator += tl.sum(numerators)
+            if STATISTIC == "signal":
+                denominator += tl.sum(denominators)
+            magnitude += tl.sum(magnitudes)
 
     if MEASURE:
         if measuring:
-            partial = partials_ptr + (tl.load(row + FIELDS.first_program) + index) * _PARTIALS
-            tl.store(partial, tl.sum(numerators))
-            tl.store(partial + 1, tl.sum(magnitudes))
-            if STATISTIC == "signal":
-                tl.store(partial + 2, tl.sum(denominators))
-
-
-@triton.jit
-def _sum_partials(partials, n_programs, TILE: tl.constexpr):
-    """The fp64 sum of one partial of every program of a tensor, in a fixed order."""
-    total = tl.zeros((TILE,), tl.float64)
-    for start in range(0, n_programs, TILE):
-        program = start + tl.arange(0, TILE)
-        mask = program < n_programs
-        total += tl.load(partials + program * _PARTIALS, mask=mask, other=0.0).to(tl.float64)
-    return tl.sum(total)
-
-
-@triton.jit
-def _sums_of(
-    tensor,
-    is_ratio,
-    tensors_ptr,
-    past_ptr,
-    partials_ptr,
-    FIELDS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Numerator, denominator (0 unless the statistic is a ratio) and sum of |g| of a tensor."""
-    row = tensors_ptr + tensor * FIELDS.tensor_row
-    past = past_ptr + tensor * FIELDS.past_row
-    partials = partials_ptr + tl.load(row + FIELDS.first_program) * _PARTIALS
-    n_programs = tl.load(row + FIELDS.n_programs)
-    magnitude = _sum_partials(partials + 1, n_programs, TILE)
-    numerator = _sum_partials(partials, n_programs, TILE)
-    numerator = numerator / tl.load(past + FIELDS.numerator_divisor)
-    denominator = tl.full((), 0.0, tl.float64)
-    if is_ratio:
-        part = _sum_partials(partials + 2, n_programs, TILE)
-        denominator = part / tl.load(past + FIELDS.denominator_divisor)
-    return numerator, denominator, magnitude
-
-
-@triton.jit
-def _value_of(
-    unit_row,
-    members_ptr,
-    tensors_ptr,
-    past_ptr,
-    partials_ptr,
-    sums_ptr,
-    FIELDS: tl.constexpr,
-    STORE: tl.constexpr,
-    LOAD: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The statistic of a unit; infinity where there is no evidence.
-
-    STORE keeps the sums of its tensors, and LOAD takes them from there, added up over the ranks.
-    """
-    is_ratio = tl.load(unit_row + FIELDS.is_ratio) != 0.0
-    first = tl.load(unit_row + FIELDS.first_member).to(tl.int32)
-    last = first + tl.load(unit_row + FIELDS.n_members).to(tl.int32)
-    evidence = tl.load(unit_row + FIELDS.is_measured) != 0.0
-    last = tl.where(evidence, last, first)  # there are no partials to add up
-    value = tl.full((), 0.0, tl.float64)
-    denominator = tl.full((), 0.0, tl.float64)
-    for member in range(first, last):
-        tensor = tl.load(members_ptr + member).to(tl.int64)
-        sums = sums_ptr + tensor * 3
-        if LOAD:
-            numerator = tl.load(sums)
-            part = tl.load(sums + 1)
-            magnitude = tl.load(sums + 2)
-        else:
-            numerator, part, magnitude = _sums_of(
-                tensor, is_ratio, tensors_ptr, past_ptr, partials_ptr, FIELDS, TILE
-            )
-        if STORE:
-            tl.store(sums, numerator)
-            tl.store(sums + 1, part)
-            tl.store(sums + 2, magnitude)
-        evidence = evidence & (magnitude > 0) & (magnitude < float("inf"))
-        value += numerator
-        denominator += part
-    if is_ratio:
-        evidence = evidence & (denominator > 0)
-        value = value / tl.where(denominator > 0, denominator, 1.0)
-    evidence = evidence & (tl.abs(value) < float("inf"))  # False for NaN too
-    evidence = evidence & ((value > 0) | (tl.load(unit_row + FIELDS.must_be_positive) == 0.0))
-    return tl.where(evidence, value, float("inf"))
+            tl.store(partial, numerator)
+            tl.store(partial + 1, denominator)
+            tl.store(partial + 2, magnitude)
 
 
 @triton.jit
@@ -388,7 +262,7 @@ def decide_kernel(
     SUM: tl.constexpr,  # add up the partials, and store the value
     COMPARE: tl.constexpr,  # compare the value with tau, and store the decision
     STORE: tl.constexpr,  # SUM stores the sums of every tensor
-    LOAD: tl.constexpr,  # SUM finds them there
+    LOAD: tl.constexpr,  # SUM finds them there, added up over the ranks
 ):
     """Decide; a program per unit.
 
@@ -397,10 +271,49 @@ def decide_kernel(
     unit = tl.program_id(0).to(tl.int64)
     unit_row = units_ptr + unit * FIELDS.unit_row
     if SUM:
-        value = _value_of(
-            unit_row, members_ptr, tensors_ptr, past_ptr, partials_ptr, sums_ptr, FIELDS,
-            STORE, LOAD, TILE=_TILE,
-        )  # fmt: skip
+        evidence = tl.load(unit_row + FIELDS.is_measured) != 0.0
+        first = tl.load(unit_row + FIELDS.first_member).to(tl.int32)
+        last = first + tl.load(unit_row + FIELDS.n_members).to(tl.int32)
+        last = tl.where(evidence, last, first)  # there are no partials to add up
+        value = tl.full((), 0.0, tl.float64)
+        divisor = tl.full((), 0.0, tl.float64)
+        for member in range(first, last):
+            tensor = tl.load(members_ptr + member).to(tl.int64)
+            sums = sums_ptr + tensor * 3
+            if LOAD:
+                numerator = tl.load(sums)
+                denominator = tl.load(sums + 1)
+                magnitude = tl.load(sums + 2)
+            else:
+                numerators = tl.zeros((_TILE,), tl.float64)
+                denominators = numerators
+                magnitudes = numerators
+                row = tensors_ptr + tensor * FIELDS.tensor_row
+                partials = partials_ptr + tl.load(row + FIELDS.first_program) * _PARTIALS
+                n_programs = tl.load(row + FIELDS.n_programs)
+                for start in range(0, n_programs, _TILE):
+                    program = start + tl.arange(0, _TILE)
+                    own, mask = partials + program * _PARTIALS, program < n_programs
+                    numerators += tl.load(own, mask=mask, other=0.0).to(tl.float64)
+                    denominators += tl.load(own + 1, mask=mask, other=0.0).to(tl.float64)
+                    magnitudes += tl.load(own + 2, mask=mask, other=0.0).to(tl.float64)
+                past = past_ptr + tensor * FIELDS.past_row
+                numerator = tl.sum(numerators) / tl.load(past + FIELDS.numerator_divisor)
+                denominator = tl.sum(denominators) / tl.load(past + FIELDS.denominator_divisor)
+                magnitude = tl.sum(magnitudes)
+            if STORE:
+                tl.store(sums, numerator)
+                tl.store(sums + 1, denominator)
+                tl.store(sums + 2, magnitude)
+            evidence = evidence & (magnitude > 0) & (magnitude < float("inf"))
+            value += numerator
+            divisor += denominator
+        if tl.load(unit_row + FIELDS.is_ratio) != 0.0:
+            evidence = evidence & (divisor > 0)
+            value = value / tl.where(divisor > 0, divisor, 1.0)
+        evidence = evidence & (tl.abs(value) < float("inf"))  # False for NaN too
+        evidence = evidence & ((value > 0) | (tl.load(unit_row + FIELDS.must_be_positive) == 0.0))
+        value = tl.where(evidence, value, float("inf"))
         tl.store(values_ptr + unit, value)
     else:
         value = tl.load(values_ptr + unit)

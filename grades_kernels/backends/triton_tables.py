@@ -26,9 +26,9 @@ def _row(names: str, dtype: type) -> np.dtype:
     return np.dtype([(name, dtype) for name in names.split()])
 
 
-TENSOR = _row(  # addresses (0: none), then numbers; written when an engine is made
+TENSOR = _row(  # addresses (0: none), their bitwise or, numbers; written when an engine is made
     "param exp_avg exp_avg_sq max_exp_avg_sq prev_grad step "
-    "n_elements span unit first_program n_programs",
+    "address_bits n_elements span unit first_program n_programs",
     np.int64,
 )
 INPUT = _row("grad task", np.int64)  # address of the gradient, 0: none
@@ -60,8 +60,8 @@ FIELDS: Any = namedtuple("Fields", _constants)(**_constants)
 """Position of every field in its row, length of every row, and flags of a task."""
 
 
-_MIN_SPAN = 2048
-_MAX_PROGRAMS_PER_TENSOR = 4096  # what the program that decides a unit has to sum
+_BLOCKS_PER_PROGRAM = 8  # benchmarks/README.md has the calculation
+_MAX_PROGRAMS_PER_TENSOR = 4096  # of a unit: the program that decides it adds up their sums
 _N_STAGING = 4
 _VIEWS = (torch.int64, torch.float64, torch.float64, torch.float64, torch.float32)
 """dtype of the tables of a `Staging` on the device, in their order."""
@@ -75,6 +75,11 @@ class Launch(NamedTuple):
     moment: torch.dtype
     amsgrad: bool
     statistic: str
+
+    @property
+    def block(self) -> int:
+        """Elements per inner iteration of the kernel."""
+        return block_size(min(self.param.itemsize, self.grad.itemsize, self.moment.itemsize))
 
 
 class Staging:
@@ -145,41 +150,40 @@ class DeviceTables:
         )
 
     def _lay_out_tensors(self, tensors: StepTensors) -> None:
-        rows = np.zeros(len(tensors.params), dtype=TENSOR)
-        launches: dict[Launch, list[int]] = {}
-        number = {unit: m for m, unit in enumerate(self.own_units)}
-        amsgrad = [options.amsgrad for options, n in tensors.groups for _ in range(n)]
-        first_program = 0
-        for n, (p, unit) in enumerate(zip(tensors.params, self.units, strict=True)):
-            row = rows[n : n + 1]
+        for n in range(len(tensors.params)):
             self._check_readable(tensors, n)
-            for name, column in (
-                ("param", tensors.params),
-                ("exp_avg", tensors.exp_avgs),
-                ("exp_avg_sq", tensors.exp_avg_sqs),
-                ("max_exp_avg_sq", tensors.max_exp_avg_sqs),
-                ("prev_grad", tensors.prev_grads),
-                ("step", tensors.state_steps),
-            ):
-                x = column[n]
-                row[name] = 0 if x is None else x.data_ptr()
-            span = max(_MIN_SPAN, -(-p.numel() // _MAX_PROGRAMS_PER_TENSOR))
-            # Whole blocks, so that none reaches into the next program's span: of these dtypes,
-            # 2-byte tensors have the largest.
-            span = -(-span // block_size(2)) * block_size(2)
-            n_programs = max(1, -(-p.numel() // span))
-            row["n_elements"], row["span"] = p.numel(), span
-            row["unit"] = -1 if unit is None else number[unit]
-            row["first_program"], row["n_programs"] = first_program, n_programs
-            first_program += n_programs
-            launch = Launch(
-                p.dtype,
-                self.grad_dtypes[n],
-                tensors.exp_avgs[n].dtype,
-                amsgrad[n],
-                unit.statistic if unit is not None else "",
-            )
-            launches.setdefault(launch, []).append(n)
+        rows = np.zeros(len(tensors.params), dtype=TENSOR)
+        number = {unit: m for m, unit in enumerate(self.own_units)}
+        for name, column in (
+            ("param", tensors.params),
+            ("exp_avg", tensors.exp_avgs),
+            ("exp_avg_sq", tensors.exp_avg_sqs),
+            ("max_exp_avg_sq", tensors.max_exp_avg_sqs),
+            ("prev_grad", tensors.prev_grads),
+        ):
+            rows[name] = [0 if x is None else x.data_ptr() for x in column]
+            rows["address_bits"] |= rows[name]
+        rows["step"] = [step.data_ptr() for step in tensors.state_steps]
+        rows["n_elements"] = [p.numel() for p in tensors.params]
+        rows["unit"] = [-1 if unit is None else number[unit] for unit in self.units]
+        amsgrad = [options.amsgrad for options, n in tensors.groups for _ in range(n)]
+        columns = (tensors.params, self.grad_dtypes, tensors.exp_avgs, amsgrad, self.units)
+        of_tensor = [
+            Launch(p.dtype, grad, m.dtype, a, unit.statistic if unit is not None else "")
+            for p, grad, m, a, unit in zip(*columns, strict=True)
+        ]
+        # Whole blocks, so that none reaches into the next program's span.
+        blocks = np.array([launch.block for launch in of_tensor], dtype=np.int64)
+        is_summed = rows["unit"] >= 0
+        least = np.where(is_summed, -(-rows["n_elements"] // _MAX_PROGRAMS_PER_TENSOR), 0)
+        rows["span"] = blocks * np.maximum(_BLOCKS_PER_PROGRAM, -(-least // blocks))
+        rows["n_programs"] = np.maximum(1, -(-rows["n_elements"] // rows["span"]))
+        summed = rows["n_programs"] * is_summed
+        rows["first_program"] = np.cumsum(summed) - summed
+        # The largest tensors first: they have the programs that take longest.
+        launches: dict[Launch, list[int]] = {}
+        for n in np.argsort(-rows["n_elements"], kind="stable").tolist():
+            launches.setdefault(of_tensor[n], []).append(n)
         # Unmonitored tensors join a launch of the same dtypes.
         for launch in [x for x in launches if not x.statistic]:
             partner = next((x for x in launches if x.statistic and x[:4] == launch[:4]), None)
@@ -187,7 +191,7 @@ class DeviceTables:
                 launches[partner] += launches.pop(launch)
         self.rows, self.launches = rows, launches
         self.tensor_table = self._upload(rows.view(np.int64))
-        self.partials = torch.zeros(first_program * PARTIALS, device=self.device)
+        self.partials = torch.zeros(int(summed.sum()) * PARTIALS, device=self.device)
         self.dropped, self.n_frozen = np.zeros(len(rows), dtype=bool), 0
         self._lay_out_programs()
 
@@ -240,7 +244,7 @@ class DeviceTables:
         self.corrects = bool(np.isin(self.statistics, ("signal", "gain")).any())
 
     def _lay_out_programs(self) -> None:
-        """The programs of every launch: first those that may measure; no dropped tensors."""
+        """The programs of every launch: those that may measure come first; no dropped tensors."""
         parts: list[np.ndarray] = []
         self.programs: dict[Launch, tuple[int, int, int]] = {}
         first = 0
