@@ -65,7 +65,7 @@ FAULTS = {
     ),
     "a load behind the stores of other tensors, and a sum by atomic additions": (
         {
-            LOAD_PARAM: "",
+            LOAD_PARAM: "                p = grad\n",
             "before = p.": "before = _load(param_ptr, offsets, mask, NARROW).",
             "tl.store(partial, numerator)": "tl.atomic_add(partial, numerator)",
         },
