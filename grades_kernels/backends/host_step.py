@@ -97,7 +97,7 @@ class HostEngine:
     def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
         self.tensors = None
         assert self.layout is not None
-        if self.layout.has_same_kinds() and self.layout.is_valid(groups, state):
+        if self.layout.is_valid(groups, state):
             self.tensors = self.layout.collect(groups, state, prev_grads=uses_prev_grads(table))
         return self.tensors is not None
 

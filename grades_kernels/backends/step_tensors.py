@@ -83,25 +83,22 @@ class Layout:
         self.gradients = [(p.shape, gradient_dtype(p.grad, p), torch.strided) for p in self.params]
         self.comparing = [u if u and u.statistic == "change" else None for u in self.units]
         self.compares = any(unit is not None for unit in self.comparing)
-        self.kinds = _kinds(self.params)
+        self.kinds = list(map(_kind, self.params))
         self.is_cacheable = not any(group["differentiable"] for group in groups)
 
     def is_valid(self, groups: Groups, state: State) -> bool:
-        """Whether a search would find the parameters and their state at the same positions."""
+        """Whether a search would find the same parameters and their state at the same positions.
+
+        `model.to(...)` moves and casts the very tensors that the optimizer refers to.
+        """
         return (
             self.is_cacheable
             and self.flags == _flags(groups)
+            and self.kinds == list(map(_kind, self.params))
             and len(state) == len(self.keys)
             and all(map(is_, state, self.keys))
             and all([p.grad is None for p in self.without_state])
         )
-
-    def has_same_kinds(self) -> bool:
-        """Whether devices, dtypes and shapes of the parameters are as they were.
-
-        `model.to(...)` moves and casts the very tensors that the optimizer refers to.
-        """
-        return self.kinds == _kinds(self.params)
 
     def collect(self, groups: Groups, state: State, *, prev_grads: bool) -> StepTensors | None:
         """The tensors of the next step; None where one is missing or does not fit.
@@ -365,10 +362,6 @@ def _flags(groups: Groups) -> list[Any]:
         (g["amsgrad"], g["capturable"], g["foreach"], g["fused"], isinstance(g["lr"], Tensor))
         for g in groups
     ]
-
-
-def _kinds(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return list(map(_kind, params))
 
 
 def _fits(previous: Tensor | None, grad: Tensor | None) -> bool:

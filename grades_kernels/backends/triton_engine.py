@@ -92,7 +92,6 @@ class TritonEngine:
         self.tensors: StepTensors | None = tensors
         self.layout, self.device, self.cuda = layout, device, device.type == "cuda"
         self.tables = DeviceTables(tensors, units, device, own_units)
-        self.dtypes = [p.dtype for p in tensors.params]
         self.addresses, self.lacks_prev_grads = _addresses(tensors), _lacks_prev_grads(tensors)
         self.strided = [n for n, p in enumerate(tensors.params) if not p.is_contiguous()]
         self.options = launch_options("cpu")
@@ -137,13 +136,11 @@ class TritonEngine:
         return True
 
     def _has_addresses_of(self, tensors: StepTensors) -> bool:
-        """Whether these tensors are where the kernels' tables say, with the same dtypes and steps.
+        """Whether these tensors are where the kernels' tables say, and their steps as counted.
 
         `state[p]["exp_avg"] = ...` and `x.data = ...` give a tensor another address; the old memory
-        may belong to somebody else by now. An address belongs to one device.
+        may belong to somebody else by now.
         """
-        if self.dtypes != [p.dtype for p in tensors.params]:
-            return False
         if self.step_versions != [step._version for step in tensors.state_steps]:
             return False
         addresses = _addresses(tensors)
