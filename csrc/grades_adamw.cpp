@@ -1,6 +1,6 @@
-// One step of AdamW over lists of CPU tensors that measures while it updates: schema, CPU capabilities for
-// instruction sets, threads. The arithmetic is in kernel.h; what a measurement means is decided in
-// Python (grades_kernels/freezing/table.py), the one place that knows the rules.
+// One step of AdamW over lists of CPU tensors that measures while it updates: schema, instruction
+// sets, threads. The arithmetic is in kernel.h; what a measurement means is decided in Python
+// (grades_kernels/freezing/table.py), the one place that knows the rules.
 //
 // Built against torch's stable ABI: one binary serves every torch from 2.10 on.
 
@@ -34,8 +34,8 @@ using torch::stable::Tensor;
 
 enum class DType { fp32, fp64, bf16, fp16 };
 
-// What is to be done with a tensor: a statistic plus any of the tasks. grades_kernels/backends/native.py has
-// the same numbers.
+// What is to be done with a tensor: a statistic plus any of the tasks, with the numbers of
+// grades_kernels/backends/tasks.py.
 enum class Statistic { none, change, norm, momentum, signal, weight_change, gain };
 constexpr int64_t kStatistics = 7, kStatisticBits = 7;
 constexpr int64_t kUpdate = 8, kKeep = 16, kUnscale = 32, kAmsgrad = 64;
@@ -216,8 +216,8 @@ double read_step(const Tensor& step, bool increment) {
 }
 
 // Elements per block, the unit of work that a thread takes. A sum is that of its blocks' sums in
-// order, so it depends on this number and on nothing else. Large, since every start of a block costs:
-// with 8192 an update takes 1.02 to 1.09 times as long (Zen 5, 25 M fp32, 2 threads).
+// order, so it depends on this number and on nothing else. Large, since every start of a block
+// costs: with 8192 an update takes 1.02 to 1.09 times as long (Zen 5, 25 M fp32, 2 threads).
 constexpr int64_t kBlock = 32768;
 // Fewer elements than this start no thread, as in torch (at::internal::GRAIN_SIZE).
 constexpr int64_t kGrain = 32768;
@@ -306,13 +306,14 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
     n_elements += work.n_elements;
   }
 
-  // Each thread takes the blocks that begin in its stretch of all elements. Taking the next block from
-  // a shared counter instead, so that two threads work on neighbouring 32 KiB, cost 1.27 to 1.9 times
-  // torch's fused AdamW where this costs 1.0 to 1.2 (Zen 5, 2 threads, 25 M fp32).
+  // Each thread takes the blocks that begin in its stretch of all elements. Taking the next block
+  // from a shared counter instead, so that two threads work on neighbouring 32 KiB, cost 1.27 to
+  // 1.9 times torch's fused AdamW where this costs 1.0 to 1.2 (Zen 5, 2 threads, 25 M fp32).
   std::vector<double> partials(kSums * blocks.size());
   torch::stable::parallel_for(0, n_elements, kGrain, [&](int64_t begin, int64_t end) {
-    auto begins_before = [](const Block& block, int64_t position) { return block.position < position; };
-    size_t b = std::lower_bound(blocks.begin(), blocks.end(), begin, begins_before) - blocks.begin();
+    auto begins_before = [](const Block& x, int64_t position) { return x.position < position; };
+    size_t b =
+        std::lower_bound(blocks.begin(), blocks.end(), begin, begins_before) - blocks.begin();
     for (; b < blocks.size() && blocks[b].position < end; ++b) {
       const Work& work = works[blocks[b].k];
       const int64_t first = blocks[b].first, last = std::min(first + kBlock, work.n_elements);

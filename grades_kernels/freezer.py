@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
+from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
 from .backends.select import assign, run_tasks_of, unscales
 from .backends.step_tensors import Layout, prepare_state, uses_prev_grads
 from .distributed import Ranks, in_a_job, is_initialized, raise_if_absent, refuse_flat
@@ -167,7 +167,7 @@ class Freezer:
         try:
             if self.ranks is not None and found_inf is not None:
                 found_inf = self.ranks.found_anywhere(found_inf)
-            take_step(self.engines, table, self.ranks, grad_scale, found_inf)
+            step_engines(self.engines, table, self.ranks, grad_scale, found_inf)
         except RuntimeError as error:
             if self.ranks is not None:
                 raise_if_absent(error, _process_group(optimizer), t)

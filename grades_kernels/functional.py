@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, take_step
+from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
 from .backends.select import choose, run_tasks_of
 from .backends.step_tensors import check_capturable, with_local_shards
 from .backends.tasks import GroupOptions, StepTensors
@@ -136,7 +136,7 @@ def grades_adamw(
         unscales = backend == "native" or bool(capturable and fused)
         engine = HostEngine(run_tasks_of([backend]), tensors, units, unscales=unscales)
     with no_threads_after_fork():
-        take_step([engine], table, None, grad_scale, found_inf)
+        step_engines([engine], table, None, grad_scale, found_inf)
         read_back([engine], table, None)
 
 

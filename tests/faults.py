@@ -90,10 +90,10 @@ for_idle_tensors(
 
 def with_timing(timing):
     def make(real):
-        def step(run_tasks, tensors, units, freeze_table, *rest, **options):
+        def step(engine, freeze_table, *rest):
             right = freeze_table.config
             freeze_table.config = replace(right, freeze_timing=timing)
-            real(run_tasks, tensors, units, freeze_table, *rest, **options)
+            real(engine, freeze_table, *rest)
             freeze_table.config = right
 
         return step
@@ -101,8 +101,9 @@ def with_timing(timing):
     return make
 
 
-wrapping("same_step decides after the update", host_step, "host_step")(with_timing("next_step"))
-wrapping("next_step decides before the update", host_step, "host_step")(with_timing("same_step"))
+HostEngine = host_step.HostEngine
+wrapping("same_step decides after the update", HostEngine, "step")(with_timing("next_step"))
+wrapping("next_step decides before the update", HostEngine, "step")(with_timing("same_step"))
 
 
 # When a check takes place
@@ -153,16 +154,16 @@ def _(real):
 @fault("previous gradient kept at checks only")
 def _(patch):
     at_check = []
-    step, keep = host_step.host_step, host_step.keep_tasks
+    step, keep = HostEngine.step, host_step.keep_tasks
 
-    def host(run_tasks, tensors, units, freeze_table, *rest, **options):
+    def host(engine, freeze_table, *rest):
         at_check[:] = [freeze_table.config.is_check(freeze_table.t)]
-        step(run_tasks, tensors, units, freeze_table, *rest, **options)
+        step(engine, freeze_table, *rest)
 
     def keep_tasks(tensors, units):
         return keep(tensors, units) if at_check[0] else [0] * len(units)
 
-    patch.setattr(host_step, "host_step", host)
+    patch.setattr(HostEngine, "step", host)
     patch.setattr(host_step, "keep_tasks", keep_tasks)
 
 

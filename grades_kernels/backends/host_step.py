@@ -108,65 +108,45 @@ class HostEngine:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
+        """Algorithm 1 of the paper: measure, decide, update, keep.
+
+        Gradients are divided by `grad_scale` first, in place, those of frozen tensors excepted.
+        """
         tensors, self.tensors = self.tensors, None
         assert tensors is not None
-        decides = self.decides
-        host_step(self.run_tasks, tensors, self.units, table, ranks, grad_scale, decides=decides)
+        config, t = table.config, table.t
+        tensors, units, run_tasks = with_local_gradients(tensors), self.units, self.run_tasks
+        check = self.decides and config.is_check(t)
+        same_step = config.freeze_timing == "same_step"
+        unscale = 0 if grad_scale is None else UNSCALE
+        measured = measure_tasks(tensors, units, table) if check else []
+        if check and same_step:
+            first = [task and task | unscale for task in measured]
+            sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
+            _decide(table, ranks, units, measured, sums)
+
+        tasks, lr_factors = update_tasks(tensors, units, table)
+        if check and not same_step:
+            tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
+        if config.is_check(t + 1):
+            kept = keep_tasks(tensors, units)
+            tasks = [a | b for a, b in zip(tasks, kept, strict=True)]
+        if unscale:
+            done = measured if check and same_step else [0] * len(tasks)
+            tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
+        sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
+        # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
+        increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
+
+        if check and not same_step:
+            _decide(table, ranks, units, measured, sums)
+        if config.is_check(t + 1):
+            for unit in kept_units(units, tasks):
+                if not unit.is_decided:
+                    unit.prev_step = t
 
     def sync(self) -> None:
         return None
-
-
-def host_step(
-    run_tasks: RunTasks,
-    tensors: StepTensors,
-    units: Units,
-    table: FreezeTable,
-    ranks: Ranks | None,
-    grad_scale: Tensor | None,
-    *,
-    decides: bool = True,
-) -> None:
-    """Algorithm 1 of the paper for the step that `table` has begun.
-
-    Args:
-        run_tasks: The backend.
-        tensors: The tensors of the step.
-        units: The unit of each of them, None where it is not monitored.
-        ranks: The other processes of the job, all of which call this together.
-        grad_scale: Gradients are divided by it first, in place, those of frozen tensors excepted.
-        decides: Whether the units of `table` are measured here.
-    """
-    config, t = table.config, table.t
-    tensors = with_local_gradients(tensors)
-    check = decides and config.is_check(t)
-    same_step = config.freeze_timing == "same_step"
-    unscale = 0 if grad_scale is None else UNSCALE
-    measured = measure_tasks(tensors, units, table) if check else []
-    if check and same_step:
-        first = [task and task | unscale for task in measured]
-        sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
-        _decide(table, ranks, units, measured, sums)
-
-    tasks, lr_factors = update_tasks(tensors, units, table)
-    if check and not same_step:
-        tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
-    if config.is_check(t + 1):
-        kept = keep_tasks(tensors, units)
-        tasks = [a | b for a, b in zip(tasks, kept, strict=True)]
-    if unscale:
-        done = measured if check and same_step else [0] * len(tasks)
-        tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
-    sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
-    # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
-    increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
-
-    if check and not same_step:
-        _decide(table, ranks, units, measured, sums)
-    if config.is_check(t + 1):
-        for unit in kept_units(units, tasks):
-            if not unit.is_decided:
-                unit.prev_step = t
 
 
 @contextlib.contextmanager
@@ -187,7 +167,7 @@ def no_threads_after_fork() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def take_step(
+def step_engines(
     engines: Sequence[Engine],
     table: FreezeTable,
     ranks: Ranks | None,

@@ -36,7 +36,7 @@ from .step_tensors import (
     with_local_gradients,
 )
 from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
-from .triton_kernels import block_size, decide_kernel, launch_options, step_kernel
+from .triton_kernels import decide_kernel, launch_options, step_kernel
 from .triton_tables import DEPENDS, FIELDS, FREEZES, DeviceTables
 
 _logger = logging.getLogger(__name__)
@@ -342,7 +342,6 @@ class TritonEngine:
                 continue
             measures = measure and n_monitored > 0
             keeps = keep and n_monitored > 0 and launch.statistic == "change"
-            narrow = min(launch.param.itemsize, launch.grad.itemsize, launch.moment.itemsize)
             self._run(
                 step_kernel,
                 n,
@@ -364,7 +363,7 @@ class TritonEngine:
                 STORE_GRAD=keeps,
                 AMSGRAD=launch.amsgrad,
                 SCALED=scaled,
-                BLOCK=block_size(narrow),
+                BLOCK=launch.block,
                 **self.options,
             )
 
