@@ -225,6 +225,7 @@ TARGETS = {
     "nothing monitored, small": Target(SMALL, Setting(), 0.8),
     "nothing monitored, bf16": Target(LARGE, Setting(), 1.05, torch.bfloat16),
     "momentum, next_step": Target(LARGE, Setting("momentum"), 1.08),
+    "gain, next_step": Target(LARGE, Setting("gain"), 1.08),
     "change, next_step": Target(LARGE, Setting("change"), 1.40),
     "all frozen": Target(LARGE, Setting("change", share=1.0), 0.02),
 }
