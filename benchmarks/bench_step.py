@@ -129,16 +129,10 @@ def python_alone(repeats: int) -> Iterator[dict[str, Any]]:
 def host_row(
     name: str, problem: Problem, seconds: list[float], anchor: list[float], repeats: int
 ) -> dict[str, Any]:
-    median, low, high = harness.summary(seconds, 1e6)
     return {
         "provider": name,
         "tensors": len(problem.params),
-        "host_us": harness.rounded(median),
-        "host_us_p20": harness.rounded(low),
-        "host_us_p80": harness.rounded(high),
-        "fused_us": harness.rounded(harness.summary(anchor, 1e6)[0]),
-        "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
-        "best_ratio": harness.rounded(min(seconds) / min(anchor)),
+        **against_fused(seconds, anchor, "host_us", 1e6),
         "repeats": repeats,
     }
 
@@ -231,14 +225,17 @@ TARGETS = {
 }
 
 
-def against_fused(seconds: list[float], anchor: list[float]) -> dict[str, Any]:
+def against_fused(
+    seconds: list[float], anchor: list[float], column: str = "ms", per_second: float = 1e3
+) -> dict[str, Any]:
     """The columns that compare a step with torch's fused AdamW, taken in turns."""
-    median, low, high = harness.summary(seconds)
+    median, low, high = harness.summary(seconds, per_second)
+    unit = column.rpartition("_")[2]
     return {
-        "ms": harness.rounded(median),
-        "ms_p20": harness.rounded(low),
-        "ms_p80": harness.rounded(high),
-        "fused_ms": harness.rounded(harness.summary(anchor)[0]),
+        column: harness.rounded(median),
+        f"{column}_p20": harness.rounded(low),
+        f"{column}_p80": harness.rounded(high),
+        f"fused_{unit}": harness.rounded(harness.summary(anchor, per_second)[0]),
         "ratio": harness.rounded(harness.paired_ratio(seconds, anchor)),
         "best_ratio": harness.rounded(min(seconds) / min(anchor)),
     }

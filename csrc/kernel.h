@@ -251,6 +251,14 @@ INLINE void add_lanes(Sum& sum, int64_t n, F value) {
   for (int l = 0; l < kLanes; ++l) sum.lanes[l] = lanes[l];
 }
 
+// The term of an element, in both ways of measuring.
+
+template <class Wide>
+INLINE Wide difference(Wide sign, Wide x, Wide y) { return absolute(sign * x - y); }
+
+template <class Wide>  // one division, the slowest operation
+INLINE Wide gain(Wide eps, Wide g, Wide m, Wide v) { return (g * m) / (root(v) + eps); }
+
 template <class Wide>
 NOINLINE void add_absolute(Sum& sum, const Wide* x, int64_t n) {
   add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(x[i]); });
@@ -266,15 +274,15 @@ NOINLINE void add_squares(Sum& sum, const Wide* x, int64_t n) {
   add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return x[i] * x[i]; });
 }
 
-template <class Wide>  // g * m / (sqrt(v) + eps): one division, the slowest operation, per element
+template <class Wide>
 NOINLINE void add_gains(Sum& sum, Wide eps, const Wide* g, const Wide* m, const Wide* v,
                         int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return (g[i] * m[i]) / (root(v[i]) + eps); });
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return gain(eps, g[i], m[i], v[i]); });
 }
 
-template <class Wide>  // |sign * x - y|
+template <class Wide>
 NOINLINE void add_differences(Sum& sum, Wide sign, const Wide* x, const Wide* y, int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(sign * x[i] - y[i]); });
+  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return difference(sign, x[i], y[i]); });
 }
 
 template <class Wide>  // the coefficients as the update uses them
@@ -360,16 +368,18 @@ NOINLINE void step(const Coefficients& c, Wide* __restrict p, const Wide* __rest
   Sums own = sums;  // a copy, which stays in registers
   auto measure = [&](int64_t i, int l) INLINE_LAMBDA {
     const Wide x = g[i];
-    if (STATISTIC == Statistic::change) own.numerator.lanes[l] += double(absolute(x - prev[i]));
+    if (STATISTIC == Statistic::change) {
+      own.numerator.lanes[l] += double(difference(Wide(1), x, prev[i]));
+    }
     if (STATISTIC == Statistic::momentum) {
-      own.numerator.lanes[l] += double(absolute(rule.sign * x - m[i]));
+      own.numerator.lanes[l] += double(difference(rule.sign, x, m[i]));
     }
     if (STATISTIC == Statistic::signal) {
       own.numerator.lanes[l] += double(m[i] * m[i]);
       own.denominator.lanes[l] += double(v[i]);
     }
     if (STATISTIC == Statistic::gain) {
-      own.numerator.lanes[l] += double((x * m[i]) / (root(v[i]) + past_eps));
+      own.numerator.lanes[l] += double(gain(past_eps, x, m[i], v[i]));
     }
     if (STATISTIC != Statistic::none) own.magnitude.lanes[l] += double(absolute(x));
   };

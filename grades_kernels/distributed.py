@@ -22,7 +22,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,14 +101,23 @@ def refuse_flat(tensors: Sequence[Tensor]) -> None:
     )
 
 
-def raise_if_absent(error: Exception, group: ProcessGroup | None, t: int) -> None:
-    """Name the ranks that did not take part in a collective of step `t`, if `error` is of one.
+@contextlib.contextmanager
+def naming_absent_ranks(group: ProcessGroup | None, t: int) -> Iterator[None]:
+    """Let an error of a collective in step `t` name the ranks that did not take part in it.
 
     The ranks in which it failed report that in the store of the group within `REPORTED_WITHIN`.
 
     Raises:
-        RuntimeError: From `error`, if some rank has reported nothing.
+        RuntimeError: From the error of the collective, if some rank has reported nothing.
     """
+    try:
+        yield
+    except RuntimeError as error:
+        _raise_if_absent(error, group, t)
+        raise
+
+
+def _raise_if_absent(error: Exception, group: ProcessGroup | None, t: int) -> None:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if not str(frame.f_globals.get("__name__")).startswith("torch.distributed"):
         return

@@ -24,7 +24,7 @@ from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
 from .backends.select import assign, run_tasks_of, unscales
 from .backends.step_tensors import Layout, prepare_state, uses_prev_grads
-from .distributed import Ranks, in_a_job, is_initialized, raise_if_absent, refuse_flat
+from .distributed import Ranks, in_a_job, is_initialized, naming_absent_ranks, refuse_flat
 from .freezing.config import check_group
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
 from .freezing.unit_map import UnitMap, make_unit_map, nothing_is_monitored, thresholds
@@ -163,15 +163,13 @@ class Freezer:
         ):
             names = self.backends(optimizer)
             self.engines = _make_engines(optimizer, names, self.unit_map, table)
-        t = table.t + 1
-        try:
+        exchange: Any = contextlib.nullcontext()
+        if self.ranks is not None:
+            exchange = naming_absent_ranks(_process_group(optimizer), table.t + 1)
+        with exchange:
             if self.ranks is not None and found_inf is not None:
                 found_inf = self.ranks.found_anywhere(found_inf)
             step_engines(self.engines, table, self.ranks, grad_scale, found_inf)
-        except RuntimeError as error:
-            if self.ranks is not None:
-                raise_if_absent(error, _process_group(optimizer), t)
-            raise
         if any(engine.runs_ahead for engine in self.engines):
             return []
         return self._publish(optimizer)
@@ -326,13 +324,10 @@ class Freezer:
             on_device = len({p.device for p in unit_map.params}) == 1 and all(
                 name == "triton" for name, units in names if units
             )
-            try:
+            with naming_absent_ranks(group, self.table.t + 1):
                 self.ranks, units = Ranks.join(
                     self.table, unit_map.members, unit_map.params, group, on_device=on_device
                 )
-            except RuntimeError as error:
-                raise_if_absent(error, group, self.table.t + 1)
-                raise
             self.table = self.table.successor(units)
             members = {unit: unit_map.members.get(unit, ()) for unit in units}
             unit_map = replace(unit_map, members=members)

@@ -57,9 +57,13 @@ def grades_adamw(
     """
     prev_grads = prev_grads if prev_grads is not None else [None] * len(params)
     units = units if units is not None else [None] * len(params)
-    members: dict[Unit, list[Tensor]] = {}
-    has_table, rows = table is not None, set(table.units if table is not None else ())
+    if table is not None and any(hasattr(p, "device_mesh") for p in params):
+        raise ValueError(
+            "params has DTensors, whose statistics need all ranks: use GradESAdamW or table=None."
+        )
     table = table if table is not None else FreezeTable(FreezeConfig())
+    rows = set(table.units)
+    members: dict[Unit, list[Tensor]] = {}
     for unit, p, prev_grad in zip(units, params, prev_grads, strict=True):
         if unit is not None:
             if unit not in rows:
@@ -69,10 +73,6 @@ def grades_adamw(
                 )
             _check_unit(unit, prev_grad, table.config)
             members.setdefault(unit, []).append(p)
-    if has_table and any(hasattr(p, "device_mesh") for p in params):
-        raise ValueError(
-            "params has DTensors, whose statistics need all ranks: use GradESAdamW or table=None."
-        )
     if capturable:
         for p in params:
             check_capturable(p)

@@ -513,7 +513,7 @@ def absent_ranks():
         dist.new_group([2])
     except ValueError as error:
         dist.barrier()
-        distributed.raise_if_absent(error, None, 1)
+        distributed._raise_if_absent(error, None, 1)
         yield str(error)
 
 

@@ -222,9 +222,8 @@ def _check_gradients(
         raise ValueError(f"choose_cut: {NO_REENTRANT}")
     if all(p.grad is None for p in stack.params):
         raise ValueError(f"loss(model, batch) does not depend on the blocks of {stack.name!r}.")
-    norms = torch._foreach_norm(
-        list(map(local, grads.values())), 2, torch.float64
-    )  # a fifth of the time of isfinite
+    # In a fifth of the time of `isfinite`.
+    norms = torch._foreach_norm(list(map(local, grads.values())), 2, torch.float64)
     found = torch.stack([x.to(norms[0].device) for x in norms]).tolist()
     for name, norm in zip(grads, found, strict=True):
         if not math.isfinite(norm):

@@ -387,16 +387,15 @@ class _Trial:
             assert without[0] == without[1], f"the freeze event is {mine} instead of {due}"
             self._compare_statistic(due.unit, mine.statistic, due.statistic)
         _compare("all_frozen", ours.all_frozen, theirs.all_frozen)
-        for unit, true in zip(ours.report().units, theirs.report().units, strict=True):
+        got, want = ours.report(), theirs.report()
+        for unit, true in zip(got.units, want.units, strict=True):
             _compare(f"decided_at of {true.name}", unit.decided_at, true.decided_at)
             if true.decided_at < 0:
                 _compare(f"hits of {true.name}", unit.hits, true.hits)
             self._compare_statistic(true.name, unit.statistic, true.statistic)
-        for (_, row), (_, due) in zip(
-            ours.report().history[-1:], theirs.report().history[-1:], strict=True
-        ):
-            for unit, got, want in zip(theirs.report().units, row, due, strict=True):
-                self._compare_statistic(unit.name, got, want)
+        for (_, row), (_, true_row) in zip(got.history[-1:], want.history[-1:], strict=True):
+            for true, x, y in zip(want.units, row, true_row, strict=True):
+                self._compare_statistic(true.name, x, y)
 
     def _compare_statistic(self, unit: str, got: float, want: float) -> None:
         if math.isnan(got) and math.isnan(want):
