@@ -161,7 +161,7 @@ class Ranks:
         prefix: Distinguishes nameless units of this rank from those of others, e.g. "rank1.".
         everywhere: Whether all ranks have the same units.
         n_elements: Elements of the optimizer's tensors on all ranks together.
-        on_device: Whether the Triton kernels can serve all ranks.
+        on_device: Whether the Triton kernels serve the units of all ranks.
         one_mesh: Whether every tensor of every unit is sharded over all ranks. Then its sums are
             the same on all of them, bit for bit, and there is no largest one to be found.
     """
@@ -194,8 +194,9 @@ class Ranks:
         """Exchange the units of all ranks; every rank of `group` must call this together.
 
         `tensors` are all tensors of the optimizer, and `on_device` is whether the Triton kernels
-        can serve this rank. The result is the ranks, and the units of all of them: the same list
-        everywhere, by rank, with this rank's own objects where it has tensors of the unit.
+        serve the units of this rank. The result is the ranks, and the units of all of them: the
+        same list everywhere, by rank, with this rank's own objects where it has tensors of the
+        unit.
 
         Raises:
             ValueError: If the ranks disagree about the configuration, about a unit that several
@@ -226,7 +227,7 @@ class Ranks:
         first = [identities.index(identity) for identity in identities]
         ranks.everywhere = len(set(first)) == 1
         ranks.n_elements = sum(gathered[rank][3] for rank in set(first))
-        ranks.on_device = ranks.everywhere and all(on_device for *_, on_device in gathered)
+        ranks.on_device = all(on_device for *_, on_device in gathered)
         n_tensors = sum(map(len, members.values()))
         ranks.one_mesh = ranks.everywhere and [
             (len(dims), mesh.size(dims[0]), len(parts))

@@ -161,8 +161,9 @@ class Freezer:
         if not self.engines or not all(
             [engine.is_valid(groups, state, table) for engine in self.engines]
         ):
-            names = self.backends(optimizer)
-            self.engines = _make_engines(optimizer, names, self.unit_map, table)
+            names, ranks = self.backends(optimizer), self.ranks
+            on_device = ranks.on_device if ranks else self._decides_on_device(names)
+            self.engines = _make_engines(optimizer, names, self.unit_map, table, on_device)
         exchange: Any = contextlib.nullcontext()
         if self.ranks is not None:
             exchange = naming_absent_ranks(_process_group(optimizer), table.t + 1)
@@ -173,6 +174,11 @@ class Freezer:
         if any(engine.runs_ahead for engine in self.engines):
             return []
         return self._publish(optimizer)
+
+    def _decides_on_device(self, names: Sequence[str]) -> bool:
+        """Whether the Triton kernels serve every group that has units, and at least one group."""
+        groups = zip(names, self.unit_map.group_units, strict=True)
+        return "triton" in names and all(name == "triton" for name, units in groups if units)
 
     def _is_at_rest(self) -> bool:
         """Whether every tensor is frozen and no other rank takes part: a step only counts."""
@@ -320,9 +326,8 @@ class Freezer:
         monitors = any(g["tau"] is not None for g in optimizer.param_groups)
         if monitors and in_a_job(group, unit_map.params):
             self.ranks = None
-            names = zip(self.backends(optimizer), unit_map.group_units, strict=True)
-            on_device = len({p.device for p in unit_map.params}) == 1 and all(
-                name == "triton" for name, units in names if units
+            on_device = len({p.device for p in unit_map.params}) == 1 and self._decides_on_device(
+                self.backends(optimizer)
             )
             with naming_absent_ranks(group, self.table.t + 1):
                 self.ranks, units = Ranks.join(
@@ -430,7 +435,11 @@ def _process_group(optimizer: Any) -> Any:
 
 
 def _make_engines(
-    optimizer: Any, names: Sequence[str], unit_map: UnitMap, table: FreezeTable
+    optimizer: Any,
+    names: Sequence[str],
+    unit_map: UnitMap,
+    table: FreezeTable,
+    on_device: bool,  # whether devices decide; else one engine of the host, even without tensors
 ) -> list[Engine]:
     """Engines for the tensors as they are now: one for the host, one for each Triton device."""
     groups, state = optimizer.param_groups, optimizer.state
@@ -439,12 +448,10 @@ def _make_engines(
         for p, unit in pairs:
             key = p.device if names[i] == "triton" else "host"
             parts.setdefault(key, [[] for _ in names])[i].append((p, unit))
-    on_device = any(
-        name == "triton" and units for name, units in zip(names, unit_map.group_units, strict=True)
-    )
+    if not on_device:
+        parts.setdefault("host", [[] for _ in names])
     prev_grads = uses_prev_grads(table)
     engines: list[Engine] = []
-    parts = parts or {"host": [[] for _ in names]}
     for key, chosen in parts.items():  # before any layout, which stores positions in the state
         prepare_state(
             groups,
@@ -465,8 +472,13 @@ def _make_engines(
         if key != "host":
             from .backends.triton_engine import TritonEngine
 
+            # Units without members here are those of other ranks, which decide together.
             present = {unit for pairs in chosen for _, unit in pairs}
-            own_units = [unit for unit in table.units if unit in present]
+            own_units = [
+                unit
+                for unit in table.units
+                if on_device and (unit in present or not unit_map.members[unit])
+            ]
             engines.append(TritonEngine(tensors, layout.units, key, layout, own_units))
         else:
             engine = HostEngine(

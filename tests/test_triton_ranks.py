@@ -4,6 +4,7 @@ import math
 
 import pytest
 import ranks
+import test_distributed
 import test_oracle
 import torch
 import triton_runs as tr
@@ -11,7 +12,7 @@ from harness import exact
 from test_triton_engine import SCENARIOS
 from test_triton_parity import N_ORACLE_PROBLEMS, OPTIONS
 
-from grades_kernels import freezer
+from grades_kernels import GradESAdamW, freezer
 from grades_kernels.freezing.statistics import STATISTICS
 from grades_kernels.freezing.unit_map import UnitMap
 
@@ -220,6 +221,48 @@ def test_a_rank_that_begins_late_and_an_overflow_on_one_rank():
     alone = tr.start(False).steps(8).events
     assert agreed(*ranks.run(2, overflow_in_a_job)) == alone
     assert len(agreed(*ranks.run(2, late_in_a_job))) == 2
+
+
+def zero_in_a_job(fused):
+    """ZeroRedundancyOptimizer: without names, and with a matrix on rank 0 alone."""
+    own = {**test_distributed.CHANGE, "fused": fused}
+    several = test_distributed.train("zero", 3, {**own, "tau": 4.0}, names=False)
+    own |= {"tau": 0.0, "cooldown": 2}
+    return several, test_distributed.zero_of_two_layers(own, 3)
+
+
+@needs_two
+def test_ranks_with_units_of_their_own():
+    """They learn of each other's decisions and thresholds, as on the reference."""
+    (several, one), (_, other) = ours = ranks.run(2, zero_in_a_job, True)
+    theirs = ranks.run(2, zero_in_a_job, False)[0]
+    assert test_distributed.same_on_all([result for result, _ in ours])
+    expected = [(e.step, e.unit) for e in theirs[0]["events"]]
+    assert [(e.step, e.unit) for e in several["events"]] == expected
+    assert len(expected) == 6
+    assert (one[0], other[0]) == (1, 0)
+    for _, _, events, moved, run in (one, other):
+        assert [(e.unit, e.decided_at, e.step) for e in events] == [("rank0.group0.param0", 3, 5)]
+        assert events == run["events"] and events[0].tau == 1e9
+        assert moved == [False, False]
+
+
+def the_host_decides_for_a_rank_on_triton():
+    """Rank 0 has a matrix that the kernels cannot serve, rank 1 a vector that they serve."""
+    on_0 = torch.distributed.get_rank() == 0
+    p = torch.nn.Parameter(torch.ones(4, 4).double() if on_0 else torch.ones(4))
+    opt = GradESAdamW([p], fused=not on_0 or None, tau=1.0, grace_steps=0, statistic="norm")
+    for t in range(1, 5):
+        p.grad = torch.full_like(p, 1.0 / t**3)
+        opt.step()
+    return opt.backend, opt.freeze_events
+
+
+@needs_two
+def test_a_rank_on_triton_follows_decisions_of_the_host():
+    (backend, on_0), (other, on_1) = ranks.run(2, the_host_decides_for_a_rank_on_triton)
+    assert (backend in ("native", "reference"), other) == (True, "triton")
+    assert on_0 == on_1 != []
 
 
 @needs_two

@@ -97,7 +97,7 @@ def assign(
             if group["fused"]:
                 raise RuntimeError(
                     "fused=True is not possible: in a job of several processes the Triton kernels "
-                    "need the same tensors on every rank, and each rank's on one device. Use "
+                    "must serve every rank, and the tensors of each must be on one device. Use "
                     "fused=None."
                 )
             name = "reference"

@@ -72,8 +72,8 @@ class TritonEngine:
         units: The unit of each of them, None where it is not monitored.
         device: Their device.
         layout: The positions of the tensors; None where a single step is taken.
-        own_units: The units to decide, in the same order on all ranks of a job, also those of which
-            no tensor has state yet; None: those of the tensors.
+        own_units: The units to decide, in the same order on all ranks of a job, also those of other
+            ranks, and those of which no tensor has state yet; None: those of the tensors.
 
     Raises:
         ValueError: If state cannot be read by the kernels; `fit_state` makes it so that it can.
@@ -105,13 +105,12 @@ class TritonEngine:
         if tensors.params:
             self.steps = torch.stack(tensors.state_steps).cpu().numpy().astype(np.int64)
         self.zero, self.one = torch.zeros((), device=device), torch.ones((), device=device)
-        # Values and checksum, which go through one all-reduce; decisions; found_inf.
-        m = len(self.tables.own_units)
-        self.results = torch.zeros(2 * m + 3, dtype=torch.float64, device=device)
-        self.decided = self.results[m + 2 :]
-        self.mirror = torch.zeros(
-            2 * m + 3, dtype=torch.float64, device="cpu", pin_memory=self.cuda
-        )
+        # Values and what ranks agree on, which go through one all-reduce; decisions; found_inf.
+        n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
+        size = n + n_agreed + n + 1
+        self.results = torch.zeros(size, dtype=torch.float64, device=device)
+        self.decided = self.results[n + n_agreed :]
+        self.mirror = torch.zeros(size, dtype=torch.float64, device="cpu", pin_memory=self.cuda)
         self.mirrored = torch.cuda.Event() if self.cuda else None
         # Sums of every tensor that ranks add up; a last row for tensors that this rank lacks.
         self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
@@ -176,9 +175,8 @@ class TritonEngine:
         self.tables.fill_coefficients(staging, tensors, lr_factors, self.steps)
         if decides:
             self.tables.fill_units(staging, table, tasks)
-        if ranks is not None:
-            checksum = table.checksum(taus=True)
-            staging.checksum[:] = checksum, -checksum
+            if ranks is not None:
+                self.tables.fill_agreed(staging, table)
 
         elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
         with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
@@ -220,7 +218,7 @@ class TritonEngine:
             return None
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
-        own_units, m = self.tables.own_units, len(self.tables.own_units)
+        own_units, n = self.tables.own_units, len(self.tables.own_units)
         happened = ranks_agree = True
         if pending.decides or pending.scaled:
             if self.mirrored is not None:
@@ -228,10 +226,17 @@ class TritonEngine:
             results = self.mirror.numpy()
             happened = not (pending.scaled and results[-1] != 0)
             if pending.decides:
-                pairs = zip(own_units, results[:m].tolist(), strict=True)
+                pairs = zip(own_units, results[:n].tolist(), strict=True)
                 values = {unit: value for unit, value in pairs if value < math.inf}
-                decided = {own_units[k] for k in np.flatnonzero(results[m + 2 : -1])}
-                ranks_agree = not pending.agreed or bool(results[m] == -results[m + 1])
+                decided = {own_units[k] for k in np.flatnonzero(results[-1 - n : -1])}
+                if pending.agreed:
+                    taus, negatives = results[n : 2 * n], results[2 * n : 3 * n]
+                    checksum, negative = results[3 * n : 3 * n + 2]
+                    ranks_agree = np.array_equal(taus, -negatives) and checksum == -negative
+                    for unit, tau in zip(
+                        own_units if ranks_agree else (), taus.tolist(), strict=False
+                    ):
+                        unit.tau = tau
         if happened:
             self.steps += pending.updated
         return Outcome(happened, values, decided, pending.kept, ranks_agree)
@@ -379,9 +384,9 @@ class TritonEngine:
             self._launch_decide("SUM", "LOAD")
         else:
             self._launch_decide("SUM")
-        m = len(self.tables.own_units)
-        self.results[m : m + 2].copy_(self.tables.checksum)
-        dist.all_reduce(self.results[: m + 2], op=dist.ReduceOp.MAX, group=ranks.group)
+        n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
+        self.results[n : n + n_agreed].copy_(self.tables.agreed)
+        dist.all_reduce(self.results[: n + n_agreed], op=dist.ReduceOp.MAX, group=ranks.group)
         self._launch_decide("COMPARE")
 
     def _launch_decide(self, *flags: str) -> None:

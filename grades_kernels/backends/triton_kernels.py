@@ -256,7 +256,8 @@ def decide_kernel(
     past_ptr,  # rows PAST
     partials_ptr,
     sums_ptr,  # fp64, three per tensor: what STORE and LOAD exchange with other ranks
-    values_ptr,  # fp64 per unit: the statistic, infinity where there is no evidence
+    values_ptr,  # fp64 per unit: the statistic, infinity where there is no evidence, minus infinity
+    # where this rank has none of its tensors; then the thresholds that all ranks agree on
     decided_ptr,  # fp64 per unit: 1 where the unit is decided in this step, else 0
     FIELDS: tl.constexpr,
     SUM: tl.constexpr,  # add up the partials, and store the value
@@ -313,14 +314,15 @@ def decide_kernel(
             value = value / tl.where(divisor > 0, divisor, 1.0)
         evidence = evidence & (tl.abs(value) < float("inf"))  # False for NaN too
         evidence = evidence & ((value > 0) | (tl.load(unit_row + FIELDS.must_be_positive) == 0.0))
-        value = tl.where(evidence, value, float("inf"))
+        tau = tl.load(unit_row + FIELDS.tau)
+        value = tl.where(evidence, value, tl.load(unit_row + FIELDS.without_evidence))
         tl.store(values_ptr + unit, value)
     else:
         value = tl.load(values_ptr + unit)
+        tau = tl.load(values_ptr + tl.num_programs(0) + unit)
     if COMPARE:
         # "gain" may be negative, and tau=0.0 freezes nothing.
         compared = tl.maximum(value / tl.load(unit_row + FIELDS.divisor), 0.0)
-        is_hit = compared < tl.load(unit_row + FIELDS.tau)
         enough = tl.load(unit_row + FIELDS.hits_missing) <= 1.0
-        decided = (value < float("inf")) & is_hit & enough
+        decided = (value < float("inf")) & (compared < tau) & enough
         tl.store(decided_ptr + unit, decided.to(tl.float64))

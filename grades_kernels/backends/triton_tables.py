@@ -39,7 +39,8 @@ COEFFICIENT = _row(
 )
 PAST = _row("numerator_divisor denominator_divisor", np.float64)
 UNIT = _row(
-    "tau divisor hits_missing is_measured first_member n_members is_ratio must_be_positive",
+    "tau divisor hits_missing is_measured first_member n_members is_ratio must_be_positive "
+    "without_evidence",
     np.float64,
 )
 TABLES = {"tensor": TENSOR, "input": INPUT, "coefficient": COEFFICIENT, "past": PAST, "unit": UNIT}
@@ -86,9 +87,9 @@ class Staging:
     """A pinned buffer with the inputs of one step, and when the device has read it."""
 
     def __init__(self, n_tensors: int, n_units: int, cuda: bool) -> None:
-        checksum = (np.dtype(np.float64), 2)
+        agreed = (np.dtype(np.float64), 2 * n_units + 2)
         tables = (  # 8-byte numbers first, so that all are aligned
-            (INPUT, n_tensors), (PAST, n_tensors), (UNIT, n_units), checksum,
+            (INPUT, n_tensors), (PAST, n_tensors), (UNIT, n_units), agreed,
             (COEFFICIENT, n_tensors),
         )  # fmt: skip
         n_bytes = sum(table.itemsize * n for table, n in tables)
@@ -101,7 +102,7 @@ class Staging:
             self.slices.append(slice(start, start + table.itemsize * n))
             views.append(self.buffer.numpy()[self.slices[-1]].view(table))
             start = self.slices[-1].stop
-        self.inputs, self.past, self.units, self.checksum, self.coefficients = views
+        self.inputs, self.past, self.units, self.agreed, self.coefficients = views
         self.read = torch.cuda.Event() if cuda else None
 
 
@@ -112,7 +113,8 @@ class DeviceTables:
         tensors: The tensors, whether they have a gradient or not.
         units: The unit of each of them, None where it is not monitored.
         device: Their device.
-        own_units: The units, in the order of their rows; None: those of the tensors.
+        own_units: The units, in the order of their rows, also those that only other ranks have
+            tensors of; None: those of the tensors.
 
     Attributes:
         grad_dtypes: The dtype that the kernels expect of each gradient.
@@ -144,7 +146,7 @@ class DeviceTables:
         self.ring = [Staging(n, m, self.cuda) for _ in range(_N_STAGING)]
         self.turn = 0
         self.step_inputs = torch.zeros_like(self.ring[0].buffer, device=device)
-        self.inputs, self.past, self.unit_table, self.checksum, self.coefficients = (
+        self.inputs, self.past, self.unit_table, self.agreed, self.coefficients = (
             self.step_inputs[part].view(dtype)
             for part, dtype in zip(self.ring[0].slices, _VIEWS, strict=True)
         )
@@ -237,6 +239,9 @@ class DeviceTables:
         statistics = [unit.statistic for unit in self.own_units]
         self.unit_rows["is_ratio"] = [name in RATIOS for name in statistics]
         self.unit_rows["must_be_positive"] = [name == "weight_change" for name in statistics]
+        present = set(self.units)
+        self.elsewhere = np.array([unit not in present for unit in self.own_units], dtype=bool)
+        self.unit_rows["without_evidence"] = np.where(self.elsewhere, -np.inf, np.inf)
         self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
         self.unit_of = self.rows["unit"].copy()
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
@@ -345,6 +350,15 @@ class DeviceTables:
         if table.config.patience > 1:
             rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
         rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
+
+    def fill_agreed(self, staging: Staging, table: FreezeTable) -> None:
+        """What has to be the same on all ranks: thresholds, their negatives, a checksum, its own.
+
+        The ranks look for the largest of each; minus infinity leaves it to the others.
+        """
+        taus, checksum = staging.units["tau"], table.checksum(taus=False)
+        both = [np.where(self.elsewhere, -np.inf, x) for x in (taus, -taus)]
+        staging.agreed[:] = np.concatenate([*both, [checksum, -checksum]])
 
     def complete_units(self, chosen: np.ndarray) -> list[Unit]:
         """The units all of whose tensors are chosen."""
