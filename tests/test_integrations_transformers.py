@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -214,9 +215,21 @@ def test_a_cut_above_all_blocks_trains_the_head_with_plain_adamw(tmp_path):
     }  # fmt: skip
 
 
+def test_options_of_the_choice(tmp_path):
+    options = {"blocks": "model.layers", "cost": "time", "n_batches": 4}
+    cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut=options, **OPTIONS).cut
+    assert cut.stack == "model.layers"
+    with pytest.raises(ValueError, match="blocks='layers' is no stack of blocks"):
+        add_grades(make_trainer(tmp_path), cut={"blocks": "layers"}, **OPTIONS)
+
+
+@pytest.mark.parametrize("cut", ["half", {"block": "model.layers"}, {"model": None}], ids=str)
+def test_an_impossible_cut_is_refused(tmp_path, cut):
+    with pytest.raises(ValueError, match=f"Invalid cut: {re.escape(repr(cut))}.*n_batches, tied"):
+        add_grades(make_trainer(tmp_path), cut=cut, **OPTIONS)
+
+
 def test_a_cut_is_refused_where_it_cannot_be_applied(tmp_path):
-    with pytest.raises(ValueError, match="Invalid cut: 'half'"):
-        add_grades(make_trainer(tmp_path), cut="half", **OPTIONS)
     model = tiny_llama()
     optimizer = GradESAdamW(model.named_parameters(), tau=0.0, total_steps=4)
     with pytest.raises(ValueError, match="cut has to come before the optimizer"):

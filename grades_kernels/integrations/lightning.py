@@ -22,7 +22,7 @@ from ..cut.choose import choose_cut
 from ..cut.cut import Cut
 from ..optimizer import GradESAdamW
 from .shared import (
-    is_choice,
+    choice_options,
     is_finished,
     measurements,
     release_under_ddp,
@@ -44,12 +44,13 @@ class GradESCallback(Callback):
 
     Args:
         cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 16
-            of the Trainer's batches, before `configure_optimizers` is called; a `Cut` is applied as
-            it is, which is how a run is resumed. None: everything trains.
+            of the Trainer's batches, before `configure_optimizers` is called; a dict does so with
+            other options of `choose_cut`. A `Cut` is applied as it is, which is how a run is
+            resumed. None: everything trains.
     """
 
-    def __init__(self, cut: Cut | str | None = None) -> None:
-        is_choice(cut)
+    def __init__(self, cut: Cut | Mapping[str, Any] | str | None = None) -> None:
+        choice_options(cut)
         self.cut = cut
         self._logged_at = 0
 
@@ -60,8 +61,9 @@ class GradESCallback(Callback):
                 f"{type(trainer.strategy).__name__} flattens the parameters, so that no matrix can "
                 "be measured or frozen. Use ModelParallelStrategy (FSDP2) or DDPStrategy."
             )
-        if stage == "fit" and is_choice(self.cut):
-            self.cut = _chosen_cut(trainer, pl_module)
+        options = choice_options(self.cut)
+        if stage == "fit" and options is not None:
+            self.cut = _chosen_cut(trainer, pl_module, options)
         if stage == "fit" and isinstance(self.cut, Cut):
             rank_zero_info(str(self.cut))
             self.cut.apply(pl_module)
@@ -116,7 +118,7 @@ class GradESCallback(Callback):
                 self.cut.save(f"{folder}/grades_cut.json")
 
 
-def _chosen_cut(trainer: Trainer, pl_module: LightningModule) -> Cut:
+def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[str, Any]) -> Cut:
     """The cut that `choose_cut` chooses from the Trainer's batches and the module's loss."""
     if not pl_module.automatic_optimization:
         raise ValueError(
@@ -139,7 +141,7 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule) -> Cut:
     silent = {"log": lambda *args, **kwargs: None, "log_dict": lambda *args, **kwargs: None}
     pl_module.__dict__.update(silent)
     try:
-        return choose_cut(pl_module, loss, repeated(loader))
+        return choose_cut(pl_module, loss, repeated(loader), **options)
     finally:
         for name in silent:
             del pl_module.__dict__[name]

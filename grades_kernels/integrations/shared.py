@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch.distributed as dist
 
+from ..cut.choose import choose_cut
 from ..cut.cut import Cut
 from ..distributed import is_initialized
 from ..optimizer import GradESAdamW
@@ -94,15 +95,23 @@ def repeated(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
 
 
-def is_choice(cut: Any) -> bool:
-    """Whether a cut has still to be chosen.
+def choice_options(cut: Any) -> dict[str, Any] | None:
+    """The options with which `choose_cut` has still to choose a cut; None where it need not.
 
     Raises:
-        ValueError: If `cut` is neither None nor "auto" nor a `Cut`.
+        ValueError: If `cut` is neither None nor "auto", a `Cut`, or a mapping of such options.
     """
-    if not (cut is None or cut == "auto" or isinstance(cut, Cut)):
-        raise ValueError(f"Invalid cut: {cut!r} (choose 'auto', a Cut, or None)")
-    return cut == "auto"
+    if cut is None or isinstance(cut, Cut):
+        return None
+    options = set(choose_cut.__kwdefaults__ or ())
+    if cut == "auto":
+        return {}
+    if isinstance(cut, Mapping) and options.issuperset(cut):
+        return dict(cut)
+    raise ValueError(
+        f"Invalid cut: {cut!r} (choose 'auto', a Cut, None, or a dict with options of choose_cut: "
+        f"{', '.join(sorted(options))})"
+    )
 
 
 def save_report(

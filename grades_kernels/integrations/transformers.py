@@ -22,7 +22,7 @@ from ..cut.cut import Cut
 from ..freezing.param_groups import grades_param_groups
 from ..optimizer import GradESAdamW
 from .shared import (
-    is_choice,
+    choice_options,
     is_finished,
     measurements,
     release_under_ddp,
@@ -36,7 +36,9 @@ __all__ = ["GradESCallback", "GradESFactory", "add_grades", "unwrap_optimizer"]
 logger = logging.getLogger(__name__)
 
 
-def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any) -> GradESCallback:
+def add_grades(
+    trainer: Trainer, *, cut: Cut | Mapping[str, Any] | str | None = None, **options: Any
+) -> GradESCallback:
     """Make a Trainer train with GradESAdamW, and add a `GradESCallback` to it.
 
     Learning rate, betas, eps and weight decay are those of the `TrainingArguments`, `total_steps`
@@ -46,8 +48,10 @@ def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any
     Args:
         trainer: A Trainer, or one of a class derived from it (TRL's SFTTrainer), before `train()`.
         cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 16
-            of the Trainer's batches, and applies it now; a `Cut` is applied as it is, which is how
-            a run is resumed: `Cut.load(output_dir + "/grades_cut.json")`. None: everything trains.
+            of the Trainer's batches, and applies it now; a dict does so with other options of
+            `choose_cut`, for example `{"blocks": "encoder.block"}`. A `Cut` is applied as it is,
+            which is how a run is resumed: `Cut.load(output_dir + "/grades_cut.json")`. None:
+            everything trains.
         **options: `tau`, which is required; `taus` and `verbose` of `grades_param_groups`; and any
             option of GradESAdamW that `TrainingArguments` does not have.
 
@@ -60,7 +64,7 @@ def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any
             without `tau`, or if the Trainer has another optimizer already, or any with a `cut`.
             Also the errors of `choose_cut` and `Cut.apply`.
     """
-    chooses = is_choice(cut)
+    to_choose = choice_options(cut)
     is_fsdp1 = trainer.is_fsdp_enabled and (
         trainer.accelerator.state.fsdp_plugin.fsdp_version == 1  # absent without FSDP
     )
@@ -104,8 +108,8 @@ def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any
             raise ValueError(
                 f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW. Remove optim."
             )
-        if chooses:
-            cut = _chosen_cut(trainer)
+        if to_choose is not None:
+            cut = _chosen_cut(trainer, to_choose)
         if isinstance(cut, Cut):
             logger.info("%s", cut)
             model: Any = trainer.model
@@ -118,7 +122,7 @@ def add_grades(trainer: Trainer, *, cut: Cut | str | None = None, **options: Any
     return callback
 
 
-def _chosen_cut(trainer: Trainer) -> Cut:
+def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     """The cut that `choose_cut` chooses from the Trainer's own batches and loss."""
     model: Any = trainer.model
     args = trainer.args
@@ -134,7 +138,7 @@ def _chosen_cut(trainer: Trainer) -> Cut:
     training = model.training
     model.train()
     try:
-        return choose_cut(model, loss, repeated(loader))
+        return choose_cut(model, loss, repeated(loader), **options)
     finally:
         model.train(training)
         # The loader was left in the middle of an epoch, and train() makes its own.
