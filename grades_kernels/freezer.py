@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
 from .backends.select import assign, run_tasks_of, unscales
-from .backends.step_tensors import Layout, prepare_state, uses_prev_grads
+from .backends.step_tensors import Layout, fit_state, prepare_state, uses_prev_grads
 from .distributed import Ranks, in_a_job, is_initialized, naming_absent_ranks, refuse_flat
 from .freezing.config import check_group
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
@@ -462,8 +462,6 @@ def _make_engines(
             default_state=checkpoint.DEFAULT_STATE,
         )
         if key != "host":
-            from .backends.triton_tables import fit_state
-
             fit_state(state, chosen)
     for key, chosen in parts.items():
         layout = Layout(groups, state, chosen)

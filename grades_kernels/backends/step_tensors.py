@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import NEVER, FreezeTable, Unit
-from ..state_tensors import MOMENTS, gradient_dtype, local, placeholder
+from ..state_tensors import MOMENTS, gradient_dtype, local, placeholder, same_memory_order
 from .tasks import KEEP, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
 
 Groups = Sequence[dict[str, Any]]
@@ -256,6 +256,35 @@ def _place_as_parameter(own: dict[str, Any], p: Any) -> None:
             )
         if x.placements != p.placements:
             own[key] = x.redistribute(p.device_mesh, p.placements)
+
+
+def fit_state(state: State, chosen: Sequence[Sequence[tuple[Tensor, Unit | None]]]) -> None:
+    """Bring the state of tensors into the form that the Triton kernels read.
+
+    Steps become fp32 on the parameter's device, moments and previous gradients get its strides,
+    previous gradients the dtype of the gradient.
+
+    Args:
+        state: The optimizer's state.
+        chosen: The parameters, with their units, per group.
+    """
+    for p, unit in (pair for pairs in chosen for pair in pairs):
+        own = state.get(p)
+        if not own or (unit is not None and unit.released_at != NEVER):
+            continue
+        own["step"] = own["step"].to(p.device, torch.float32)
+        for key in MOMENTS:
+            if key in own and not same_memory_order(local(own[key]), local(p)):
+                own[key] = torch.empty_like(p, dtype=own[key].dtype).copy_(own[key])
+        if unit is None or not unit.needs_prev_grad:
+            continue
+        previous, dtype = own["prev_grad"], gradient_dtype(p.grad, p)
+        if previous.shape == p.shape and (
+            previous.dtype != dtype
+            or previous.device != p.device
+            or not same_memory_order(local(previous), local(p))
+        ):
+            own["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(previous)
 
 
 def check_gradients(groups: Groups) -> None:

@@ -161,6 +161,9 @@ class TritonEngine:
         tensors, self.tensors = self.tensors, None
         assert tensors is not None
         tensors = with_local_gradients(tensors)
+        if ranks is not None and self.shards is None:
+            self.tables.leave_to_others(ranks.members)
+            self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
         is_check = bool(self.tables.own_units) and table.config.is_check(table.t)
         tasks, lr_factors, kept = self._tasks(tensors, table, is_check)
         if not tasks.all():  # a tensor is frozen, or has no gradient
@@ -183,8 +186,6 @@ class TritonEngine:
             if self.cuda:
                 self._use_on(torch.cuda.current_stream())
             scalars = (self.zero if found is None else found, self.one if scale is None else scale)
-            if ranks is not None and self.shards is None:
-                self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
             if not self.is_compiled:
                 self.is_compiled = True
                 self._compile(table, ranks, scalars, scaled=scaled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
-from ..state_tensors import MOMENTS, gradient_dtype, local, same_memory_order
+from ..state_tensors import gradient_dtype, same_memory_order
 from .tasks import KEEP, OF_MOMENTS, STATISTIC_BITS, StepTensors
 from .triton_kernels import PARTIALS, block_size
 
@@ -153,7 +153,7 @@ class DeviceTables:
 
     def _lay_out_tensors(self, tensors: StepTensors) -> None:
         for n in range(len(tensors.params)):
-            self._check_readable(tensors, n)
+            _check_readable(tensors, n, self.grad_dtypes[n])
         rows = np.zeros(len(tensors.params), dtype=TENSOR)
         number = {unit: m for m, unit in enumerate(self.own_units)}
         for name, column in (
@@ -197,37 +197,6 @@ class DeviceTables:
         self.dropped, self.n_frozen = np.zeros(len(rows), dtype=bool), 0
         self._lay_out_programs()
 
-    def _check_readable(self, tensors: StepTensors, n: int) -> None:
-        p, step, prev_grad = tensors.params[n], tensors.state_steps[n], tensors.prev_grads[n]
-        if step.device != p.device or step.dtype != torch.float32:
-            raise ValueError(
-                f"state_steps[{n}] is {step.dtype} on {step.device}: the Triton kernels count in "
-                f"float32 on the parameter's device, {p.device}."
-            )
-        for x in (tensors.exp_avgs[n], tensors.exp_avg_sqs[n], tensors.max_exp_avg_sqs[n]):
-            if x is None:
-                continue
-            if x.device != p.device:
-                raise ValueError(
-                    f"a moment of parameter {n} is on {x.device}, the parameter on {p.device}: "
-                    "move the optimizer's state where the model has been moved."
-                )
-            if not same_memory_order(x, p):
-                raise ValueError(
-                    f"a moment of parameter {n} has strides {x.stride()}, the parameter "
-                    f"{p.stride()}: the Triton kernels walk through memory."
-                )
-        if (
-            prev_grad is not None
-            and prev_grad.shape == p.shape
-            and (prev_grad.dtype != self.grad_dtypes[n] or not same_memory_order(prev_grad, p))
-        ):
-            raise ValueError(
-                f"prev_grads[{n}] is {prev_grad.dtype} with strides {prev_grad.stride()}: the "
-                f"Triton kernels read it as {self.grad_dtypes[n]} with the parameter's, "
-                f"{p.stride()}."
-            )
-
     def _lay_out_units(self) -> None:
         """The fields of a unit that never change; `_fill_units` adds the others."""
         self.unit_rows = np.zeros(len(self.own_units), dtype=UNIT)
@@ -239,14 +208,17 @@ class DeviceTables:
         statistics = [unit.statistic for unit in self.own_units]
         self.unit_rows["is_ratio"] = [name in RATIOS for name in statistics]
         self.unit_rows["must_be_positive"] = [name == "weight_change" for name in statistics]
-        present = set(self.units)
-        self.elsewhere = np.array([unit not in present for unit in self.own_units], dtype=bool)
-        self.unit_rows["without_evidence"] = np.where(self.elsewhere, -np.inf, np.inf)
+        self.unit_rows["without_evidence"] = np.inf
         self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
         self.unit_of = self.rows["unit"].copy()
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
         self.uses_moments = np.isin(self.statistics, OF_MOMENTS)
         self.corrects = bool(np.isin(self.statistics, ("signal", "gain")).any())
+
+    def leave_to_others(self, own: Container[Unit]) -> None:
+        """Have other ranks measure the units that are not among those of this rank."""
+        elsewhere = [unit not in own for unit in self.own_units]
+        self.unit_rows["without_evidence"] = np.where(elsewhere, -np.inf, np.inf)
 
     def _lay_out_programs(self) -> None:
         """The programs of every launch: those that may measure come first; no dropped tensors."""
@@ -357,7 +329,8 @@ class DeviceTables:
         The ranks look for the largest of each; minus infinity leaves it to the others.
         """
         taus, checksum = staging.units["tau"], table.checksum(taus=False)
-        both = [np.where(self.elsewhere, -np.inf, x) for x in (taus, -taus)]
+        elsewhere = self.unit_rows["without_evidence"] < 0
+        both = [np.where(elsewhere, -np.inf, x) for x in (taus, -taus)]
         staging.agreed[:] = np.concatenate([*both, [checksum, -checksum]])
 
     def complete_units(self, chosen: np.ndarray) -> list[Unit]:
@@ -369,32 +342,19 @@ class DeviceTables:
         return n_chosen == self.n_tensors
 
 
-def fit_state(
-    state: Mapping[Tensor, dict[str, Any]], chosen: Sequence[Sequence[tuple[Tensor, Unit | None]]]
-) -> None:
-    """Bring the state of tensors into the form that the kernels read.
-
-    Steps become fp32 on the parameter's device, moments and previous gradients get its strides,
-    previous gradients the dtype of the gradient.
-
-    Args:
-        state: The optimizer's state.
-        chosen: The parameters, with their units, per group.
-    """
-    for p, unit in (pair for pairs in chosen for pair in pairs):
-        own = state.get(p)
-        if not own or (unit is not None and unit.released_at != NEVER):
+def _check_readable(tensors: StepTensors, n: int, grad_dtype: torch.dtype) -> None:
+    p = tensors.params[n]
+    dtypes = {"state_steps": torch.float32, "prev_grads": grad_dtype}
+    for name in ("state_steps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "prev_grads"):
+        x = getattr(tensors, name)[n]
+        if x is None or (name == "prev_grads" and x.shape != p.shape):  # a placeholder
             continue
-        own["step"] = own["step"].to(p.device, torch.float32)
-        for key in MOMENTS:
-            if key in own and not same_memory_order(local(own[key]), local(p)):
-                own[key] = torch.empty_like(p, dtype=own[key].dtype).copy_(own[key])
-        if unit is None or not unit.needs_prev_grad:
-            continue
-        previous, dtype = own["prev_grad"], gradient_dtype(p.grad, p)
-        if previous.shape == p.shape and (
-            previous.dtype != dtype
-            or previous.device != p.device
-            or not same_memory_order(local(previous), local(p))
-        ):
-            own["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(previous)
+        dtype = dtypes.get(name, x.dtype)
+        in_order = name == "state_steps" or same_memory_order(x, p)
+        if x.device != p.device or x.dtype != dtype or not in_order:
+            raise ValueError(
+                f"{name}[{n}] is {x.dtype} on {x.device} with strides {x.stride()}: the Triton "
+                f"kernels read {dtype} on {p.device}, and moments and previous gradients in the "
+                f"parameter's order, {p.stride()}. After moving the model, move the optimizer's "
+                "state as well: load_state_dict(state_dict())."
+            )
