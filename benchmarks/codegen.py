@@ -304,7 +304,9 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all")
     parser.add_argument("--quick", action="store_true", help="the main variants, two targets")
     parser.add_argument("--kernels", type=Path, help="compile this copy of triton_kernels.py")
-    parser.add_argument("--save", action="store_true", help="write results/codegen.csv anew")
+    parser.add_argument(
+        "--save", action="store_true", help="write results/codegen-VERSION.csv anew"
+    )
     options = parser.parse_args()
     kernels = load_kernels(options.kernels)
     start = time.perf_counter()
@@ -323,9 +325,9 @@ def main() -> int:
     bad = [row for row in rows if row["faults"]]
     print(f"{len(rows)} kernels in {time.perf_counter() - start:.0f} s, {len(bad)} with faults")
     if options.save:
-        path = harness.RESULTS / "codegen.csv"
-        path.unlink(missing_ok=True)
-        harness.append_rows("codegen", rows, torch.device("cpu"))
+        name = f"codegen-triton-{triton.__version__.rpartition('.')[0]}"
+        (harness.RESULTS / f"{name}.csv").unlink(missing_ok=True)
+        harness.append_rows(name, rows, torch.device("cpu"))
     return 1 if bad else 0
 
 
