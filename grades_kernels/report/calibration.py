@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from ..freezing.config import check_choice, check_integer, check_number
-from .plot import KIND_COLOURS, picture_path
+from .plot import KIND_COLOURS, picture_path, set_share_axis
 from .record import units_by_kind
 from .report import FreezeReport
 from .text import Table, layout, number_range, shorten
@@ -90,7 +90,6 @@ class Calibration:
         """
         path = picture_path(path, "Calibration.plot()")
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
 
         figure = Figure(figsize=(12, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -111,8 +110,7 @@ class Calibration:
         left.set_title(f"Frozen by step {self.by_step:,}; dots: proposed", loc="left")
         right.set_title("Frozen under the proposed thresholds", loc="left")
         for axis in (left, right):
-            axis.set_ylim(-0.02, 1.04)
-            axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            set_share_axis(axis)
             axis.grid(alpha=0.25)
         figure.savefig(path, dpi=150)
         return path
