@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,9 +154,7 @@ def _detached_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
             order.append(block)
         return tree_map_only(Tensor, Tensor.detach, (args, kwargs)) if block is order[0] else None
 
-    handles = [block.register_forward_pre_hook(detach, with_kwargs=True) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(detach, with_kwargs=True).remove)
         yield order
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -158,41 +158,27 @@ class Cut:
         )
 
     def __str__(self) -> str:
-        header = ["frozen blocks", "gain left", "cost", "gain/cost", "standard error", ""]
-        rows = [
-            [
-                "no cut" if x.k is None else f"{x.k}",
-                *(f"{x.gain:.3f}", f"{x.cost:.3f}", f"{x.ratio:.3f}", f"{x.error:.3f}"),
-                "<- chosen" if x.k == self.k else "",
-            ]
-            for x in self.candidates
-        ]
-        names = ["below the blocks", *map(str, range(self.n_blocks)), "above the blocks"]
-        total = sum(self.gains)
-        shares = [
-            [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
-            for name, gain in zip(names, self.gains, strict=True)
-        ]
         lines = [f"Cut of {shorten(self.stack, 60)}: {self.reason}", self.summary()]
         lines += [
             f"{shorten(name, 50)} is used above the blocks too and goes on training, so the "
             "backward pass reaches the lowest block. tied='freeze' freezes it."
             for name in self.tied
         ]
-        return "\n\n".join(
-            [
-                "\n".join(lines),
-                layout(Table("Places for a cut, relative to no cut", header, rows, left=[""])),
-                layout(
-                    Table(
-                        "Predicted gain of a step per learning rate, by block",
-                        ["block", "gain", "share"],
-                        shares,
-                        left=["block"],
-                    )
-                ),
-            ]
-        )
+        rows = []
+        for k, *numbers in self.candidates:
+            cells = ["no cut" if k is None else f"{k}", *(f"{x:.3f}" for x in numbers)]
+            rows.append([*cells, "<- chosen" if k == self.k else ""])
+        header = ["frozen blocks", "gain left", "cost", "gain/cost", "standard error", ""]
+        places = Table("Places for a cut, relative to no cut", header, rows, left=[""])
+        names = ["below the blocks", *map(str, range(self.n_blocks)), "above the blocks"]
+        total = sum(self.gains)
+        rows = [
+            [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
+            for name, gain in zip(names, self.gains, strict=True)
+        ]
+        title = "Predicted gain of a step per learning rate, by block"
+        shares = Table(title, ["block", "gain", "share"], rows, left=["block"])
+        return "\n\n".join(["\n".join(lines), layout(places), layout(shares)])
 
     def to_dict(self) -> dict[str, Any]:
         """The cut in the types of JSON."""
@@ -243,21 +229,20 @@ class Cut:
         left.bar(range(len(names)), [gain / total for gain in self.gains], color="#117733")
         left.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
         left.set_title("Share of the predicted gain, by block", loc="left")
-        places = ["none" if x.k is None else str(x.k) for x in self.candidates]
-        x = range(len(places))
-        middle.plot(x, [c.gain for c in self.candidates], "o-", color="#117733", label="gain left")
-        middle.plot(x, [c.cost for c in self.candidates], "s--", color="#882255", label="cost")
+        cuts, gains, costs, ratios, errors = zip(*self.candidates, strict=True)
+        x, places = range(len(cuts)), ["none" if k is None else str(k) for k in cuts]
+        middle.plot(x, gains, "o-", color="#117733", label="gain left")
+        middle.plot(x, costs, "s--", color="#882255", label="cost")
         middle.set_title("Gain and cost above the cut", loc="left")
         middle.set_ylim(bottom=0)
         middle.legend(frameon=False)
-        ratios, errors = zip(*((c.ratio, c.error) for c in self.candidates), strict=True)
         right.errorbar(x, ratios, errors, fmt="o-", color="#332288", capsize=3)
         right.axhline(1.0, color="0.5", linestyle="dotted")
-        chosen = [c.k for c in self.candidates].index(self.k)
+        chosen = cuts.index(self.k)
         right.plot([chosen], [ratios[chosen]], "o", color="#CC6677", markersize=11, zorder=3)
         right.set_title("Gain per cost (chosen: large dot)", loc="left")
         for axis in (middle, right):
-            axis.set_xticks(x, places, rotation=90 if len(places) > 12 else 0)
+            axis.set_xticks(x, places, rotation=90 if len(cuts) > 12 else 0)
             axis.set_xlabel("frozen blocks")
         for axis in (left, middle, right):
             axis.spines[["top", "right"]].set_visible(False)
