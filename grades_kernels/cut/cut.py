@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..report.plot import picture_path
-from ..report.text import Table, layout, shorten
+from ..report.record import from_json, to_json
+from ..report.tables import Table, layout, shorten
 from .blocks import blocks_of, tensors_of
 
 NO_REENTRANT = (
@@ -182,7 +183,7 @@ class Cut:
 
     def to_dict(self) -> dict[str, Any]:
         """The cut in the types of JSON."""
-        return {**asdict(self), "candidates": [each._asdict() for each in self.candidates]}
+        return to_json(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the cut to a JSON file, from which a run can be resumed, and return its path."""
@@ -199,13 +200,8 @@ class Cut:
             ValueError: If it is not such a file; the message names it and the reason.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            data["candidates"] = tuple(Candidate(**each) for each in data["candidates"])
-            data["segments"] = tuple(map(tuple, data["segments"]))
-            data["gains"], data["tied"] = tuple(data["gains"]), tuple(data["tied"])
-            data["shapes"] = tuple((name, tuple(shape)) for name, shape in data["shapes"])
-            return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
+            return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a cut ({type(error).__name__}: {error}); give a file "
                 "that Cut.save() wrote"

@@ -20,7 +20,7 @@ from ..freezing.config import check_choice, check_integer, check_number
 from .plot import KIND_COLOURS, picture_path, set_share_axis
 from .record import units_by_kind
 from .report import FreezeReport
-from .text import Table, layout, number_range, shorten
+from .tables import Table, layout, number_range, shorten
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # columns of the printed curve
 PLOTTED_KINDS = 18  # more curves than that are drawn without a legend

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .record import UnitReport, finite, frozen_over_time, units_by_kind
-from .text import number_range, percent, shorten
+from .record import UnitReport, frozen_over_time, units_by_kind
+from .tables import number_range, percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,32 +169,29 @@ class Picture:
         return "one row per unit, within a kind from the first layer (top) to the last"
 
     def draw_curves(self, axis: Axes) -> str:
-        values = finite(value for _, row in self.history for value in row)
-        if not values:
+        import numpy
+
+        values: Any = numpy.ma.masked_invalid([row for _, row in self.history])
+        if not values.count():
             axis.set_yticks([])
             return "no statistic was measured"
-        log = max(values) > 0
-
-        def clean(value: float) -> float:
-            return value if math.isfinite(value) and (value > 0 or not log) else math.nan
-
+        log, has_zeros = bool(values.max() > 0), values.min() <= 0
+        if log:
+            values = numpy.ma.masked_less_equal(values, 0)
         steps = [step for step, _ in self.history]
-        columns = zip(*(map(clean, row) for _, row in self.history), strict=True)
-        curve_of = {unit.name: curve for unit, curve in zip(self.units, columns, strict=True)}
+        columns = {unit.name: k for k, unit in enumerate(self.units)}
         single = len(self.units) <= LABELLED_ROWS
         for kind, members in self.kinds.items():
             # The markers show a value whose neighbours are missing.
             style = {"marker": ".", "markersize": 4, "linewidth": 1, **self.styles[kind]}
-            curves = [curve_of[unit.name] for unit in members]
+            curves = values[:, [columns[unit.name] for unit in members]]
             if single:
-                for curve in curves:
-                    axis.plot(steps, curve, **style)
+                axis.plot(steps, curves, **style)
             else:
-                rows = [finite(row) or [math.nan] for row in zip(*curves, strict=True)]
-                band = list(map(min, rows)), list(map(max, rows))
-                axis.plot(steps, list(map(median, rows)), **style)
-                axis.fill_between(steps, *band, color=style["color"], alpha=0.09, linewidth=0)
-        drawn = finite(map(clean, values))
+                axis.plot(steps, numpy.ma.median(curves, axis=1), **style)
+                band, colour = (curves.min(axis=1), curves.max(axis=1)), style["color"]
+                axis.fill_between(steps, *band, color=colour, alpha=0.09, linewidth=0)
+        drawn = [values.min(), values.max()]
         taus = {unit.tau for unit in self.units}
         for tau in taus - {0, math.inf}:
             style = {"color": self.foreground, "linestyle": "dashed", "linewidth": 1.1}
@@ -215,7 +211,7 @@ class Picture:
             "tau is 0: observing only": taus == {0},
             "a tau of 0 observes": taus > {0},
             "tau inf freezes at once": math.inf in taus,
-            "zeros are left out": log and min(values) <= 0,
+            "zeros are left out": log and has_zeros,
         }
         return "; ".join(remark for remark, applies in remarks.items() if applies)
 

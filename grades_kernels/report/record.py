@@ -1,11 +1,12 @@
-"""The data of a report: units and memory, without any tensor."""
+"""The data of a report: units and memory, without any tensor; dataclasses to JSON and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from itertools import repeat
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 
 class Memory(NamedTuple):
@@ -81,6 +82,30 @@ def frozen_over_time(units: Sequence[UnitReport], last_step: int) -> list[tuple[
     return rows
 
 
-def finite(values: Iterable[float]) -> list[float]:
-    """The values without NaN and infinities."""
-    return [value for value in values if math.isfinite(value)]
+def to_json(value: Any) -> Any:
+    """A dataclass in the types of strict JSON: NaN becomes None, an infinity "inf" or "-inf"."""
+    if is_dataclass(value):
+        value = vars(value)
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def from_json(annotation: Any, value: Any) -> Any:
+    """The inverse of `to_json` for a value with this type annotation."""
+    if annotation is float:
+        return math.nan if value is None else float(value)
+    if get_origin(annotation) is tuple:
+        first, *others = get_args(annotation)
+        items = repeat(first) if others == [...] else (first, *others)
+        return tuple(map(from_json, items, value))
+    if is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        types = get_type_hints(annotation)
+        return annotation(**{name: from_json(types[name], item) for name, item in value.items()})
+    return value

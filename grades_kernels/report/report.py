@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import uuid
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..freezing.naming import layer_and_kind
 from ..freezing.table import FreezeEvent, FreezeTable
 from .plot import Picture, picture_path
-from .record import NO_MEMORY, Memory, UnitReport, frozen_over_time
-from .tables import report_tables
-from .text import layout, percent, shorten
+from .record import NO_MEMORY, Memory, UnitReport, from_json, frozen_over_time, to_json
+from .tables import layout, percent, report_tables, shorten
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -162,7 +160,7 @@ class FreezeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in the types of strict JSON: NaN becomes None, an infinity "inf" or "-inf"."""
-        return {each.name: _to_json(getattr(self, each.name)) for each in fields(self)}
+        return to_json(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a JSON file and return its path.
@@ -189,13 +187,7 @@ class FreezeReport:
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            data = json.loads(text)
-            data["units"] = tuple(UnitReport(**_floats(unit)) for unit in data["units"])
-            data["events"] = tuple(FreezeEvent(**_floats(event)) for event in data["events"])
-            data["history"] = tuple((t, tuple(map(_float, row))) for t, row in data["history"])
-            data["memory"] = Memory(**data["memory"])
-            data["trained_below"] = tuple(data["trained_below"])
-            return cls(**data)
+            return from_json(cls, json.loads(text))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a freeze report ({type(error).__name__}: {error}); "
@@ -215,26 +207,3 @@ class FreezeReport:
         run = (self.step, self.total_steps, self.grace_steps, self.units, self.history)
         Picture(*run, self.n_trainable).draw().savefig(path, dpi=150)
         return path
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, UnitReport):
-        value = vars(value)
-    elif isinstance(value, (FreezeEvent, Memory)):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {name: _to_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-def _float(value: float | str | None) -> float:
-    """The inverse of `_to_json` for one number."""
-    return math.nan if value is None else float(value)
-
-
-def _floats(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record, "tau": _float(record["tau"]), "statistic": _float(record["statistic"])}

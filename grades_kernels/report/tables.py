@@ -1,19 +1,62 @@
-"""The tables of the printed report."""
+"""Tables and numbers as plain ASCII text, and the tables of the printed report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
+from typing import NamedTuple
 
 from ..freezing.table import FreezeEvent
-from .record import UnitReport, finite, units_by_kind
-from .text import Table, number_range, shorten
+from .record import UnitReport, units_by_kind
 
 TEXT_WIDTH = 100  # columns of the printed report
 LAST_EVENTS = 10  # events in the printed report
 
 _MARKS = {"frozen": "#", "cooling": "~", "active": "."}
+
+
+class Table(NamedTuple):
+    """A table of strings; the columns named in `left` are aligned left, the others right."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[str]
+
+
+def layout(table: Table) -> str:
+    """The lines of a table: title, header, rule, rows."""
+    lines = [list(table.header), *map(list, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [table.title]
+    for cells in lines:
+        aligned = [
+            cell.ljust(width) if name in table.left else cell.rjust(width)
+            for cell, width, name in zip(cells, widths, table.header, strict=True)
+        ]
+        text.append("  ".join(aligned).rstrip())
+    text.insert(2, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters; the middle is left out, because names differ at their ends."""
+    if len(text) <= width:
+        return text
+    tail = (width - 3) // 2
+    return text[: width - 3 - tail] + "..." + text[-tail:]
+
+
+def number_range(values: Sequence[float]) -> str:
+    """The least and the greatest value, "0.5..2", or the one value when both print alike."""
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low}..{high}"
+
+
+def percent(part: int, whole: int) -> str:
+    """`part` as a percentage of `whole`, with one decimal."""
+    return f"{100 * part / max(1, whole):.1f} %"
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -37,7 +80,7 @@ def _kind_table(units: Sequence[UnitReport]) -> Table:
     rows = []
     for kind, members in units_by_kind(units).items():
         frozen = [unit.frozen_at for unit in members if unit.state == "frozen"]
-        values = finite(unit.statistic for unit in members)
+        values = [x.statistic for x in members if math.isfinite(x.statistic)]
         row = [shorten(kind, 20)]
         row += [f"{n:,}" for n in (len(members), sum(x.n_elements for x in members), len(frozen))]
         row += [f"{of(frozen):,}" if frozen else "-" for of in (min, max)]
