@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ class Cut:
             p.requires_grad_(False)
             p.grad = None
         disable_input_grads(model)
-        for module in _maximal(model, set(frozen), self.stack):
+        for module in list(_maximal(model, set(frozen), blocks_of(model, self.stack))):
             for inner in module.modules():  # a ModuleList itself is never called
                 if eval_frozen:
                     inner.register_forward_pre_hook(_stay_in_eval)
@@ -254,22 +254,17 @@ def disable_input_grads(model: nn.Module) -> list[nn.Module]:
     return having
 
 
-def _maximal(model: nn.Module, frozen: set[Tensor], stack: str) -> list[nn.Module]:
+def _maximal(
+    module: nn.Module, frozen: set[Tensor], blocks: Sequence[nn.Module]
+) -> Iterator[nn.Module]:
     """The largest modules that train nothing: those with tensors of `frozen`, and blocks."""
-    found: list[nn.Module] = []
-    blocks = blocks_of(model, stack)
-
-    def search(module: nn.Module) -> None:
-        params = list(module.parameters())
-        if module in blocks or any(p in frozen for p in params):
-            if not any(p.requires_grad for p in params):
-                found.append(module)
-            else:
-                for child in module.children():
-                    search(child)
-
-    search(model)
-    return found
+    params = list(module.parameters())
+    if module in blocks or any(p in frozen for p in params):
+        if not any(p.requires_grad for p in params):
+            yield module
+        else:
+            for child in module.children():
+                yield from _maximal(child, frozen, blocks)
 
 
 def _is_reentrant(module: Any) -> bool:
