@@ -7,7 +7,7 @@ another.
 import sys
 
 import pytest
-from reports import CASES, KINDS, every_case, report, training_run, unit
+from reports import CASES, KINDS, every_case, training_run, unit
 
 from grades_kernels import calibrate
 from grades_kernels.report import plot
@@ -18,7 +18,8 @@ pytest.importorskip("matplotlib")
 
 def drawn(case):
     """The picture of a report, laid out, as a figure."""
-    figure = plot.Picture(case._timeline).draw()
+    run = (case.step, case.total_steps, case.grace_steps, case.units, case.history)
+    figure = plot.Picture(*run, case.n_trainable).draw()
     figure.draw_without_rendering()
     return figure
 
@@ -102,10 +103,10 @@ def test_a_kind_has_one_colour_in_all_panels():
 
 def test_timeline_shows_active_cooling_and_frozen():
     active, cooling, frozen = unit(), unit(decided=80), unit(decided=40, frozen=60)
-    spans = report([active, cooling, frozen])._timeline.spans
-    assert spans(active) == [("active", 0, 100)]
-    assert spans(cooling) == [("active", 0, 80), ("cooling", 80, 100)]
-    assert spans(frozen) == [("active", 0, 40), ("cooling", 40, 60), ("frozen", 60, 100)]
+    assert plot.spans(active, 100) == [("active", 0, 100)]
+    assert plot.spans(cooling, 100) == [("active", 0, 80), ("cooling", 80, 100)]
+    stages = [("active", 0, 40), ("cooling", 40, 60), ("frozen", 60, 100)]
+    assert plot.spans(frozen, 100) == stages
 
 
 def test_curves_are_single_for_few_units_and_medians_for_many():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,7 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     Raises:
         ValueError: If there is none, or several and `name` is None; the message names them.
     """
-    stacks = {
-        canonical_name(path): Stack(canonical_name(path), own) for path, own in _stacks(model)
-    }
+    stacks = {stack.name: stack for stack in _stacks(model)}
     if name is None and len(stacks) == 1:
         return next(iter(stacks.values()))
     if name is not None and canonical_name(name) in stacks:
@@ -83,7 +81,7 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     raise ValueError(f"blocks={name!r} is no stack of blocks of {type(model).__name__}: {found}.")
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+def _stacks(model: nn.Module) -> Iterator[Stack]:
     inside: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
@@ -96,7 +94,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
         most = len(blocks) // 2 if isinstance(module, nn.ModuleList) else 1
         if len(blocks) > 1 and trains and n_classes <= most:
             inside.append(path)
-            yield path, blocks
+            yield Stack(canonical_name(path), blocks)
 
 
 def _class_of(block: nn.Module) -> type[nn.Module]:
@@ -154,9 +152,7 @@ def _detached_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
             order.append(block)
         return tree_map_only(Tensor, Tensor.detach, (args, kwargs)) if block is order[0] else None
 
-    handles = [block.register_forward_pre_hook(detach, with_kwargs=True) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(detach, with_kwargs=True).remove)
         yield order
-    finally:
-        for handle in handles:
-            handle.remove()

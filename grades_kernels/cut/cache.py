@@ -49,15 +49,12 @@ class ActivationCache:
         self, model: nn.Module, cut: Cut, *, max_bytes: float, dtype: torch.dtype | None = None
     ) -> None:
         if not cut.k:
-            raise ValueError(
-                f"ActivationCache: the cut freezes {cut.k or 0} of {cut.n_blocks} blocks."
-            )
+            raise _error(f"the cut freezes {cut.k or 0} of {cut.n_blocks} blocks.")
         params = tensors_of(model)
         self._below = [params[name] for name in cut.frozen if name in params]
         if len(self._below) < len(cut.frozen) or any(p.requires_grad for p in self._below):
-            raise ValueError(
-                "ActivationCache: tensors below the cut still train. Call "
-                "cut.apply(model, eval_frozen=True) first."
+            raise _error(
+                "tensors below the cut still train. Call cut.apply(model, eval_frozen=True) first."
             )
         self._versions = self._current_versions()
         self._blocks = blocks_of(model, cut.stack)
@@ -81,7 +78,8 @@ class ActivationCache:
                 is in training mode; if more is read from them than one tensor with a row per
                 example; if they run more than once; if an example comes with another length.
         """
-        keys = ids.tolist() if isinstance(ids, Tensor) else [_number(key) for key in ids]
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        keys = [key.item() if isinstance(key, Tensor) else key for key in ids]
         if self._current_versions() != self._versions:
             raise _error("weights below the cut have changed or train again. Make a new cache.")
         with ExitStack() as stack:
@@ -179,10 +177,6 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise _error("the inputs of a block do not begin with a tensor.")
     return hidden
-
-
-def _number(key: Any) -> Hashable:
-    return key.item() if isinstance(key, Tensor) else key
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..report.plot import picture_path
-from ..report.text import Table, layout, shorten
+from ..report.record import from_json, to_json
+from ..report.tables import Table, layout, shorten
 from .blocks import blocks_of, tensors_of
 
 NO_REENTRANT = (
@@ -139,7 +140,7 @@ class Cut:
             p.requires_grad_(False)
             p.grad = None
         disable_input_grads(model)
-        for module in _maximal(model, set(frozen), self.stack):
+        for module in list(_maximal(model, set(frozen), blocks_of(model, self.stack))):
             for inner in module.modules():  # a ModuleList itself is never called
                 if eval_frozen:
                     inner.register_forward_pre_hook(_stay_in_eval)
@@ -158,45 +159,31 @@ class Cut:
         )
 
     def __str__(self) -> str:
-        header = ["frozen blocks", "gain left", "cost", "gain/cost", "standard error", ""]
-        rows = [
-            [
-                "no cut" if x.k is None else f"{x.k}",
-                *(f"{x.gain:.3f}", f"{x.cost:.3f}", f"{x.ratio:.3f}", f"{x.error:.3f}"),
-                "<- chosen" if x.k == self.k else "",
-            ]
-            for x in self.candidates
-        ]
-        names = ["below the blocks", *map(str, range(self.n_blocks)), "above the blocks"]
-        total = sum(self.gains)
-        shares = [
-            [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
-            for name, gain in zip(names, self.gains, strict=True)
-        ]
         lines = [f"Cut of {shorten(self.stack, 60)}: {self.reason}", self.summary()]
         lines += [
             f"{shorten(name, 50)} is used above the blocks too and goes on training, so the "
             "backward pass reaches the lowest block. tied='freeze' freezes it."
             for name in self.tied
         ]
-        return "\n\n".join(
-            [
-                "\n".join(lines),
-                layout(Table("Places for a cut, relative to no cut", header, rows, left=[""])),
-                layout(
-                    Table(
-                        "Predicted gain of a step per learning rate, by block",
-                        ["block", "gain", "share"],
-                        shares,
-                        left=["block"],
-                    )
-                ),
-            ]
-        )
+        rows = []
+        for k, *numbers in self.candidates:
+            cells = ["no cut" if k is None else f"{k}", *(f"{x:.3f}" for x in numbers)]
+            rows.append([*cells, "<- chosen" if k == self.k else ""])
+        header = ["frozen blocks", "gain left", "cost", "gain/cost", "standard error", ""]
+        places = Table("Places for a cut, relative to no cut", header, rows, left=[""])
+        names = ["below the blocks", *map(str, range(self.n_blocks)), "above the blocks"]
+        total = sum(self.gains)
+        rows = [
+            [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
+            for name, gain in zip(names, self.gains, strict=True)
+        ]
+        title = "Predicted gain of a step per learning rate, by block"
+        shares = Table(title, ["block", "gain", "share"], rows, left=["block"])
+        return "\n\n".join(["\n".join(lines), layout(places), layout(shares)])
 
     def to_dict(self) -> dict[str, Any]:
         """The cut in the types of JSON."""
-        return {**asdict(self), "candidates": [each._asdict() for each in self.candidates]}
+        return to_json(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the cut to a JSON file, from which a run can be resumed, and return its path."""
@@ -213,13 +200,8 @@ class Cut:
             ValueError: If it is not such a file; the message names it and the reason.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            data["candidates"] = tuple(Candidate(**each) for each in data["candidates"])
-            data["segments"] = tuple(map(tuple, data["segments"]))
-            data["gains"], data["tied"] = tuple(data["gains"]), tuple(data["tied"])
-            data["shapes"] = tuple((name, tuple(shape)) for name, shape in data["shapes"])
-            return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
+            return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a cut ({type(error).__name__}: {error}); give a file "
                 "that Cut.save() wrote"
@@ -243,21 +225,20 @@ class Cut:
         left.bar(range(len(names)), [gain / total for gain in self.gains], color="#117733")
         left.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
         left.set_title("Share of the predicted gain, by block", loc="left")
-        places = ["none" if x.k is None else str(x.k) for x in self.candidates]
-        x = range(len(places))
-        middle.plot(x, [c.gain for c in self.candidates], "o-", color="#117733", label="gain left")
-        middle.plot(x, [c.cost for c in self.candidates], "s--", color="#882255", label="cost")
+        cuts, gains, costs, ratios, errors = zip(*self.candidates, strict=True)
+        x, places = range(len(cuts)), ["none" if k is None else str(k) for k in cuts]
+        middle.plot(x, gains, "o-", color="#117733", label="gain left")
+        middle.plot(x, costs, "s--", color="#882255", label="cost")
         middle.set_title("Gain and cost above the cut", loc="left")
         middle.set_ylim(bottom=0)
         middle.legend(frameon=False)
-        ratios, errors = zip(*((c.ratio, c.error) for c in self.candidates), strict=True)
         right.errorbar(x, ratios, errors, fmt="o-", color="#332288", capsize=3)
         right.axhline(1.0, color="0.5", linestyle="dotted")
-        chosen = [c.k for c in self.candidates].index(self.k)
+        chosen = cuts.index(self.k)
         right.plot([chosen], [ratios[chosen]], "o", color="#CC6677", markersize=11, zorder=3)
         right.set_title("Gain per cost (chosen: large dot)", loc="left")
         for axis in (middle, right):
-            axis.set_xticks(x, places, rotation=90 if len(places) > 12 else 0)
+            axis.set_xticks(x, places, rotation=90 if len(cuts) > 12 else 0)
             axis.set_xlabel("frozen blocks")
         for axis in (left, middle, right):
             axis.spines[["top", "right"]].set_visible(False)
@@ -273,22 +254,17 @@ def disable_input_grads(model: nn.Module) -> list[nn.Module]:
     return having
 
 
-def _maximal(model: nn.Module, frozen: set[Tensor], stack: str) -> list[nn.Module]:
+def _maximal(
+    module: nn.Module, frozen: set[Tensor], blocks: Sequence[nn.Module]
+) -> Iterator[nn.Module]:
     """The largest modules that train nothing: those with tensors of `frozen`, and blocks."""
-    found: list[nn.Module] = []
-    blocks = blocks_of(model, stack)
-
-    def search(module: nn.Module) -> None:
-        params = list(module.parameters())
-        if module in blocks or any(p in frozen for p in params):
-            if not any(p.requires_grad for p in params):
-                found.append(module)
-            else:
-                for child in module.children():
-                    search(child)
-
-    search(model)
-    return found
+    params = list(module.parameters())
+    if module in blocks or any(p in frozen for p in params):
+        if not any(p.requires_grad for p in params):
+            yield module
+        else:
+            for child in module.children():
+                yield from _maximal(child, frozen, blocks)
 
 
 def _is_reentrant(module: Any) -> bool:

@@ -106,10 +106,9 @@ class TauSchedule:
         since_grace = run.steps - self.plan.grace
         if since_grace == 0:
             report = self.optimizer.report()
-            for unit, *column in zip(
-                report.units, *(row for _, row in report.history), strict=True
-            ):
-                self.typical[unit.name] = median(filter(math.isfinite, column))
+            for k, unit in enumerate(report.units):
+                measured = (row[k] for _, row in report.history if math.isfinite(row[k]))
+                self.typical[unit.name] = median(measured)
         if since_grace >= 0 and since_grace % max(1, self.plan.steps // 100) == 0:
             for group in self.optimizer.param_groups:
                 if group["tau"] is not None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import median
 
 from ..freezing.config import check_choice, check_integer, check_number
-from .plot import KIND_COLOURS, picture_path
+from .plot import KIND_COLOURS, picture_path, set_share_axis
 from .record import units_by_kind
 from .report import FreezeReport
-from .text import Table, layout, number_range, shorten
+from .tables import Table, layout, number_range, shorten
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # columns of the printed curve
 PLOTTED_KINDS = 18  # more curves than that are drawn without a legend
@@ -90,7 +90,6 @@ class Calibration:
         """
         path = picture_path(path, "Calibration.plot()")
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
 
         figure = Figure(figsize=(12, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -111,8 +110,7 @@ class Calibration:
         left.set_title(f"Frozen by step {self.by_step:,}; dots: proposed", loc="left")
         right.set_title("Frozen under the proposed thresholds", loc="left")
         for axis in (left, right):
-            axis.set_ylim(-0.02, 1.04)
-            axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            set_share_axis(axis)
             axis.grid(alpha=0.25)
         figure.savefig(path, dpi=150)
         return path
@@ -175,6 +173,7 @@ def calibrate(
         unit.name: [(step, max(row[k], 0.0)) for step, row in history if math.isfinite(row[k])]
         for k, unit in enumerate(report.units)
     }
+    windows = {name: _windows(points, patience) for name, points in series.items()}
     kinds = units_by_kind(report.units)
     scale = dict.fromkeys(series, 1.0)
     if per == "unit":  # the scale of a unit whose median is 0 stays 1
@@ -192,7 +191,8 @@ def calibrate(
                 "scale: use per='unit', or one statistic"
             )
         names = [unit.name for unit in units]
-        curve = tuple(sorted(_critical_value(series[n], patience) / scale[n] for n in names))
+        critical = (min((x for _, x in windows[n]), default=math.inf) / scale[n] for n in names)
+        curve = tuple(sorted(critical))
         mark = _threshold(curve, share)
         if mark == math.inf:
             enough = sum(value < math.inf for value in curve)
@@ -208,7 +208,10 @@ def calibrate(
     if per == "unit":
         taus = {f"^{re.escape(name)}$": tau for name, tau in unit_taus.items()}
 
-    frozen_at = [_frozen_at(series[name], tau, patience) for name, tau in unit_taus.items()]
+    frozen_at = [
+        min((step for step, x in windows[name] if x < tau), default=math.inf)
+        for name, tau in unit_taus.items()
+    ]
     frozen = [(step, sum(at <= step for at in frozen_at)) for step, _ in history]
     return Calibration(
         taus=taus,
@@ -225,10 +228,11 @@ def calibrate(
     )
 
 
-def _critical_value(points: Sequence[tuple[int, float]], patience: int) -> float:
-    """The value that tau has to exceed for the unit to freeze; infinite without enough points."""
-    windows = (points[i : i + patience] for i in range(len(points) - patience + 1))
-    return min((max(x for _, x in window) for window in windows), default=math.inf)
+def _windows(points: Sequence[tuple[int, float]], patience: int) -> list[tuple[int, float]]:
+    """For every `patience` checks in a row the step of the last one and the greatest value."""
+    ends = range(patience, len(points) + 1)
+    windows = (points[end - patience : end] for end in ends)
+    return [(window[-1][0], max(x for _, x in window)) for window in windows]
 
 
 def _threshold(curve: Sequence[float], share: float) -> float:
@@ -240,16 +244,6 @@ def _threshold(curve: Sequence[float], share: float) -> float:
     highest, above = curve[n - 1], (*curve, math.inf)[n]
     tau = math.sqrt(highest * above) if above < math.inf else 1.01 * highest
     return max(tau, math.nextafter(highest, math.inf))
-
-
-def _frozen_at(points: Iterable[tuple[int, float]], tau: float, patience: int) -> float:
-    """Step of the check at which a unit would have frozen; infinite where it would not have."""
-    hits = 0
-    for step, statistic in points:
-        hits = hits + 1 if statistic < tau else 0
-        if hits >= patience:
-            return step
-    return math.inf
 
 
 def _pattern(kind: str, names: Sequence[str], all_names: Iterable[str]) -> str:

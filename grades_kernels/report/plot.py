@@ -6,13 +6,13 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .record import Timeline, UnitReport, finite
-from .text import number_range, percent, shorten
+from .record import UnitReport, frozen_over_time, units_by_kind
+from .tables import number_range, percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,16 +50,33 @@ def picture_path(path: str | os.PathLike[str], caller: str) -> Path:
     return path
 
 
+def set_share_axis(axis: Axes) -> None:
+    """Give the y axis the range from 0 to 100 %."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_ylim(-0.02, 1.04)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
+
+@dataclass
 class Picture:
     """The four panels of `FreezeReport.plot`; every kind has one colour in all of them.
 
-    The method of each panel returns the remark below its title.
+    The method of each panel returns the remark below its title. The attributes are those of the
+    report.
     """
 
-    def __init__(self, timeline: Timeline) -> None:
+    step: int
+    total_steps: int | None
+    grace_steps: int | None
+    units: Sequence[UnitReport]
+    history: Sequence[tuple[int, Sequence[float]]]
+    n_trainable: int
+
+    def __post_init__(self) -> None:
         from matplotlib import rcParams
 
-        self.timeline, self.kinds = timeline, timeline.kinds
+        self.kinds = units_by_kind(self.units)
         # With more kinds than hues, the hues are used again with another line style.
         styles = cycle(product(("solid", "dashdot", "dotted"), KIND_COLOURS))
         self.styles: dict[str, Any] = {
@@ -67,17 +84,15 @@ class Picture:
             for kind, (line, colour) in zip(self.kinds, styles, strict=False)
         }
         # The planned rest is shown unless it is longer than the run.
-        total = timeline.total_steps or 0
-        self.end = max(1, total if total <= 2 * timeline.step else 0, timeline.step)
-        grace = timeline.grace_steps
-        self.grace = grace if grace is not None and grace <= self.end else None
+        total = self.total_steps or 0
+        self.end = max(1, total if total <= 2 * self.step else 0, self.step)
         self.foreground: str = rcParams["text.color"]  # the user's style may be a dark one
 
     def draw(self) -> Figure:
         # pyplot would change the user's backend and keep the figure open.
         from matplotlib.figure import Figure
 
-        height = min(max(0.17 * len(self.timeline.units), 2.4), 6)  # of the upper panels, in inches
+        height = min(max(0.17 * len(self.units), 2.4), 6)  # of the upper panels, in inches
         figure = Figure((14, height + 4.6), layout="constrained")
         axes = figure.subplots(2, 2, height_ratios=[height, 2.4])
         panels = {
@@ -98,12 +113,11 @@ class Picture:
         return figure
 
     def summary(self) -> str:
-        timeline, total = self.timeline, self.timeline.total_steps
-        steps = f"{timeline.step:,}" + ("" if total is None else f" of {total:,} planned")
-        frozen = timeline.n_elements - timeline.trainable_elements()[-1][1]
+        planned = "" if self.total_steps is None else f" of {self.total_steps:,} planned"
+        _, n_frozen, elements = frozen_over_time(self.units, self.step)[-1]
         return (
-            f"{timeline.n_frozen:,} of {len(timeline.units):,} units frozen after {steps} steps: "
-            f"{percent(frozen, timeline.n_elements)} of all elements are no longer trained"
+            f"{n_frozen:,} of {len(self.units):,} units frozen after {self.step:,}{planned} steps: "
+            f"{percent(elements, self.n_trainable)} of all elements are no longer trained"
         )
 
     def draw_steps(self, axis: Axes) -> None:
@@ -113,12 +127,13 @@ class Picture:
         axis.set_xlabel("optimizer step", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8.5, which="both")
-        if self.grace is not None:
+        grace = self.grace_steps
+        if grace is not None and grace <= self.end:
             style: Any = {"color": self.foreground, "linestyle": "dotted"}
-            axis.axvline(self.grace, label="grace period ends", **style)
-        if self.timeline.step < self.end:
+            axis.axvline(grace, label="grace period ends", **style)
+        if self.step < self.end:
             style = {"color": "0.5", "alpha": 0.13, "linewidth": 0}
-            axis.axvspan(self.timeline.step, self.end, label="planned, not run", **style)
+            axis.axvspan(self.step, self.end, label="planned, not run", **style)
 
     def draw_timeline(self, axis: Axes) -> str:
         rows = [unit for units in self.kinds.values() for unit in units]
@@ -128,10 +143,10 @@ class Picture:
         few = len(rows) <= LABELLED_ROWS
         bars: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
         for row, unit in enumerate(rows):
-            for state, start, end in self.timeline.spans(unit):
+            for state, start, end in spans(unit, self.step):
                 bars.setdefault((unit.kind, state), []).append((row, end - start, start))
-        for (kind, state), spans in bars.items():
-            row_numbers, lengths, starts = zip(*spans, strict=True)
+        for (kind, state), own in bars.items():
+            row_numbers, lengths, starts = zip(*own, strict=True)
             style = {"color": self.styles[kind]["color"], "alpha": _OPACITY[state], "linewidth": 0}
             label = "cooling down" if state == "cooling" else state
             height = 0.75 if few else 1
@@ -154,35 +169,30 @@ class Picture:
         return "one row per unit, within a kind from the first layer (top) to the last"
 
     def draw_curves(self, axis: Axes) -> str:
-        timeline = self.timeline
-        history, units = timeline.history, timeline.units
-        values = finite(value for _, row in history for value in row)
-        if not values:
+        import numpy
+
+        values: Any = numpy.ma.masked_invalid([row for _, row in self.history])
+        if not values.count():
             axis.set_yticks([])
             return "no statistic was measured"
-        log = max(values) > 0
-
-        def clean(value: float) -> float:
-            return value if math.isfinite(value) and (value > 0 or not log) else math.nan
-
-        steps = [step for step, _ in history]
-        columns = zip(*(map(clean, row) for _, row in history), strict=True)
-        curve_of = {unit.name: curve for unit, curve in zip(units, columns, strict=True)}
-        single = len(units) <= LABELLED_ROWS
+        log, has_zeros = bool(values.max() > 0), values.min() <= 0
+        if log:
+            values = numpy.ma.masked_less_equal(values, 0)
+        steps = [step for step, _ in self.history]
+        columns = {unit.name: k for k, unit in enumerate(self.units)}
+        single = len(self.units) <= LABELLED_ROWS
         for kind, members in self.kinds.items():
             # The markers show a value whose neighbours are missing.
             style = {"marker": ".", "markersize": 4, "linewidth": 1, **self.styles[kind]}
-            curves = [curve_of[unit.name] for unit in members]
+            curves = values[:, [columns[unit.name] for unit in members]]
             if single:
-                for curve in curves:
-                    axis.plot(steps, curve, **style)
+                axis.plot(steps, curves, **style)
             else:
-                rows = [finite(row) or [math.nan] for row in zip(*curves, strict=True)]
-                band = list(map(min, rows)), list(map(max, rows))
-                axis.plot(steps, list(map(median, rows)), **style)
-                axis.fill_between(steps, *band, color=style["color"], alpha=0.09, linewidth=0)
-        drawn = finite(map(clean, values))
-        taus = {unit.tau for unit in units}
+                axis.plot(steps, numpy.ma.median(curves, axis=1), **style)
+                band, colour = (curves.min(axis=1), curves.max(axis=1)), style["color"]
+                axis.fill_between(steps, *band, color=colour, alpha=0.09, linewidth=0)
+        drawn = [values.min(), values.max()]
+        taus = {unit.tau for unit in self.units}
         for tau in taus - {0, math.inf}:
             style = {"color": self.foreground, "linestyle": "dashed", "linewidth": 1.1}
             axis.axhline(tau, label="threshold tau", **style)
@@ -194,38 +204,35 @@ class Picture:
             axis.set_ylim(low / margin, high * margin)
         else:
             axis.set_ylim(0, 1.08 * high or 1)
-        criteria = " and ".join(dict.fromkeys(f'"{unit.criterion}"' for unit in units))
+        criteria = " and ".join(dict.fromkeys(f'"{unit.criterion}"' for unit in self.units))
         remarks = {
             f"statistic {criteria}" + ", log scale" * log: True,
             "median and range per kind": not single,
             "tau is 0: observing only": taus == {0},
             "a tau of 0 observes": taus > {0},
             "tau inf freezes at once": math.inf in taus,
-            "zeros are left out": log and min(values) <= 0,
+            "zeros are left out": log and has_zeros,
         }
         return "; ".join(remark for remark, applies in remarks.items() if applies)
 
     def draw_share(self, axis: Axes) -> str:
-        from matplotlib.ticker import PercentFormatter
-
-        timeline = self.timeline
-        for kind, units in self.kinds.items():
-            shares = zip(*timeline.frozen_share(units), strict=True)
-            axis.step(*shares, where="post", linewidth=1.2, **self.styles[kind])
-        shares = zip(*timeline.frozen_share(timeline.units), strict=True)
-        axis.step(*shares, where="post", linewidth=2.4, color=self.foreground)
-        axis.set_ylim(-0.02, 1.04)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        all_units = {"linewidth": 2.4, "color": self.foreground}
+        kinds = [(units, {"linewidth": 1.2, **self.styles[k]}) for k, units in self.kinds.items()]
+        for units, style in [*kinds, (self.units, all_units)]:
+            steps, frozen, _ = zip(*frozen_over_time(units, self.step), strict=True)
+            shares = [n / max(1, len(units)) for n in frozen]
+            axis.step(steps, shares, where="post", **style)
+        set_share_axis(axis)
         return "by number of units; thick: all, colours: by kind"
 
     def draw_elements(self, axis: Axes) -> str:
         from matplotlib.ticker import EngFormatter
 
-        timeline = self.timeline
-        steps, trained = zip(*timeline.trainable_elements(), strict=True)
+        steps, _, frozen = zip(*frozen_over_time(self.units, self.step), strict=True)
+        trained = [self.n_trainable - n for n in frozen]
         axis.fill_between(steps, trained, step="post", color="0.6", alpha=0.7, linewidth=0)
         axis.step(steps, trained, where="post", linewidth=1.5, color=self.foreground)
-        axis.set_ylim(0, 1.05 * max(1, timeline.n_elements))
+        axis.set_ylim(0, 1.05 * max(1, self.n_trainable))
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
         return "of all tensors in the optimizer"
 
@@ -254,6 +261,15 @@ class Picture:
             legend = figure.legend(handles=kinds, **style)
             for text in legend.get_texts():
                 text.set_parse_math(False)
+
+
+def spans(unit: UnitReport, last_step: int) -> list[tuple[str, int, int]]:
+    """`(state, first step, last step)` of one unit, in order."""
+    decided_at = last_step if unit.decided_at < 0 else unit.decided_at
+    frozen_at = last_step if unit.frozen_at < 0 else unit.frozen_at
+    found = [("active", 0, decided_at), ("cooling", decided_at, frozen_at)]
+    found += [("frozen", frozen_at, last_step)]
+    return [(state, start, end) for state, start, end in found if start < end]
 
 
 def _row_labels(units: Sequence[UnitReport]) -> list[str]:

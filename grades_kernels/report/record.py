@@ -1,16 +1,12 @@
-"""The data of a report: units, memory, and the course of a run, without any tensor."""
+"""The data of a report: units and memory, without any tensor; dataclasses to JSON and back."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import NamedTuple
-
-from ..freezing.table import FreezeEvent
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from itertools import repeat
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 
 class Memory(NamedTuple):
@@ -68,66 +64,48 @@ class UnitReport:
         return "cooling" if self.decided_at >= 0 else "active"
 
 
-def units_by_kind(units: Iterable[UnitReport]) -> dict[str, list[UnitReport]]:
-    """The units of every kind, in their order."""
-    kinds: dict[str, list[UnitReport]] = {}
-    for unit in units:
-        kinds.setdefault(unit.kind, []).append(unit)
+def units_by_kind(units: Sequence[UnitReport]) -> dict[str, list[UnitReport]]:
+    """The units of every kind: kinds in model order, the units of each by layer."""
+    kinds: dict[str, list[UnitReport]] = {unit.kind: [] for unit in units}
+    for unit in sorted(units, key=lambda u: math.inf if u.layer is None else u.layer):
+        kinds[unit.kind].append(unit)
     return kinds
 
 
-def finite(values: Iterable[float]) -> list[float]:
-    """The values without NaN and infinities."""
-    return [value for value in values if math.isfinite(value)]
+def frozen_over_time(units: Sequence[UnitReport], last_step: int) -> list[tuple[int, int, int]]:
+    """`(step, frozen units, frozen elements)` at step 0, every change and the last step."""
+    changes = {unit.frozen_at for unit in units if unit.state == "frozen"}
+    rows = []
+    for step in sorted({0, last_step} | changes):
+        sizes = [unit.n_elements for unit in units if 0 <= unit.frozen_at <= step]
+        rows.append((step, len(sizes), sum(sizes)))
+    return rows
 
 
-@dataclass(frozen=True, eq=False)
-class Timeline:
-    """The course of a run; `n_elements` is `FreezeReport.n_trainable`."""
+def to_json(value: Any) -> Any:
+    """A dataclass in the types of strict JSON: NaN becomes None, an infinity "inf" or "-inf"."""
+    if is_dataclass(value):
+        value = vars(value)
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
-    step: int
-    total_steps: int | None
-    grace_steps: int | None
-    units: Sequence[UnitReport]
-    events: Sequence[FreezeEvent]
-    history: Sequence[tuple[int, Sequence[float]]]
-    n_elements: int
 
-    @property
-    def n_frozen(self) -> int:
-        """Number of units that are frozen at the end."""
-        return sum(unit.state == "frozen" for unit in self.units)
-
-    @cached_property
-    def kinds(self) -> dict[str, list[UnitReport]]:
-        """The units of every kind: kinds in model order, the units of each by layer."""
-        by_layer = sorted(self.units, key=lambda u: math.inf if u.layer is None else u.layer)
-        kinds = units_by_kind(by_layer)
-        return {kind: kinds[kind] for kind in units_by_kind(self.units)}
-
-    def spans(self, unit: UnitReport) -> list[tuple[str, int, int]]:
-        """`(state, first step, last step)` of one unit, in order."""
-        last = self.step
-        decided_at = last if unit.decided_at < 0 else unit.decided_at
-        frozen_at = last if unit.frozen_at < 0 else unit.frozen_at
-        spans = [("active", 0, decided_at), ("cooling", decided_at, frozen_at)]
-        spans += [("frozen", frozen_at, last)]
-        return [(state, start, end) for state, start, end in spans if start < end]
-
-    def trainable_elements(self) -> list[tuple[int, int]]:
-        """`(step, elements)` that are still trained; see `FreezeReport.trainable_elements`."""
-        frozen = self._frozen([(unit, unit.n_elements) for unit in self.units])
-        return [(step, self.n_elements - n) for step, n in frozen]
-
-    def frozen_share(self, units: Sequence[UnitReport]) -> list[tuple[int, float]]:
-        """`(step, share of these units that is frozen)` at step 0, every change and the end."""
-        counts = self._frozen([(unit, 1) for unit in units])
-        return [(step, count / max(1, len(units))) for step, count in counts]
-
-    def _frozen(self, weights: Iterable[tuple[UnitReport, int]]) -> list[tuple[int, int]]:
-        changes = Counter({0: 0, self.step: 0})
-        for unit, weight in weights:
-            if unit.state == "frozen":
-                changes[unit.frozen_at] += weight
-        steps = sorted(changes)
-        return list(zip(steps, accumulate(changes[step] for step in steps), strict=True))
+def from_json(annotation: Any, value: Any) -> Any:
+    """The inverse of `to_json` for a value with this type annotation."""
+    if annotation is float:
+        return math.nan if value is None else float(value)
+    if get_origin(annotation) is tuple:
+        first, *others = get_args(annotation)
+        items = repeat(first) if others == [...] else (first, *others)
+        return tuple(map(from_json, items, value))
+    if is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        types = get_type_hints(annotation)
+        return annotation(**{name: from_json(types[name], item) for name, item in value.items()})
+    return value

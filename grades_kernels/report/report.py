@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import uuid
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..freezing.naming import layer_and_kind
 from ..freezing.table import FreezeEvent, FreezeTable
 from .plot import Picture, picture_path
-from .record import NO_MEMORY, Memory, Timeline, UnitReport
-from .tables import headline, report_tables
-from .text import layout
+from .record import NO_MEMORY, Memory, UnitReport, from_json, frozen_over_time, to_json
+from .tables import layout, percent, report_tables, shorten
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -97,25 +94,55 @@ class FreezeReport:
         return self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        counts = f"units={len(self.units)}, frozen={self._timeline.n_frozen}"
+        frozen = sum(unit.state == "frozen" for unit in self.units)
+        counts = f"units={len(self.units)}, frozen={frozen}"
         counts += f", events={len(self.events)}, history={len(self.history)} rows"
         return f"FreezeReport(step={self.step}, {counts})"
 
     def __str__(self) -> str:
-        blocks = (self.frozen_blocks, self.trained_below)
-        lines = headline(self._timeline, self.backend, self.memory, *blocks)
-        if self.cut:
-            lines.append(f"Before the first step: {self.cut}")
-        tables = map(layout, report_tables(self._timeline))
-        return "\n\n".join(["\n".join(lines), *tables])
+        tables = map(layout, report_tables(self.units, self.events, self.history))
+        return "\n\n".join(["\n".join(self._headline()), *tables])
+
+    def _headline(self) -> list[str]:
+        planned = "" if self.total_steps is None else f" of {self.total_steps:,} planned"
+        lines = [f"Freeze report after {self.step:,}{planned} steps ({self.backend} backend)"]
+        lines += self._counts() if self.units else ["No unit is monitored: nothing can freeze."]
+        return [*lines, f"Before the first step: {self.cut}"] if self.cut else lines
+
+    def _counts(self) -> list[str]:
+        units, grace = self.units, self.grace_steps
+        decided = sum(unit.decided_at >= 0 for unit in units)
+        sizes = [unit.n_elements for unit in units if unit.state == "frozen"]
+        frozen, monitored = sum(sizes), sum(unit.n_elements for unit in units)
+        lines = [
+            f"Monitored units: {len(units):,}; decided {decided:,}, of which frozen {len(sizes):,}"
+            + ("" if grace is None else f"; grace period {grace:,} steps"),
+            f"Frozen elements: {frozen:,} = {percent(frozen, monitored)} of the monitored, "
+            f"{percent(frozen, self.n_trainable)} of all {self.n_trainable:,}",
+            "Memory: moments {:,.1f} MB, prev_grads {:,.1f} MB, grads {:,.1f} MB; released so far "
+            "{:,.1f} MB".format(*(n_bytes / 1e6 for n_bytes in self.memory)),
+        ]
+        if self.frozen_blocks:
+            backward, below = "backward stops above them", self.trained_below
+            if below:
+                backward = f"backward still passes through for {shorten(below[0], 46)}"
+            if len(below) > 1:
+                backward += f" and {len(below) - 1:,} more"
+            what = "Lowest monitored blocks with no matrix left to train"
+            lines.append(f"{what}: {self.frozen_blocks:,}; {backward}")
+        if grace is not None and self.step <= grace:
+            lines.append(f"No check yet: the grace period ends with step {grace:,}.")
+        if all(unit.tau == 0 for unit in units):
+            lines.append("Observing only: tau is 0, so statistics are measured, nothing freezes.")
+        return lines
 
     def __rich__(self) -> Text:
         from rich.text import Text
 
         text = Text(str(self))
         text.highlight_words([str(self).partition("\n")[0]], style="bold")
-        titles = [table.title for table in report_tables(self._timeline)]
-        text.highlight_words(titles, style="bold cyan")
+        tables = report_tables(self.units, self.events, self.history)
+        text.highlight_words([table.title for table in tables], style="bold cyan")
         return text
 
     def trainable_elements(self) -> list[tuple[int, int]]:
@@ -123,15 +150,17 @@ class FreezeReport:
 
         A unit that was thawed counts as trained from the beginning.
         """
-        return self._timeline.trainable_elements()
+        frozen = frozen_over_time(self.units, self.step)
+        return [(step, self.n_trainable - n) for step, _, n in frozen]
 
     def frozen_share(self) -> list[tuple[int, float]]:
         """`(step, share)` of the monitored units, by count, at the same steps; in [0, 1]."""
-        return self._timeline.frozen_share(self.units)
+        frozen = frozen_over_time(self.units, self.step)
+        return [(step, n / max(1, len(self.units))) for step, n, _ in frozen]
 
     def to_dict(self) -> dict[str, Any]:
         """The report in the types of strict JSON: NaN becomes None, an infinity "inf" or "-inf"."""
-        return {each.name: _to_json(getattr(self, each.name)) for each in fields(self)}
+        return to_json(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a JSON file and return its path.
@@ -158,13 +187,7 @@ class FreezeReport:
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            data = json.loads(text)
-            data["units"] = tuple(UnitReport(**_floats(unit)) for unit in data["units"])
-            data["events"] = tuple(FreezeEvent(**_floats(event)) for event in data["events"])
-            data["history"] = tuple((t, tuple(map(_float, row))) for t, row in data["history"])
-            data["memory"] = Memory(**data["memory"])
-            data["trained_below"] = tuple(data["trained_below"])
-            return cls(**data)
+            return from_json(cls, json.loads(text))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a freeze report ({type(error).__name__}: {error}); "
@@ -181,33 +204,6 @@ class FreezeReport:
             ImportError: matplotlib is missing; the message says how to install it.
         """
         path = picture_path(path, "FreezeReport.plot()")
-        Picture(self._timeline).draw().savefig(path, dpi=150)
+        run = (self.step, self.total_steps, self.grace_steps, self.units, self.history)
+        Picture(*run, self.n_trainable).draw().savefig(path, dpi=150)
         return path
-
-    @cached_property
-    def _timeline(self) -> Timeline:
-        run = (self.step, self.total_steps, self.grace_steps)
-        return Timeline(*run, self.units, self.events, self.history, self.n_trainable)
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, UnitReport):
-        value = vars(value)
-    elif isinstance(value, (FreezeEvent, Memory)):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {name: _to_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-def _float(value: float | str | None) -> float:
-    """The inverse of `_to_json` for one number."""
-    return math.nan if value is None else float(value)
-
-
-def _floats(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record, "tau": _float(record["tau"]), "statistic": _float(record["statistic"])}

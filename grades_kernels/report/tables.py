@@ -1,14 +1,14 @@
-"""The printed report: headline and tables."""
+"""Tables and numbers as plain ASCII text, and the tables of the printed report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
+from typing import NamedTuple
 
 from ..freezing.table import FreezeEvent
-from .record import Memory, Timeline, finite
-from .text import Table, number_range, percent, shorten
+from .record import UnitReport, units_by_kind
 
 TEXT_WIDTH = 100  # columns of the printed report
 LAST_EVENTS = 10  # events in the printed report
@@ -16,40 +16,47 @@ LAST_EVENTS = 10  # events in the printed report
 _MARKS = {"frozen": "#", "cooling": "~", "active": "."}
 
 
-def headline(
-    timeline: Timeline, backend: str, memory: Memory, n_blocks: int, trained_below: Sequence[str]
-) -> list[str]:
-    """The lines above the tables; `n_blocks` is `FreezeReport.frozen_blocks`."""
-    units = timeline.units
-    planned = "" if timeline.total_steps is None else f" of {timeline.total_steps:,} planned"
-    lines = [f"Freeze report after {timeline.step:,}{planned} steps ({backend} backend)"]
-    if not units:
-        return [*lines, "No unit is monitored: nothing can freeze."]
-    decided = sum(unit.decided_at >= 0 for unit in units)
-    frozen = sum(unit.n_elements for unit in units if unit.state == "frozen")
-    monitored = sum(unit.n_elements for unit in units)
-    grace = timeline.grace_steps
-    lines += [
-        f"Monitored units: {len(units):,}; decided {decided:,}, of which frozen "
-        f"{timeline.n_frozen:,}" + ("" if grace is None else f"; grace period {grace:,} steps"),
-        f"Frozen elements: {frozen:,} = {percent(frozen, monitored)} of the monitored, "
-        f"{percent(frozen, timeline.n_elements)} of all {timeline.n_elements:,}",
-        "Memory: moments {:,.1f} MB, prev_grads {:,.1f} MB, grads {:,.1f} MB; released so far "
-        "{:,.1f} MB".format(*(n_bytes / 1e6 for n_bytes in memory)),
-    ]
-    if n_blocks:
-        backward = "backward stops above them"
-        if trained_below:
-            backward = f"backward still passes through for {shorten(trained_below[0], 46)}"
-        if len(trained_below) > 1:
-            backward += f" and {len(trained_below) - 1:,} more"
-        what = "Lowest monitored blocks with no matrix left to train"
-        lines.append(f"{what}: {n_blocks:,}; {backward}")
-    if grace is not None and timeline.step <= grace:
-        lines.append(f"No check yet: the grace period ends with step {grace:,}.")
-    if all(unit.tau == 0 for unit in units):
-        lines.append("Observing only: tau is 0, so statistics are measured, nothing freezes.")
-    return lines
+class Table(NamedTuple):
+    """A table of strings; the columns named in `left` are aligned left, the others right."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[str]
+
+
+def layout(table: Table) -> str:
+    """The lines of a table: title, header, rule, rows."""
+    lines = [list(table.header), *map(list, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [table.title]
+    for cells in lines:
+        aligned = [
+            cell.ljust(width) if name in table.left else cell.rjust(width)
+            for cell, width, name in zip(cells, widths, table.header, strict=True)
+        ]
+        text.append("  ".join(aligned).rstrip())
+    text.insert(2, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters; the middle is left out, because names differ at their ends."""
+    if len(text) <= width:
+        return text
+    tail = (width - 3) // 2
+    return text[: width - 3 - tail] + "..." + text[-tail:]
+
+
+def number_range(values: Sequence[float]) -> str:
+    """The least and the greatest value, "0.5..2", or the one value when both print alike."""
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low}..{high}"
+
+
+def percent(part: int, whole: int) -> str:
+    """`part` as a percentage of `whole`, with one decimal."""
+    return f"{100 * part / max(1, whole):.1f} %"
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -57,42 +64,43 @@ def standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values))
 
 
-def report_tables(timeline: Timeline) -> list[Table]:
+def report_tables(
+    units: Sequence[UnitReport],
+    events: Sequence[FreezeEvent],
+    history: Sequence[tuple[int, Sequence[float]]],
+) -> list[Table]:
     """The tables of kinds, of the last events and of layers, without those that have no rows."""
-    tables = [
-        _kind_table(timeline),
-        _gain_table(timeline),
-        _event_table(timeline.events),
-        _layer_table(timeline),
-    ]
-    return [table for table in tables if table.rows]
+    tables = [_kind_table(units), _gain_table(units, history), _event_table(events)]
+    return [table for table in (*tables, _layer_table(units)) if table.rows]
 
 
-def _kind_table(timeline: Timeline) -> Table:
-    criteria = "/".join(dict.fromkeys(unit.criterion for unit in timeline.units))
+def _kind_table(units: Sequence[UnitReport]) -> Table:
+    criteria = "/".join(dict.fromkeys(unit.criterion for unit in units))
     header = ["kind", "units", "elements", "frozen", "first", "last", "min", "median", "max", "tau"]
     rows = []
-    for kind, units in timeline.kinds.items():
-        frozen = [unit.frozen_at for unit in units if unit.state == "frozen"]
-        values = finite(unit.statistic for unit in units)
+    for kind, members in units_by_kind(units).items():
+        frozen = [unit.frozen_at for unit in members if unit.state == "frozen"]
+        values = [x.statistic for x in members if math.isfinite(x.statistic)]
         row = [shorten(kind, 20)]
-        row += [f"{n:,}" for n in (len(units), sum(x.n_elements for x in units), len(frozen))]
+        row += [f"{n:,}" for n in (len(members), sum(x.n_elements for x in members), len(frozen))]
         row += [f"{of(frozen):,}" if frozen else "-" for of in (min, max)]
         row += [f"{of(values):.4g}" if values else "-" for of in (min, median, max)]
-        rows.append([*row, number_range([unit.tau for unit in units])])
+        rows.append([*row, number_range([unit.tau for unit in members])])
     title = f'By kind (first, last: steps of freezing; min to max: last "{criteria}" statistic)'
     return Table(title, header, rows, left=["kind"])
 
 
-def _gain_table(timeline: Timeline) -> Table:
+def _gain_table(
+    units: Sequence[UnitReport], history: Sequence[tuple[int, Sequence[float]]]
+) -> Table:
     """Per kind the "gain" of its units together: mean over the steps and its standard error.
 
     Over the checks that measured all of them: a frozen unit is measured no more.
     """
     rows, means = [], []
-    for kind, units in timeline.kinds.items():
-        columns = [timeline.units.index(unit) for unit in units if unit.criterion == "gain"]
-        values = [[row[k] for k in columns] for _, row in timeline.history]
+    for kind, members in units_by_kind(units).items():
+        columns = [units.index(unit) for unit in members if unit.criterion == "gain"]
+        values = [[row[k] for k in columns] for _, row in history]
         sums = [sum(row) for row in values if all(map(math.isfinite, row))]
         if columns and len(sums) > 1:
             means.append(fmean(sums))
@@ -114,14 +122,14 @@ def _event_table(events: Sequence[FreezeEvent]) -> Table:
     return Table(f"Last {len(rows)} of {len(events)} freezes", header, rows, left=["unit"])
 
 
-def _layer_table(timeline: Timeline) -> Table:
+def _layer_table(units: Sequence[UnitReport]) -> Table:
     """One character per kind and layer; no rows for a single layer or more than fit the width."""
-    layers = sorted({unit.layer for unit in timeline.units if unit.layer is not None})
+    layers = sorted({unit.layer for unit in units if unit.layer is not None})
     rows = []
-    for kind, units in timeline.kinds.items():
+    for kind, members in units_by_kind(units).items():
         marks = ""
         for layer in layers:
-            states = {unit.state for unit in units if unit.layer == layer}
+            states = {unit.state for unit in members if unit.layer == layer}
             marks += "+" if len(states) > 1 else "".join(_MARKS[state] for state in states) or " "
         if marks.strip():
             rows.append([shorten(kind, 20), marks])

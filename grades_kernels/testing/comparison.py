@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 import random
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..backends.native import why_not_native
 from ..backends.select import choose, why_not_triton
 from ..optimizer import GradESAdamW
-from ..report.text import Table, layout
+from ..report.tables import Table, layout
 from .problems import Problem, draw_problem
 
 BACKENDS = ("triton", "native", "reference")
@@ -159,10 +160,14 @@ def _select(
 
 
 class _Run:
-    """An optimizer on the parameters of a problem."""
+    """An optimizer on the parameters of a problem; by default the reference."""
 
     def __init__(
-        self, problem: Problem, dtype: torch.dtype, device: torch.device, fused: bool | None
+        self,
+        problem: Problem,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        fused: bool | None = False,
     ) -> None:
         self.problem, self.grad_dtype = problem, problem.grad_dtype(dtype)
         self.params: list[Tensor] = []
@@ -186,13 +191,12 @@ class _Run:
             p.grad = None if grad is None else grad.to(p.device, self.grad_dtype)
         self.opt.step()
 
-    def tensors(self, *, copy: bool = False) -> list[dict[str, Tensor]]:
+    def tensors(self) -> list[dict[str, Tensor]]:
         """Every parameter with the moments that it has."""
         found = []
         for p in self.params:
             own = {"parameter": p.detach(), **self.opt.state.get(p, {})}
-            own = {key: own[key] for key in ("parameter", *MOMENTS) if key in own}
-            found.append({key: x.clone() if copy else x for key, x in own.items()})
+            found.append({key: own[key] for key in ("parameter", *MOMENTS) if key in own})
         return found
 
     def counts(self) -> list[float]:
@@ -205,10 +209,6 @@ class _Run:
         step, row = report.history[-1] if report.history else (0, ())
         values = zip(report.units, row, strict=True) if step == report.step else ()
         return {unit.name: x for unit, x in values if not math.isnan(x)}
-
-
-def _reference(problem: Problem) -> _Run:
-    return _Run(problem, torch.float64, torch.device("cpu"), fused=False)
 
 
 class _Step:
@@ -224,7 +224,7 @@ class _Step:
 
     def __init__(self, run: _Run, t: int, dtype: torch.dtype, store_eps: float) -> None:
         grads = run.problem.grads[t - 1]
-        before, counts_before = run.tensors(copy=True), run.counts()
+        before, counts_before = deepcopy(run.tensors()), run.counts()
         run.step(t, grads)
         self.want, self.counts = run.tensors(), run.counts()
         self.bounds: list[dict[str, Tensor]] = [{} for _ in grads]
@@ -276,7 +276,7 @@ def _with_taus(problem: Problem, dtype: torch.dtype) -> Problem:
 
     A run with tau = 0 measures every statistic; until a unit is decided, no threshold changes them.
     """
-    run = _reference(problem)
+    run = _Run(problem)
     eps = torch.finfo(dtype).eps
     seen: list[list[tuple[float, float]]] = [[] for _ in problem.groups]
     for t in range(1, len(problem.grads) + 1):
@@ -306,7 +306,7 @@ class _Trial:
         backend, device, dtype = validation.backend, validation.device, self.row.dtype
         self.candidate = _Run(problem, dtype, device, fused)
         _compare("before step 1: the backend", self.candidate.opt.backend, backend)
-        self.reference = _reference(problem)
+        self.reference = _Run(problem)
         # Half a unit in the last place; Triton's interpreter truncates to bf16, which loses one.
         truncates = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
         self.store_eps = torch.finfo(dtype).eps * (1.0 if truncates else 0.5)
@@ -316,7 +316,7 @@ class _Trial:
         self.row.trials += 1
         steps = len(self.problem.grads)
         for t, grads in enumerate(self.problem.grads, start=1):
-            before = self.candidate.tensors(copy=True)
+            before = deepcopy(self.candidate.tensors())
             step = _Step(self.reference, t, self.row.dtype, self.store_eps)
             for unit, (_, value, tau, bound) in step.statistics.items():
                 if abs(value - tau) <= bound or abs(value) <= bound:
