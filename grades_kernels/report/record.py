@@ -74,12 +74,13 @@ def units_by_kind(units: Sequence[UnitReport]) -> dict[str, list[UnitReport]]:
 
 def frozen_over_time(units: Sequence[UnitReport], last_step: int) -> list[tuple[int, int, int]]:
     """`(step, frozen units, frozen elements)` at step 0, every change and the last step."""
-    changes = {unit.frozen_at for unit in units if unit.state == "frozen"}
-    rows = []
-    for step in sorted({0, last_step} | changes):
-        sizes = [unit.n_elements for unit in units if 0 <= unit.frozen_at <= step]
-        rows.append((step, len(sizes), sum(sizes)))
-    return rows
+    rows, n_units, n_elements = {0: (0, 0)}, 0, 0
+    frozen = (unit for unit in units if unit.state == "frozen")
+    for unit in sorted(frozen, key=lambda unit: unit.frozen_at):
+        n_units, n_elements = n_units + 1, n_elements + unit.n_elements
+        rows[unit.frozen_at] = n_units, n_elements
+    rows[last_step] = n_units, n_elements
+    return [(step, *row) for step, row in sorted(rows.items())]
 
 
 def to_json(value: Any) -> Any:
