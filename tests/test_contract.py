@@ -914,19 +914,23 @@ def test_loading_matches_by_position_and_checks_names():
 
 
 def test_loading_casts_as_torch_does():
-    """optimizer.py: moments are cast to the parameter's dtype, `step` and our numbers are not."""
+    """optimizer.py: moments are cast to the parameter's dtype, `step` and our numbers are not.
+
+    bf16 would turn 1001 into 1000 and 257 into 256.
+    """
     saved = copy.deepcopy(train(reference(parameters(), **FREEZES_AT_3), 4).state_dict())
     for state in saved["state"].values():
         state["step"].fill_(1001)
-    saved["state"][0]["grades_t"] = 1001
+    saved["state"][0].update(grades_t=1001, grades_hits=257)
     params = parameters(dtype=torch.bfloat16)
     optimizer = reference(params, **FREEZES_AT_3)
     optimizer.load_state_dict(saved)
     state = optimizer.state[params[0]]
     assert (state["step"].dtype, state["step"].item()) == (torch.float32, 1001)
     assert state["exp_avg"].dtype == torch.bfloat16
-    assert_same([state["grades_frozen_at"]], [3])
-    assert optimizer.state_dict()["state"][0]["grades_t"] == 1001
+    again = optimizer.state_dict()["state"][0]
+    numbers = [again[f"grades_{key}"] for key in ("frozen_at", "t", "hits")]
+    assert_same([state["grades_frozen_at"], *numbers], [3, 3, 1001, 257])
 
 
 @pytest.mark.gpu
