@@ -18,14 +18,13 @@ import io
 import json
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from harness import Run, assert_same, differences, exact, tensors_of, values
@@ -468,13 +467,7 @@ def test_resumes_in_a_new_process(tmp_path):
     names = ["change", "cooldown", "thaw", "groups", "scheduler-tensor-lr", *FP32_GRAD_CASES]
     for name in names:
         torch.save(checkpoint(fresh(ALL_CASES[name]).advance(7)), tmp_path / f"{name}.pt")
-    tests = Path(__file__).resolve().parent
-    program = (
-        f"import sys; sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]\n"
-        f"from pathlib import Path; import test_checkpoint as here\n"
-        f"here.resume_files(Path({str(tmp_path)!r}))"
-    )
-    assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0
+    ranks.run_in_new_process(resume_files, tmp_path)
     for name in names:
         result = pickle.loads((tmp_path / f"{name}.outcome").read_bytes())
         assert differences(uninterrupted(name), result) == [], name
