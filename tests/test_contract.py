@@ -33,7 +33,6 @@ from harness import (
     train,
     values,
 )
-from test_public_api import OWN_OPTIONS
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -44,6 +43,21 @@ from torch.optim.optimizer import (
 from torch_inputs import ADAMW, common_optimizers, needs_torch_inputs
 
 from grades_kernels import GradESAdamW, grades_adamw
+
+OWN_OPTIONS = {
+    "tau": None,
+    "alpha": 0.5,
+    "total_steps": None,
+    "grace_steps": None,
+    "statistic": "change",
+    "tau_per": "unit",
+    "check_every": 1,
+    "patience": 1,
+    "freeze_timing": "same_step",
+    "cooldown": 0,
+    "max_frozen": 1.0,
+    "stop_grad": "auto",
+}
 
 FREEZES_AT_3 = {"tau": 1e9, "grace_steps": 2}
 OBSERVES = {"tau": 0.0, "grace_steps": 0}
@@ -412,14 +426,26 @@ def test_fused_accepts_parameters_on_the_meta_device(own):
         optimizer.step()
 
 
+def functional_step(*params, **flags):
+    columns = [[torch.zeros_like(p) for p in params] for _ in range(3)]
+    steps = [torch.zeros(()) for _ in params]
+    hyper = {"beta1": 0.9, "beta2": 0.999, "lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
+    flags = {"fused": True, "amsgrad": False, "maximize": False, **flags}
+    grades_adamw(list(params), *columns, [], steps, **hyper, **flags)
+
+
 def test_functional_form_refuses_capturable_on_the_cpu_as_the_class_does():
     # new behaviour: the functional form chooses its implementation as the class does
     """adam.py: capturable=True on CPU tensors is torch's AssertionError, with fused=True too."""
-    columns = [[torch.zeros(2, 2)] for _ in range(4)]
-    hyper = {"beta1": 0.9, "beta2": 0.999, "lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
-    flags = {"fused": True, "capturable": True, "amsgrad": False, "maximize": False}
     with pytest.raises(AssertionError, match="If capturable=True, params and state_steps must be"):
-        grades_adamw(*columns, [], [torch.tensor(0.0)], **hyper, **flags)
+        functional_step(torch.zeros(2, 2), capturable=True)
+
+
+def test_functional_form_refuses_fused_on_several_devices(monkeypatch):
+    """It never falls back to the reference silently; meta stands for a second device here."""
+    monkeypatch.setattr("grades_kernels.functional.choose", lambda *a, **k: "triton")
+    with pytest.raises(RuntimeError, match=r"fused=True.*several devices.*meta"):
+        functional_step(torch.ones(2), torch.ones(2, device="meta"))
 
 
 def test_repr_shows_every_group_value():
@@ -1273,22 +1299,3 @@ def test_hand_computed_numbers_differ_under_plain_adam(monkeypatch):
     monkeypatch.setitem(globals(), "GradESAdamW", adam)
     with pytest.raises(AssertionError):
         test_order_of_the_arithmetic(*HAND_COMPUTED["adamw"])
-
-
-def test_functional_form_refuses_fused_on_several_devices(monkeypatch):
-    """It never falls back to the reference silently; meta stands for a second device here."""
-    monkeypatch.setattr("grades_kernels.functional.choose", lambda *a, **k: "triton")
-    params = [torch.ones(2), torch.ones(2, device="meta")]
-    columns = [[torch.zeros_like(p) for p in params] for _ in range(3)]
-    hyper = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "lr": 0.1, "weight_decay": 0.0}
-    with pytest.raises(RuntimeError, match=r"fused=True.*several devices.*meta"):
-        grades_adamw(
-            params,
-            *columns,
-            [],
-            [torch.zeros(())] * 2,
-            fused=True,
-            eps=1e-8,
-            maximize=False,
-            **hyper,
-        )
