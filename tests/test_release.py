@@ -464,19 +464,20 @@ def ddp_run(find_unused, apply_at):
                 assert opt.apply_freezes(ddp) is ddp
             freeze(opt, *([UP, "layers.2.down_proj.weight"] if step else []))
             train(ddp, opt, 1, first=2 * step + rank)
-    return values(model), stopped(model), opt.frozen_units
+    return values(model), stopped(model), opt.freeze_events
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_ddp_stops_gradients_by_apply_freezes(find_unused):
     """The ranks stay alike, and nothing but the saving changes."""
     plain = ranks.run(2, ddp_run, find_unused, None)
-    for _, still, frozen in plain:
-        assert (still, len(frozen)) == ([], 2)
+    for _, still, events in plain:
+        assert (still, len(events)) == ([], 2)
     for how in (5, "release_under_ddp"):
         applied = ranks.run(2, ddp_run, find_unused, how)
-        for weights, still, frozen in applied:
-            assert still == sorted(frozen) and len(still) == 2
+        for weights, still, events in applied:
+            assert still == sorted(event.unit for event in events) and len(still) == 2
+            assert [e[:2] for e in events] == [e[:2] for e in plain[0][2]]
             torch.testing.assert_close(weights, plain[0][0], rtol=1e-6, atol=1e-7)
             assert all(map(torch.equal, weights, applied[0][0])), "ranks have drifted apart"
 
