@@ -14,7 +14,6 @@ import inspect
 import io
 import math
 import pickle
-import sys
 import types
 import warnings
 
@@ -1153,19 +1152,6 @@ def test_named_optimizer_probe():
     optimizer.step(closure=None)
     assert_same(values(optimizer), before)
     assert optimizer.freeze_events == []
-
-
-@pytest.fixture
-def one_process(tmp_path, monkeypatch):
-    """A gloo process group with one member, on loopback."""
-    dist = pytest.importorskip("torch.distributed")
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch is built without gloo")
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @monitored_or_not
