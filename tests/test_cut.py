@@ -376,10 +376,6 @@ def test_the_smaller_of_two_times_counts(monkeypatch):
     assert choose._seconds(lambda: None, ())[0] == 3.0
 
 
-def test_the_same_call_gives_the_same_cut():
-    assert cut_of() == cut_of()
-
-
 def test_nothing_to_count_is_an_error():
     class Scale(nn.Module):
         def __init__(self):
