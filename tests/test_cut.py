@@ -14,7 +14,8 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import TRAINER, tiny_llama
+from harness import differences, exact
+from tiny import TRAINER, assert_same_weights, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -94,25 +95,15 @@ BELOW = ("position", "embed.weight")
 
 def bits(model):
     """Everything that training depends on."""
-    return {
-        **{name: x.detach().clone() for name, x in model.state_dict().items()},
-        **{f"grad {name}": p.grad for name, p in model.named_parameters()},
-        **{f"flag {name}": p.requires_grad for name, p in model.named_parameters()},
-        **{f"mode {name}": m.training for name, m in model.named_modules()},
+    found = {
+        "state": model.state_dict(),
+        "parameters": {n: (p.grad, p.requires_grad) for n, p in model.named_parameters()},
+        "modes": {name: m.training for name, m in model.named_modules()},
         "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
         "tensor hooks": [len(p._backward_hooks or ()) for p in model.parameters()],
-        "random": (torch.get_rng_state(), random.getstate()),
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
     }
-
-
-def assert_unchanged(before, after):
-    for key, value in before.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, after[key]), key
-        elif key == "random":
-            assert torch.equal(value[0], after[key][0]) and value[1] == after[key][1]
-        else:
-            assert value == after[key] if not torch.is_tensor(value) else True, key
+    return exact(found)
 
 
 # What is below
@@ -257,14 +248,13 @@ def test_nothing_has_changed_afterwards():
     loss_of(model, batches()[0]).backward()
     model.layers[1].eval()
     random.seed(3)
-    before, of_numpy = bits(model), np.random.get_state()[1].tolist()
+    before = bits(model)
 
     def loss(model, batch):
         return loss_of(model, batch) + 0.1 * random.random() + 0.1 * np.random.rand()
 
     choose_cut(model, loss, batches())
-    assert_unchanged(before, bits(model))
-    assert np.random.get_state()[1].tolist() == of_numpy
+    assert differences(before, bits(model)) == []
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "layers.1.fc1.weight", "norm.bias"])
@@ -562,7 +552,7 @@ def test_non_reentrant_checkpointing_is_fine_and_reentrant_is_an_error():
     before = bits(model)
     with pytest.raises(ValueError, match=r"reentrant.* checkpointing.*use_reentrant=False"):
         cut_of(model)
-    assert_unchanged(before, bits(model))
+    assert differences(before, bits(model)) == []
 
 
 def test_a_cut_is_not_applied_under_reentrant_checkpointing_of_transformers():
@@ -637,7 +627,7 @@ def test_bad_input_is_an_error_and_changes_nothing(name):
     before = bits(model)
     with pytest.raises(ValueError, match=message):
         choose_cut(model, loss, given, **options)
-    assert_unchanged(before, bits(model))
+    assert differences(before, bits(model)) == []
 
 
 def test_a_model_without_repeated_blocks_is_refused():
@@ -754,8 +744,7 @@ def test_later_epochs_skip_the_frozen_blocks_with_the_same_bits():
     assert with_cache == without and (runs, all_runs) == (4, 12)
     assert cache.n_skipped == 8 and cache.n_bytes == 32 * 6 * 12 * 4
     assert "forward" not in model.layers[0].__dict__
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_same_weights(model, other)
 
 
 def test_rows_in_half_precision_and_beyond_the_limit():
@@ -789,8 +778,7 @@ def test_the_cache_gives_the_same_bits(case):
     assert train_epochs(model, cache)[0] == train_epochs(other, None)[0]
     assert cache.n_skipped == 8
     assert ("forward" in model.layers[1].__dict__) == (case == "own forward")
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_same_weights(model, other)
 
 
 def test_numbers_of_rows_may_be_tensors():
