@@ -5,6 +5,7 @@ the pool is closed, when a rank fails or exceeds the time limit, and when the pa
 """
 
 import atexit
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -19,6 +20,9 @@ import torch
 import torch.distributed as dist
 
 CASE_LIMIT = timedelta(seconds=60)
+CONTEXT = multiprocessing.get_context("forkserver")
+# The server imports once what every process would import anew; the first step imports _dynamo.
+CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "harness", __name__])
 _POOLS = {}
 
 
@@ -31,12 +35,10 @@ class Pool:
 
     def __init__(self, size):
         self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", __name__])
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_serve, args=(theirs, rank, size, self.folder.name), daemon=True
             )
             process.start()
@@ -77,6 +79,12 @@ def run(size, function, *args):
     if size not in _POOLS:
         _POOLS[size] = Pool(size)
     return _POOLS[size].run(function, *args)
+
+
+def run_in_new_process(function, *args):
+    """The result of `function(*args)`, a function of a test module, in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        return pool.submit(function, *args).result(timeout=300)
 
 
 def run_script(file, folder, *launcher):

@@ -183,7 +183,6 @@ def test_random_hyper_parameters(mode, hyper, tensor_lr, tensor_betas, dtype, sc
 @amsgrad_or_not
 @every_dtype
 def test_dtypes(mode, dtype, amsgrad, maximize):
-    """Every floating dtype, with and without amsgrad and maximize."""
     flags = {"amsgrad": amsgrad, "maximize": maximize}
     twins = Twins(lambda: small_parameters(dtype), mode, **flags, **hyper_for(dtype)).train(6)
     if mode.get("tau") == 0.0:
@@ -194,7 +193,6 @@ def test_dtypes(mode, dtype, amsgrad, maximize):
 
 @every_mode
 def test_mixed_dtypes_in_one_group(mode):
-    """A group may mix dtypes."""
     make = lambda: [p for dtype in DTYPES for p in small_parameters(dtype)]  # noqa: E731
     Twins(make, mode, **hyper_for(torch.float16)).train(4)
 
@@ -237,13 +235,6 @@ TORCH_INPUTS = {
     for dtype in DTYPES
     for sample in (ADAMW.optim_inputs_func(device="cpu", dtype=dtype) if ADAMW else ())
 }
-if ADAMW is not None:
-    TORCH_FLAG_INPUTS = {
-        sample.desc: sample.kwargs
-        for sample in common_optimizers._get_optim_inputs_including_global_cliquey_kwargs(
-            "cpu", torch.float32, ADAMW, skip=("fused", "differentiable")
-        )
-    }
 
 
 @needs_torch_inputs
@@ -554,7 +545,6 @@ def test_checkpoint_continues_under_adamw(mode, dtype, plain):
 @amsgrad_or_not
 @every_dtype
 def test_foreach(mode, dtype, amsgrad):
-    """foreach=True equals AdamW(foreach=True)."""
     hyper = hyper_for(dtype) | {"amsgrad": amsgrad}
     Twins(lambda: small_parameters(dtype), mode, foreach=True, **hyper).train(5)
 

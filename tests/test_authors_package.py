@@ -10,6 +10,7 @@ what it cannot measure yet, hence no alpha that allows a freeze there. Gradient 
 leaves a frozen matrix out of the norm from the next step on, and we one step later.
 """
 
+import functools
 import re
 from importlib import metadata
 from types import SimpleNamespace
@@ -85,10 +86,15 @@ def train(tmp_path, lora, *, theirs=None, **ours):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
 def observed(request, tmp_path_factory):
-    """Whether the run is with LoRA, and the report of a run in which nothing freezes."""
+    """Whether runs are with LoRA, the report of one in which nothing freezes, theirs by tau."""
     assert metadata.version("grades") == "1.0.6"
-    run = train(tmp_path_factory.mktemp("observed"), request.param, tau=0.0, grace_steps=1)
-    return request.param, run.report
+    lora, folder = request.param, tmp_path_factory.mktemp("observed")
+
+    @functools.cache
+    def run_theirs(tau):
+        return train(folder, lora, theirs={"tau": tau, "alpha": ALPHA})
+
+    return lora, train(folder, lora, tau=0.0, grace_steps=1).report, run_theirs
 
 
 def threshold(report, share):
@@ -99,12 +105,12 @@ def threshold(report, share):
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_the_same_matrices_freeze_at_the_same_steps(share, observed, tmp_path):
     """Events, the step at which training ends, and every weight are equal."""
-    lora, report = observed
+    lora, report, run_theirs = observed
     tau = threshold(report, share)
     measured = [x for _, row in report.history for x in row]
     assert min(abs(x / tau - 1) for x in measured) > 1e-5, "rounding cannot decide"
 
-    theirs = train(tmp_path, lora, theirs={"tau": tau, "alpha": ALPHA})
+    theirs = run_theirs(tau)
     ours = train(tmp_path, lora, tau=tau, grace_steps=GRACE_STEPS)
     assert len(ours.froze) == (9 if lora else 21)
     assert ours.froze == theirs.froze
@@ -119,16 +125,15 @@ def test_the_same_matrices_freeze_at_the_same_steps(share, observed, tmp_path):
 @pytest.mark.parametrize("change", ["statistic", "tau", "grace period"])
 def test_another_rule_freezes_at_other_steps(change, observed, tmp_path):
     """Negative control: the comparison notices another statistic, threshold and grace period."""
-    lora, report = observed
+    lora, report, run_theirs = observed
     tau = threshold(report, 0.7)
-    theirs = train(tmp_path, lora, theirs={"tau": tau, "alpha": ALPHA})
     options = {"tau": tau, "grace_steps": GRACE_STEPS}
     options |= {
         "statistic": {"statistic": "norm"},
         "tau": {"tau": 0.8 * tau},
         "grace period": {"grace_steps": GRACE_STEPS + 6},
     }[change]
-    assert train(tmp_path, lora, **options).froze != theirs.froze
+    assert train(tmp_path, lora, **options).froze != run_theirs(tau).froze
 
 
 def test_without_a_grace_period_the_package_freezes_before_it_measures(tmp_path):

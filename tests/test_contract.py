@@ -14,7 +14,6 @@ import inspect
 import io
 import math
 import pickle
-import sys
 import types
 import warnings
 
@@ -33,7 +32,6 @@ from harness import (
     train,
     values,
 )
-from test_public_api import OWN_OPTIONS
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
@@ -44,6 +42,21 @@ from torch.optim.optimizer import (
 from torch_inputs import ADAMW, common_optimizers, needs_torch_inputs
 
 from grades_kernels import GradESAdamW, grades_adamw
+
+OWN_OPTIONS = {
+    "tau": None,
+    "alpha": 0.5,
+    "total_steps": None,
+    "grace_steps": None,
+    "statistic": "change",
+    "tau_per": "unit",
+    "check_every": 1,
+    "patience": 1,
+    "freeze_timing": "same_step",
+    "cooldown": 0,
+    "max_frozen": 1.0,
+    "stop_grad": "auto",
+}
 
 FREEZES_AT_3 = {"tau": 1e9, "grace_steps": 2}
 OBSERVES = {"tau": 0.0, "grace_steps": 0}
@@ -412,14 +425,26 @@ def test_fused_accepts_parameters_on_the_meta_device(own):
         optimizer.step()
 
 
+def functional_step(*params, **flags):
+    columns = [[torch.zeros_like(p) for p in params] for _ in range(3)]
+    steps = [torch.zeros(()) for _ in params]
+    hyper = {"beta1": 0.9, "beta2": 0.999, "lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
+    flags = {"fused": True, "amsgrad": False, "maximize": False, **flags}
+    grades_adamw(list(params), *columns, [], steps, **hyper, **flags)
+
+
 def test_functional_form_refuses_capturable_on_the_cpu_as_the_class_does():
     # new behaviour: the functional form chooses its implementation as the class does
     """adam.py: capturable=True on CPU tensors is torch's AssertionError, with fused=True too."""
-    columns = [[torch.zeros(2, 2)] for _ in range(4)]
-    hyper = {"beta1": 0.9, "beta2": 0.999, "lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
-    flags = {"fused": True, "capturable": True, "amsgrad": False, "maximize": False}
     with pytest.raises(AssertionError, match="If capturable=True, params and state_steps must be"):
-        grades_adamw(*columns, [], [torch.tensor(0.0)], **hyper, **flags)
+        functional_step(torch.zeros(2, 2), capturable=True)
+
+
+def test_functional_form_refuses_fused_on_several_devices(monkeypatch):
+    """It never falls back to the reference silently; meta stands for a second device here."""
+    monkeypatch.setattr("grades_kernels.functional.choose", lambda *a, **k: "triton")
+    with pytest.raises(RuntimeError, match=r"fused=True.*several devices.*meta"):
+        functional_step(torch.ones(2), torch.ones(2, device="meta"))
 
 
 def test_repr_shows_every_group_value():
@@ -914,19 +939,23 @@ def test_loading_matches_by_position_and_checks_names():
 
 
 def test_loading_casts_as_torch_does():
-    """optimizer.py: moments are cast to the parameter's dtype, `step` and our numbers are not."""
+    """optimizer.py: moments are cast to the parameter's dtype, `step` and our numbers are not.
+
+    bf16 would turn 1001 into 1000 and 257 into 256.
+    """
     saved = copy.deepcopy(train(reference(parameters(), **FREEZES_AT_3), 4).state_dict())
     for state in saved["state"].values():
         state["step"].fill_(1001)
-    saved["state"][0]["grades_t"] = 1001
+    saved["state"][0].update(grades_t=1001, grades_hits=257)
     params = parameters(dtype=torch.bfloat16)
     optimizer = reference(params, **FREEZES_AT_3)
     optimizer.load_state_dict(saved)
     state = optimizer.state[params[0]]
     assert (state["step"].dtype, state["step"].item()) == (torch.float32, 1001)
     assert state["exp_avg"].dtype == torch.bfloat16
-    assert_same([state["grades_frozen_at"]], [3])
-    assert optimizer.state_dict()["state"][0]["grades_t"] == 1001
+    again = optimizer.state_dict()["state"][0]
+    numbers = [again[f"grades_{key}"] for key in ("frozen_at", "t", "hits")]
+    assert_same([state["grades_frozen_at"], *numbers], [3, 3, 1001, 257])
 
 
 @pytest.mark.gpu
@@ -1125,19 +1154,6 @@ def test_named_optimizer_probe():
     assert optimizer.freeze_events == []
 
 
-@pytest.fixture
-def one_process(tmp_path, monkeypatch):
-    """A gloo process group with one member, on loopback."""
-    dist = pytest.importorskip("torch.distributed")
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch is built without gloo")
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @monitored_or_not
 def test_zero_redundancy_optimizer(own, one_process):
     """zero_redundancy_optimizer.py builds us from groups and syncs group values at every step.
@@ -1269,22 +1285,3 @@ def test_hand_computed_numbers_differ_under_plain_adam(monkeypatch):
     monkeypatch.setitem(globals(), "GradESAdamW", adam)
     with pytest.raises(AssertionError):
         test_order_of_the_arithmetic(*HAND_COMPUTED["adamw"])
-
-
-def test_functional_form_refuses_fused_on_several_devices(monkeypatch):
-    """It never falls back to the reference silently; meta stands for a second device here."""
-    monkeypatch.setattr("grades_kernels.functional.choose", lambda *a, **k: "triton")
-    params = [torch.ones(2), torch.ones(2, device="meta")]
-    columns = [[torch.zeros_like(p) for p in params] for _ in range(3)]
-    hyper = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "lr": 0.1, "weight_decay": 0.0}
-    with pytest.raises(RuntimeError, match=r"fused=True.*several devices.*meta"):
-        grades_adamw(
-            params,
-            *columns,
-            [],
-            [torch.zeros(())] * 2,
-            fused=True,
-            eps=1e-8,
-            maximize=False,
-            **hyper,
-        )

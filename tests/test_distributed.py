@@ -8,10 +8,8 @@ more of the random problems than the few of every day.
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import functools
-import itertools
 import math
 import os
 import pickle
@@ -29,7 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -452,7 +450,12 @@ def flat_parameters(use_orig_params):
 
 
 def apply_freezes_under_zero():
-    return error_of(wrapped_anew, "zero", True)
+    net = Net(0)
+    model, mine = parallel("zero", net)
+    optimizer = optimizer_of(net, {**CHANGE, "tau": 4.0}, "zero")
+    for _ in backward(model, optimizer, 0, mine, last=1):
+        optimizer.step()
+    return error_of(optimizer.optim.apply_freezes, model)
 
 
 @pytest.mark.parametrize(
@@ -617,65 +620,6 @@ def test_infinity_on_one_rank_in_a_fused_step():
 # Sharded tensors
 
 
-def placed(statistic):
-    """The statistics of DTensors placed in every way, next to those of the whole tensors."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    ways = [
-        (Shard(0), Replicate()),
-        (Replicate(), Shard(0)),
-        (Replicate(), Replicate()),
-        (Shard(0), Shard(1)),
-        (Shard(0), Shard(0)),
-        (Shard(1), Shard(1)),
-    ]
-    cases = list(itertools.product([(5, 3), (1, 3), (3, 1), (4, 4, 3)], ways))
-
-    def cut(x, way):
-        return distribute_tensor(x, mesh, way, src_data_rank=None)
-
-    torch.manual_seed(0)
-    plain = [nn.Parameter(torch.randn(shape)) for shape, _ in cases]
-    params = [
-        nn.Parameter(cut(q.detach().clone(), way)) for q, (_, way) in zip(plain, cases, strict=True)
-    ]
-    own = {"tau": 0.0, "grace_steps": 1, "statistic": statistic, "fused": False}
-    optimizer, alone = GradESAdamW(params, **own), GradESAdamW(plain, **own, foreach=False)
-    unit_map = alone._freezer.unit_map
-    alone._freezer.unit_map = dataclasses.replace(unit_map, job=(True, None))  # it joins nobody
-    for _ in range(3):
-        for p, q in zip(params, plain, strict=True):
-            q.grad = torch.randn(q.shape)
-            p.grad = cut(q.grad, p.placements)
-        # A gradient that is not summed up yet, on a parameter that is sharded.
-        params[0].grad = DTensor.from_local(plain[0].grad / 2, mesh, (Partial(), Replicate()))
-        optimizer.step()
-        alone.step()
-    return list(optimizer.statistics().values()), list(alone.statistics().values())
-
-
-@pytest.mark.parametrize("statistic", ["change", "norm", "momentum", "signal"])
-def test_statistics_of_sharded_tensors(statistic):
-    """Uneven, empty and doubly cut shards count once, replicated ones too, partial sums whole."""
-    results = ranks.run(4, placed, statistic)
-    assert same_on_all(results)
-    measured, expected = results[0]
-    assert measured == pytest.approx(expected, rel=1e-5)
-    assert not any(map(math.isnan, measured))
-
-
-def placed_without_sum():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.Ranks, "sum_shards", lambda self, table, rows: rows)
-        return placed("norm")
-
-
-def test_without_the_sum_over_shards_statistics_are_wrong():
-    """Negative control: the largest shard is not the whole."""
-    measured, expected = ranks.run(4, placed_without_sum)[0]
-    wrong = [m != pytest.approx(e, rel=1e-3) for m, e in zip(measured, expected, strict=True)]
-    assert sum(wrong) > len(wrong) / 2
-
-
 def test_stopping_gradients_under_fsdp2():
     """requires_grad goes in waves on all ranks together, and masking alone trains the same."""
     own = {**CHANGE, "tau": 4.0}
@@ -739,28 +683,6 @@ def test_which_jobs_may_stop_gradients():
     expected = {"fsdp2": True, "hsdp": True, "fsdp2+tp": False, "tp": False, "ddp": False}
     expected |= {"tp inside ddp": False, "nothing": False}
     assert ranks.run(4, sharded_kinds) == [expected] * 4
-
-
-def wrapped_anew(kind, applies):
-    """DDP with `apply_freezes` every fourth step, or without."""
-    net = Net(3)
-    model, mine = parallel("ddp", net)
-    optimizer = optimizer_of(net, {**CHANGE, "tau": 4.0}, kind)
-    for first in range(1, STEPS, 4):
-        for _ in backward(model, optimizer, 3, mine, first=first, last=first + 3):
-            optimizer.step()
-        if applies:
-            model = getattr(optimizer, "optim", optimizer).apply_freezes(model)
-    return sum(p.requires_grad for p in net.parameters()), result(optimizer, net)
-
-
-def test_apply_freezes_under_ddp():
-    """Stopping gradients changes nothing but the work, and happens on all ranks alike."""
-    masked = ranks.run(2, wrapped_anew, "ddp", False)
-    stopped = ranks.run(2, wrapped_anew, "ddp", True)
-    assert same_on_all(stopped)
-    assert stopped[0][0] < masked[0][0]
-    assert repr(stopped[0][1]) == repr(masked[0][1])  # in which NaN is NaN
 
 
 # Ranks with tensors of their own

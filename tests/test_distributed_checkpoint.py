@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_distributed import (
-    ADAMW,
-    STEPS,
     Net,
-    batch,
+    backward,
     decisions,
     distance,
+    optimizer_of,
     parallel,
     result,
     same_on_all,
@@ -29,8 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-
-from grades_kernels import GradESAdamW
 
 SEED = 3
 OWN = {
@@ -90,17 +87,13 @@ def run(kind, own, folder=None, form="nested", split=None, resume=None):
     """
     warnings.simplefilter("ignore")
     net = Net(SEED + (resume == "new"))
-    model, mine = (net, slice(None)) if kind == "alone" else parallel(kind, net)
-    options = {**ADAMW, "fused": False, "foreach": False, "grace_steps": 3, **own}
-    optimizer = GradESAdamW(net.named_parameters(), **options)
+    model, mine = parallel(kind, net)
+    optimizer = optimizer_of(net, {"grace_steps": 3, **own})
     saving = None
 
     def train(first):
         nonlocal saving
-        for step in range(first, STEPS + 1):
-            optimizer.zero_grad()
-            x, y = batch(SEED, step)
-            (model(x[mine]) - y[mine]).square().mean().backward()
+        for step in backward(model, optimizer, SEED, mine, first=first):
             optimizer.step()
             if step == split and resume is None:
                 saving = save(folder, model, optimizer, form)

@@ -116,15 +116,6 @@ def run(page, folder):
         check_after(heading, names, folder)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """A job of this process alone, for code that needs a process group."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if code_of(text)])
 def test_python_code_runs(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)

@@ -29,31 +29,38 @@ def launch(folder, n=2):
     return first
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one job has found in a whole run, in one resumed from it, and in one with a cut."""
+    return launch(tmp_path_factory.mktemp("two"))
+
+
 @pytest.mark.slow
-def test_a_run_freezes_and_resumes_with_the_same_and_another_number_of_processes(tmp_path):
-    whole = launch(tmp_path / "whole")
+def test_a_run_freezes_and_resumes_with_the_same_and_another_number_of_processes(runs, tmp_path):
+    whole, same = runs["whole"], runs["resumed"]
     assert whole["sharded"] and whole["released"] and whole["events"]
-    (tmp_path / "resume").write_text(str(tmp_path / "whole" / "checkpoint-8"))
-    same = launch(tmp_path / "same")
     for key in ("events", "losses"):
-        assert same[key] == whole[key][-len(same[key]) :], key
+        assert same[key] == whole[key][-len(same[key]) :] != [], key
     if "GRADES_DISTRIBUTED_RUNS" in os.environ:  # a minute on two cores
-        more = launch(tmp_path / "more", n=4)  # other batches from here on, the same past
+        (tmp_path / "resume").write_text(whole["checkpoint"])
+        more = launch(tmp_path, n=4)["resumed"]  # other batches from here on, the same past
         past = [event for event in whole["events"] if event[0] <= 8]
         assert past and more["events"][: len(past)] == past
 
 
 @pytest.mark.slow
-def test_a_chosen_cut_stays_frozen(tmp_path):
-    (tmp_path / "cut").touch()
-    found = launch(tmp_path / "run")
+def test_a_chosen_cut_stays_frozen(runs):
+    found = runs["cut"]
     assert found["sharded"] and found["cut"] and found["moved"]
     assert not set(found["moved"]) & set(found["cut"])
 
 
-def main(folder):
+def trained(folder, resume=None, cut=None):
+    """What can be told of a run in `folder`, resumed from a checkpoint, with a cut or without."""
     import accelerate
     import transformers
+
+    from grades_kernels.integrations.transformers import add_grades
 
     args = transformers.TrainingArguments(
         str(folder),
@@ -68,20 +75,17 @@ def main(folder):
     assert args.device.type == "cpu"
     several = accelerate.utils.DistributedType.MULTI_GPU
     accelerate.PartialState._shared_state["distributed_type"] = several
-    chooses = (folder.parent / "cut").exists()
-    model = tiny_llama(num_hidden_layers=4 if chooses else 2)
-    if chooses:
+    model = tiny_llama(num_hidden_layers=4 if cut else 2)
+    if cut:
         torch.nn.init.zeros_(model.lm_head.weight)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = transformers.Trainer(model=model, args=args, train_dataset=sentences())
-    from grades_kernels.integrations.transformers import add_grades
-
-    callback = add_grades(trainer, cut="auto" if chooses else None, **OPTIONS)
-    resume = folder.parent / "resume"
-    trainer.train(resume_from_checkpoint=resume.read_text() if resume.exists() else None)
+    callback = add_grades(trainer, cut=cut, **OPTIONS)
+    trainer.train(resume_from_checkpoint=resume)
     optimizer = unwrap_optimizer(trainer.optimizer)
     params = dict(trainer.model.named_parameters())
-    found = {
+    return {
+        "checkpoint": str(folder / "checkpoint-8"),
         "sharded": all(hasattr(p, "placements") for p in params.values()),
         "released": not all(p.requires_grad for p in params.values()),
         "events": [list(event) for event in optimizer.freeze_events],
@@ -89,6 +93,18 @@ def main(folder):
         "cut": callback.cut and callback.cut.frozen,
         "moved": [n for n, p in params.items() if not torch.equal(p.full_tensor(), start[n])],
     }
+
+
+def main(folder):
+    """The runs of a job: those of two ranks, or the one whose checkpoint `folder` names."""
+    resume = folder / "resume"
+    if resume.exists():
+        found = {"resumed": trained(folder / "resumed", resume=resume.read_text())}
+    else:
+        found = {"whole": trained(folder / "whole")}
+        checkpoint = found["whole"]["checkpoint"]
+        found["resumed"] = trained(folder / "resumed", resume=checkpoint)
+        found["cut"] = trained(folder / "cut", cut="auto")
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 

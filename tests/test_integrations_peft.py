@@ -57,28 +57,6 @@ def train(model, optimizer, n, start=0):
 both_sources = pytest.mark.parametrize("source", ["grades_param_groups", "named_parameters"])
 
 
-@both_sources
-@pytest.mark.parametrize("name", ["default", "task-7", "weight"])
-def test_a_pair_is_one_unit_with_any_adapter_name(name, source):
-    optimizer = monitor(lora_llama(name), source=source, grace_steps=0)
-    assert optimizer.monitored_units == units(name)
-    kinds = {unit.kind for unit in optimizer.report().units}
-    assert kinds == {"q_proj.lora", "down_proj.lora"}
-
-
-@pytest.mark.parametrize("statistic", ["norm", "change"])
-def test_statistic_of_a_pair_is_the_sum_over_both_factors(statistic):
-    model = lora_llama()
-    optimizer = monitor(model, 0.0, lr=1e-2, grace_steps=1, statistic=statistic)
-    before, last = train(model, optimizer, 4)[-2:]
-    for unit, measured in optimizer.statistics().items():
-        expected = 0.0
-        for g, old in zip(factors(last, unit), factors(before, unit), strict=True):
-            change = g.double() - (0 if statistic == "norm" else old.double())
-            expected += change.abs().sum().item()
-        assert measured == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("statistic", "timing"),
     [(name, "same_step") for name in ("norm", "change", "momentum", "signal")]

@@ -137,10 +137,14 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
 def test_an_installation_with_the_op_works_in_a_clean_environment(built, editable, tmp_path):
     """The environment has the packages of this one, but not this project."""
+    compiler = tmp_path / "c++"  # a fifth of the time; this environment has the op with -O3
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    with_op = {"GRADES_KERNELS_NATIVE": "require", "CXX": str(compiler)}
     if editable:
         source, expected = ["--editable", str(copy_of_the_tree(tmp_path))], tmp_path / "tree"
     else:  # one binary for every Python and torch from 2.10 on
-        run("-m", "pip", *WHEEL, str(tmp_path), str(built[0]), GRADES_KERNELS_NATIVE="require")
+        run("-m", "pip", *WHEEL, str(tmp_path), str(built[0]), **with_op)
         (wheel,) = tmp_path.glob("*-cp310-abi3-*.whl")
         assert packed_files(wheel) == package_files() | {"grades_kernels/_native.abi3.so"}
         source, expected = [str(wheel)], tmp_path / "venv"
@@ -151,7 +155,7 @@ def test_an_installation_with_the_op_works_in_a_clean_environment(built, editabl
     # installation of this project has no effect.
     (site / "others.pth").write_text(str(Path(torch.__file__).parent.parent))
     options = ("install", "--no-deps", "--no-index", "--no-build-isolation", *source)
-    run("-m", "pip", "--python", python, *options, GRADES_KERNELS_NATIVE="require")
+    run("-m", "pip", "--python", python, *options, **with_op)
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     used = subprocess.run(
         [python, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True

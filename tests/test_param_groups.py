@@ -201,7 +201,7 @@ def lora_llama(hf, peft, adapter="default"):
     return peft.get_peft_model(build(hf, "llama"), config, adapter)
 
 
-@pytest.mark.parametrize("adapter", ["default", "other", "weight"])
+@pytest.mark.parametrize("adapter", ["default", "task-7", "weight"])
 def test_lora_pairs_are_the_units(hf, peft, adapter):
     model = lora_llama(hf, peft, adapter)
     groups = checked_groups(model)
@@ -215,7 +215,12 @@ def test_lora_pairs_are_the_units(hf, peft, adapter):
         f"base_model.model.model.layers.0.self_attn.q_proj.lora_{factor}.{adapter}.weight"
         for factor in "AB"
     ]
-    assert kinds(groups) == per_layer("q_proj.lora v_proj.lora")
+    expected = per_layer("q_proj.lora v_proj.lora")
+    assert kinds(groups) == expected
+    for params in (groups, model.named_parameters()):
+        opt = GradESAdamW(params, tau=0.5, grace_steps=0)
+        assert opt.monitored_units == list(found)
+        assert {unit.kind for unit in opt.report().units} == expected.keys()
 
 
 @pytest.mark.parametrize("active", [["default"], ["other"], ["default", "other"]], ids=str)

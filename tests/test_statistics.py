@@ -17,6 +17,7 @@ from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
 from grades_kernels.report.tables import standard_error
 
 NEXT_STEP = {"freeze_timing": "next_step"}
+SLOPE = torch.linspace(-3, 5, 12).reshape(3, 4)
 
 
 def monitored(statistic, shape=(4, 4), lr=0.0, **options):
@@ -43,8 +44,7 @@ def noise(n_steps, shape=(64, 64), seed=0):
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
 def test_signal_of_a_constant_gradient_grows_to_what_noise_would_lose(betas):
-    gradient = torch.linspace(-3, 5, 12).reshape(3, 4)
-    seen = observe("signal", [gradient] * 6, betas=betas)
+    seen = observe("signal", [SLOPE] * 6, betas=betas)
     assert math.isnan(seen[0])  # no moment yet
     powers = [betas[0] ** t for t in range(1, 6)]
     lost = [(1 - betas[0]) / (1 + betas[0]) * (1 + x) / (1 - x) for x in powers]
@@ -68,13 +68,6 @@ def test_signal_of_noise_is_one(beta1, density, scale):
     assert sum(seen[1:6]) / 5 == pytest.approx(1.0, rel=0.03 if density == 1.0 else 0.12)
 
 
-def test_signal_is_not_divided_by_the_number_of_elements():
-    gradients = noise(5)
-    assert observe("signal", gradients, tau_per="element") == pytest.approx(
-        observe("signal", gradients), nan_ok=True
-    )
-
-
 def test_auto_freezes_noise_and_keeps_what_still_learns():
     torch.manual_seed(0)
     w = torch.nn.ParameterDict({n: torch.nn.Parameter(torch.zeros(32, 32)) for n in ("a", "b")})
@@ -94,15 +87,6 @@ def test_auto_freezes_noise_and_keeps_what_still_learns():
 def test_auto_needs_signal(statistic):
     with pytest.raises(ValueError, match=r"tau='auto' needs statistic='signal'.*tau=0\.0"):
         monitored(statistic, tau="auto", **NEXT_STEP)
-
-
-def test_weight_change_is_what_the_update_moved():
-    w, opt = monitored("weight_change", (8, 8), lr=0.01, **NEXT_STEP)
-    for g in noise(4, (8, 8)):
-        before = w.detach().clone()
-        feed(opt, g)
-        moved = (w.detach().double() - before.double()).abs().sum().item()
-        assert opt.statistics()["w"] == pytest.approx(moved, rel=1e-6)
 
 
 def test_weight_change_of_zero_is_no_evidence():
@@ -162,16 +146,14 @@ def test_gain_of_noise_is_zero_within_its_standard_error(maximize):
 
 def test_a_wrong_sign_of_the_gain_would_be_noticed():
     """Negative control: for maximize the same gradients gain as much, where noise would hide it."""
-    gradient = torch.linspace(-3, 5, 12).reshape(3, 4)
     for maximize in (False, True):
-        assert observe("gain", [gradient] * 3, maximize=maximize)[-1] > 0
+        assert observe("gain", [SLOPE] * 3, maximize=maximize)[-1] > 0
 
 
 def test_a_negative_gain_freezes_where_tau_is_positive_alone():
-    gradient = torch.linspace(-3, 5, 12).reshape(3, 4)
     for tau, frozen in ((0.0, []), (1e-6, ["w"])):
         _, opt = monitored("gain", (3, 4), tau=tau, stop_grad=False)
-        for g in (gradient, -0.01 * gradient):
+        for g in (SLOPE, -0.01 * SLOPE):
             feed(opt, g.clone())
         assert opt.report().history[-1][1][0] < 0 and opt.frozen_units == frozen
         copied = copy.deepcopy(opt)
@@ -185,7 +167,6 @@ def test_the_mean_gain_leaves_out_checks_after_a_freeze():
     """A frozen unit is measured no more, which is no gain of 0."""
     named = [(f"layers.{k}.up_proj.weight", torch.nn.Parameter(torch.zeros(3, 4))) for k in (0, 1)]
     opt = GradESAdamW(named, statistic="gain", tau=0.0, grace_steps=0, stop_grad=False)
-    gradient = torch.linspace(-3, 5, 12).reshape(3, 4)
 
     def mean():
         return float(str(opt.report()).split('Mean "gain"')[1].split("up_proj")[1].split()[0])
@@ -195,7 +176,7 @@ def test_the_mean_gain_leaves_out_checks_after_a_freeze():
             before = mean()
             opt._freezer.table.units[0].decide(4, 0.0)
         for _, p in named:
-            p.grad = gradient.clone()
+            p.grad = SLOPE.clone()
         opt.step()
     assert opt.frozen_units == ["layers.0.up_proj.weight"]
     assert mean() == pytest.approx(before, rel=0.5)
