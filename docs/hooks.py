@@ -10,6 +10,7 @@ OUTSIDE = (
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "benchmarks/results/study-compute.png",
+    "benchmarks/results/study-macs.png",
     "benchmarks/results/study-rule.png",
     "benchmarks/results/training-step-cpu.png",
     "examples/validate.yml",
