@@ -58,7 +58,7 @@ KERNEL_FAULTS = {
     "keeping = False -> pass": partial(
         kernels.test_a_decision_takes_effect_in_its_own_step, "same_step", 2
     ),
-    "< tl.load(unit_row + FIELDS.tau) -> <= tl.load(unit_row + FIELDS.tau)": partial(
+    "compared < tau -> compared <= tau": partial(
         parity.test_tau_is_compared_strictly, "change", "same_step"
     ),
     "(magnitude > 0) -> (magnitude >= 0)": change("zero gradients", "next_step"),
