@@ -305,7 +305,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the main variants, two targets")
     parser.add_argument("--kernels", type=Path, help="compile this copy of triton_kernels.py")
     parser.add_argument(
-        "--save", action="store_true", help="write results/codegen-VERSION.csv anew"
+        "--save", action="store_true", help="write results/codegen-triton-VERSION.csv anew"
     )
     options = parser.parse_args()
     kernels = load_kernels(options.kernels)

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +36,21 @@ PROBES = 64  # batches of the longest probe; shorter ones are its beginning
 CHECKS = 8  # validations of a run that could be stopped early
 PATIENCE = 2
 CHECKED = 128  # held-out examples of such a validation
-RULES: dict[str, dict[str, str]] = {
-    "GradES": {"statistic": "change"},
-    # What the authors' package does, step for step: tests/test_authors_package.py.
-    "authors' rule": {"statistic": "weight_change", "freeze_timing": "next_step"},
-}
 Row = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """A rule of freezing: options of GradESAdamW, and for what `calibrate` finds a threshold."""
+
+    options: dict[str, Any]
+    per: str
+
+
+RULES = {
+    "GradES": Rule({"statistic": "change"}, per="unit"),
+    # What the authors' package does, step for step: tests/test_authors_package.py.
+    "authors' rule": Rule({"statistic": "weight_change", "freeze_timing": "next_step"}, per="all"),
+}
 
 
 # A run
@@ -118,8 +127,8 @@ def advance(
     groups = groups_of(setup, lr, head, taus or {})
     optimizer: Any
     if arm.rule:
-        options: dict[str, Any] = RULES[arm.rule]
-        optimizer = GradESAdamW(groups, tau=0.0, alpha=0.5, total_steps=steps, **options)
+        options = {"tau": 0.0, "alpha": 0.5, "total_steps": steps, **RULES[arm.rule].options}
+        optimizer = GradESAdamW(groups, **options)
     else:
         for group in groups:
             del group["tau"]
@@ -253,18 +262,15 @@ def is_over(values: Sequence[float]) -> bool:
 
 @cache
 def taus_of(task: Task, lr: float, head: float, arm: Arm) -> dict[str, float]:
-    """Thresholds that would have frozen half of the matrices in an observed run.
-
-    One for each matrix; by the authors' rule one for all.
-    """
+    """Thresholds that would have frozen half of the matrices in an observed run."""
     setup = start(task, TUNING_SEED)
     inside = {p for block in setup.blocks[arm.k or 0 :] for p in block.parameters() if p.dim() == 2}
     matrices = [name for name, p in setup.tensors if p in inside]
     taus = dict.fromkeys(matrices, 0.0)
     observing = {"lr": lr, "head": head, "taus": taus, "seed": TUNING_SEED}
     _, optimizer = advance(setup, arm, task.steps, **observing)
-    per = "all" if arm.rule == "authors' rule" else "unit"
-    patterns = calibrate(optimizer.report(), share=0.5, per=per, grace_steps=0).taus
+    observed, per = optimizer.report(), RULES[arm.rule].per
+    patterns = calibrate(observed, share=0.5, per=per, grace_steps=0).taus
     return {name: tau for name in matrices for x, tau in patterns.items() if re.search(x, name)}
 
 

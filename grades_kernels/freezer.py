@@ -472,11 +472,8 @@ def _make_engines(
 
             # Units without members here are those of other ranks, which decide together.
             present = {unit for pairs in chosen for _, unit in pairs}
-            own_units = [
-                unit
-                for unit in table.units
-                if on_device and (unit in present or not unit_map.members[unit])
-            ]
+            found = [u for u in table.units if u in present or not unit_map.members[u]]
+            own_units = found if on_device else []
             engines.append(TritonEngine(tensors, layout.units, key, layout, own_units))
         else:
             engine = HostEngine(

@@ -230,14 +230,7 @@ class TritonEngine:
                 pairs = zip(own_units, results[:n].tolist(), strict=True)
                 values = {unit: value for unit, value in pairs if value < math.inf}
                 decided = {own_units[k] for k in np.flatnonzero(results[-1 - n : -1])}
-                if pending.agreed:
-                    taus, negatives = results[n : 2 * n], results[2 * n : 3 * n]
-                    checksum, negative = results[3 * n : 3 * n + 2]
-                    ranks_agree = np.array_equal(taus, -negatives) and checksum == -negative
-                    for unit, tau in zip(
-                        own_units if ranks_agree else (), taus.tolist(), strict=False
-                    ):
-                        unit.tau = tau
+                ranks_agree = not pending.agreed or self.tables.adopt_agreed(results[n : -1 - n])
         if happened:
             self.steps += pending.updated
         return Outcome(happened, values, decided, pending.kept, ranks_agree)

@@ -198,7 +198,7 @@ class DeviceTables:
         self._lay_out_programs()
 
     def _lay_out_units(self) -> None:
-        """The fields of a unit that never change; `_fill_units` adds the others."""
+        """The fields of a unit that never change; `fill_units` adds the others."""
         self.unit_rows = np.zeros(len(self.own_units), dtype=UNIT)
         members = [np.flatnonzero(self.rows["unit"] == m) for m in range(len(self.own_units))]
         sizes = np.array([len(own) for own in members], dtype=np.int64)
@@ -332,6 +332,16 @@ class DeviceTables:
         elsewhere = self.unit_rows["without_evidence"] < 0
         both = [np.where(elsewhere, -np.inf, x) for x in (taus, -taus)]
         staging.agreed[:] = np.concatenate([*both, [checksum, -checksum]])
+
+    def adopt_agreed(self, largest: np.ndarray) -> bool:
+        """Whether all ranks had the same; then every unit has the threshold of its ranks."""
+        n = len(self.own_units)
+        taus, negatives, (checksum, negative) = np.split(largest, [n, 2 * n])
+        if checksum != -negative or not np.array_equal(taus, -negatives):
+            return False
+        for unit, tau in zip(self.own_units, taus.tolist(), strict=True):
+            unit.tau = tau
+        return True
 
     def complete_units(self, chosen: np.ndarray) -> list[Unit]:
         """The units all of whose tensors are chosen."""
