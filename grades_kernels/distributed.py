@@ -7,7 +7,8 @@ compares the same numbers with tau, and stores the same hits, events and history
 where all ranks would freeze it. The same all-reduce compares the thresholds and a checksum of the
 freeze table: a table that has come to differ is an error at the next check. Where every tensor is
 sharded over all ranks, the first all-reduce compares the tables too, and there is no second:
-torch's all-reduce has the same bits on all ranks.
+torch's all-reduce has the same bits on all ranks. After the update ("next_step") it runs on while
+the next forward pass computes, and the next step waits for it.
 
 Every rank takes part in every check, whatever tensors and gradients it has. Ranks that do not call
 `step()` equally often wait for each other until torch's timeout, as in any other collective; the
@@ -22,7 +23,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Members = Mapping[Unit, Sequence[Tensor]]
+Parts = Sequence[tuple[Unit, int]]  # tensors, as the unit and the position in it
+Rows = Mapping[Unit, Sequence[Sequence[float]]]
 
 _NAMELESS = re.compile(r"group\d+\.param\d+")
 _STATE = ("hits", "decided_at", "frozen_at")
@@ -113,14 +116,14 @@ def naming_absent_ranks(group: ProcessGroup | None, t: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        _raise_if_absent(error, group, t)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith("torch.distributed"):
+            _raise_if_absent(error, group, t)
         raise
 
 
 def _raise_if_absent(error: Exception, group: ProcessGroup | None, t: int) -> None:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if not str(frame.f_globals.get("__name__")).startswith("torch.distributed"):
-        return
+    """Raise if some rank does not report that this collective of step `t` has failed there too."""
     group = group or dist.group.WORLD
     assert group is not None
     keys = {rank: f"grades_kernels/{t}/{rank}" for rank in dist.get_process_group_ranks(group)}
@@ -262,40 +265,57 @@ class Ranks:
                 if _NAMELESS.fullmatch(share.unit.name):
                     share.unit.name = f"rank{rank}.{share.unit.name}"
 
-    def sum_shards(
-        self, table: FreezeTable, rows: Mapping[Unit, list[list[float]]]
-    ) -> dict[Unit, list[list[float]]]:
-        """`rows` with those of sharded tensors added up over the ranks that have the shards.
+    def start_sum(self, table: FreezeTable, rows: Rows) -> Callable[[], Rows]:
+        """Start to add up `rows` over all ranks, where `one_mesh`; what is returned waits for it.
 
-        `rows` has three sums for each tensor of a unit with evidence. There is one all-reduce for
-        all units of a mesh, of the same size at every check: a unit without evidence on this rank
-        takes part with infinity. Dimensions over which a tensor is replicated are not summed.
+        `rows` has three sums for each tensor of a unit with evidence. There is one all-reduce, of
+        the same size at every check: a unit without evidence on this rank takes part with infinity.
 
         Raises:
-            RuntimeError: On every rank, if the freeze tables of the ranks of one mesh differ.
+            RuntimeError: When waiting; on every rank, if the freeze tables of the ranks differ, and
+                naming the ranks that do not take part.
         """
-        summed = {unit: list(own) for unit, own in rows.items()}
-        complete = {unit for unit, own in rows.items() if len(own) == unit.n_tensors}
+        [((mesh, dims), parts)] = self._shards.items()
+        # Three pieces of 16 bits, whose squares have exact sums too.
+        pieces = [float(table.checksum(taus=True) >> 16 * i & 0xFFFF) for i in range(3)]
+        mine = [*_rows_of(parts, rows), pieces, [x * x for x in pieces]]
+        group, t = mesh.get_group(dims[0]), table.t
+        total = torch.tensor(
+            mine, dtype=torch.float64, device=_device(group, self._device_of(parts))
+        )
+        work = dist.all_reduce(total, group=group, async_op=True)
+
+        def finish() -> Rows:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                _raise_if_absent(error, self.group, t)
+                raise
+            *summed, pieces, squares = total.tolist()
+            # n sum(x^2) = sum(x)^2 where all n are equal, and nowhere else (Cauchy-Schwarz).
+            n = mesh.size(dims[0])
+            if any(n * int(b) != int(a) ** 2 for a, b in zip(pieces, squares, strict=True)):
+                self.raise_difference(table)
+            return _with_rows(rows, parts, summed)
+
+        return finish
+
+    def sum_shards(self, rows: Rows) -> Rows:
+        """`rows` with those of sharded tensors added up over the ranks that have the shards.
+
+        As `start_sum`, on any meshes: one all-reduce for each dimension of a mesh over which
+        tensors are sharded. Dimensions over which a tensor is replicated are not summed.
+        """
         for (mesh, dims), parts in self._shards.items():
-            mine = [rows[unit][k] if unit in complete else [math.inf] * 3 for unit, k in parts]
-            if self.one_mesh:
-                # Three pieces of 16 bits, whose squares have exact sums too.
-                pieces = [table.checksum(taus=True) >> 16 * i & 0xFFFF for i in range(3)]
-                mine += [list(map(float, pieces)), [float(x * x) for x in pieces]]
-            unit, k = parts[0]
-            device = self.members[unit][k].device
-            summed_up = torch.tensor(mine, dtype=torch.float64, device=device)
-            total = _sum(summed_up, mesh, dims).tolist()
-            if self.one_mesh:
-                squares, pieces = total.pop(), total.pop()
-                # n sum(x^2) = sum(x)^2 where all n are equal, and nowhere else (Cauchy-Schwarz).
-                n = mesh.size(dims[0])
-                if any(n * int(b) != int(a) ** 2 for a, b in zip(pieces, squares, strict=True)):
-                    self.raise_difference(table)
-            for (unit, k), row in zip(parts, total, strict=True):
-                if unit in complete:
-                    summed[unit][k] = row
-        return summed
+            mine = torch.tensor(
+                _rows_of(parts, rows), dtype=torch.float64, device=self._device_of(parts)
+            )
+            rows = _with_rows(rows, parts, _sum(mine, mesh, dims).tolist())
+        return rows
+
+    def _device_of(self, parts: Parts) -> torch.device:
+        unit, k = parts[0]
+        return self.members[unit][k].device
 
     def shard_rows(
         self, units: Iterable[Unit], position: Mapping[Tensor, int], sums: Tensor
@@ -400,6 +420,21 @@ def _shards(p: Any) -> tuple[Any, tuple[int, ...]] | None:
     whole = [x.is_replicate() or x.is_partial() for x in p.placements]
     dims = tuple(i for i, x in enumerate(whole) if not x and p.device_mesh.size(i) > 1)
     return (p.device_mesh, dims) if dims else None
+
+
+def _rows_of(parts: Parts, rows: Rows) -> list[Sequence[float]]:
+    """The row of every tensor; infinity where its unit has no evidence here."""
+    complete = {unit for unit, own in rows.items() if len(own) == unit.n_tensors}
+    return [rows[unit][k] if unit in complete else [math.inf] * 3 for unit, k in parts]
+
+
+def _with_rows(rows: Rows, parts: Parts, own: Iterable[Sequence[float]]) -> Rows:
+    """`rows` with others for these tensors, where their unit has evidence here."""
+    changed = {unit: list(of_unit) for unit, of_unit in rows.items()}
+    for (unit, k), row in zip(parts, own, strict=True):
+        if len(rows.get(unit, ())) == unit.n_tensors:
+            changed[unit][k] = row
+    return changed
 
 
 def _bit_sum(p: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class Freezer:
             if self.ranks is not None and found_inf is not None:
                 found_inf = self.ranks.found_anywhere(found_inf)
             step_engines(self.engines, table, self.ranks, grad_scale, found_inf)
-        if any(engine.runs_ahead for engine in self.engines):
+        if any(engine.pending is not None for engine in self.engines):
             return []
         return self._publish(optimizer)
 

@@ -181,7 +181,8 @@ class GradESAdamW(AdamW):
     def all_frozen(self) -> bool:
         """Whether there is a monitored unit and every one is frozen: the signal to stop.
 
-        Never waits for the device, and so is at most one step late where that decides.
+        Never waits for the device or other ranks, and so is at most one step late where they
+        decide.
         """
         return self._freezer.all_frozen
 
@@ -208,8 +209,9 @@ class GradESAdamW(AdamW):
     ) -> RemovableHandle:
         """Call `hook(optimizer, events)` after a step that froze units.
 
-        Where the device decides, the host reads the decision back, and calls, at the start of the
-        next step, or earlier when something exact is read.
+        Where the device decides, or the ranks of FSDP2 with "next_step", the host reads the
+        decision back, and calls, at the start of the next step, or earlier when something exact is
+        read.
 
         Returns:
             A handle; its `remove()` removes the hook.

@@ -5,6 +5,7 @@ process with plain tensors, bit for bit where torch's AdamW has it, and the deci
 """
 
 import contextlib
+import datetime
 import functools
 import itertools
 import math
@@ -34,7 +35,7 @@ from test_distributed import (
     whole,
 )
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -488,7 +489,7 @@ def test_random_runs_decide_as_one_process(size, backend):
 
 def without_sum(backend, own):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.Ranks, "sum_shards", lambda self, table, rows: rows)
+        patch.setattr(distributed.Ranks, "start_sum", lambda self, table, rows: lambda: rows)
         patch.setattr(distributed.Ranks, "add_shards", lambda self, sums, rows: None)
         return run_on(backend, "fsdp2", 3, own)
 
@@ -501,3 +502,69 @@ def test_without_the_sum_over_shards_other_units_freeze(backend):
     right, wrong = run_on(backend, "alone", 3, own), ranks.run(2, without_sum, backend, own)[0]
     assert right["events"]
     assert decisions(right) != decisions(wrong)
+
+
+# Waiting for other ranks
+
+
+def sharded_over(mesh, tau, **own):
+    """An optimizer of one matrix with a gradient, sharded over a mesh, after its first step."""
+    p = nn.Parameter(cut(torch.ones(4, 4), mesh, [Shard(0)]))
+    p.grad = cut(torch.ones(4, 4), mesh, [Shard(0)])
+    own = {**NEXT, "grace_steps": 1, "statistic": "norm", "tau": tau, **own}
+    optimizer = GradESAdamW([p], **own)
+    optimizer.step()
+    return p, optimizer
+
+
+def one_rank_first(timing, store):
+    """Whether the step of rank 0 ends before that of rank 1 begins; what a freeze hook was told."""
+    p, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 1e9, freeze_timing=timing)
+    told = []
+    optimizer.register_freeze_hook(lambda _, events: told.append([x.step for x in events]))
+    key, is_first = f"{timing}/done", True
+    if dist.get_rank() == 1:
+        with contextlib.suppress(RuntimeError):  # not within a second
+            store.wait([key], datetime.timedelta(seconds=1))
+        is_first = store.check([key])
+    optimizer.step()
+    store.set(key, "")
+    dist.barrier()
+    after_step, weight = list(told), p.to_local().clone()
+    optimizer.step()
+    return is_first, after_step, told, torch.equal(p.to_local(), weight)
+
+
+def ranks_one_by_one():
+    store = dist.group.WORLD.get_group_store()
+    return [one_rank_first(timing, store) for timing in ("next_step", "same_step")]
+
+
+def test_next_step_waits_for_other_ranks_at_the_start_of_the_next_step():
+    """The hook is called then; "same_step", the control, waits before its update."""
+    results = ranks.run(2, ranks_one_by_one)
+    assert results[1] == [(True, [], [[2]], True), (False, [[2]], [[2]], True)]
+    assert results[0] == [(True, *own) for _, *own in results[1]]
+
+
+def missing_at_the_last_check():
+    """The error of rank 0 when it reads a check of which rank 1 has no part."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=4))
+    dist.barrier()
+    # DTensor's caches would put another mesh in place of this one if it had no name of its own.
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("missing",))
+    _, optimizer = sharded_over(mesh, 0.0)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        optimizer.step()
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.report()
+    return str(raised.value)
+
+
+def test_a_rank_that_is_waited_for_in_vain_is_named():
+    error, _ = ranks.run(2, missing_at_the_last_check)
+    assert "step 3 of the optimizer failed on rank 0: rank 1 did not take part" in error

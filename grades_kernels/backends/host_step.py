@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..distributed import Ranks
+from ..distributed import Ranks, Rows
 from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
 from .step_tensors import (
     Groups,
@@ -46,7 +46,7 @@ class Engine(Protocol):
     """Takes the steps of the tensors of one backend (and, on Triton, of one device).
 
     Attributes:
-        runs_ahead: Whether a step returns before the host knows what it did.
+        runs_ahead: Whether a step returns before the host knows if it happened (GradScaler).
         unscales: Whether it takes part in GradScaler's protocol for fused optimizers.
         pending: The step that `sync` would read back; None where there is none.
     """
@@ -78,7 +78,7 @@ class HostEngine:
         unscales: Whether the backend divides gradients by `grad_scale`.
     """
 
-    runs_ahead, pending = False, None
+    runs_ahead = False
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class HostEngine:
         self.run_tasks, self.units, self.layout = run_tasks, units, layout
         self.decides, self.unscales = decides, unscales
         self.tensors: StepTensors | None = tensors
+        self.pending: Callable[[], Outcome] | None = None
 
     def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
         self.tensors = None
@@ -123,14 +124,14 @@ class HostEngine:
         if check and same_step:
             first = [task and task | unscale for task in measured]
             sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
-            _decide(table, ranks, units, measured, sums)
+            table.decide(_measured(table, ranks, units, measured, sums)())
 
         tasks, lr_factors = update_tasks(tensors, units, table)
         if check and not same_step:
             tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
         if config.is_check(t + 1):
-            kept = keep_tasks(tensors, units)
-            tasks = [a | b for a, b in zip(tasks, kept, strict=True)]
+            keeps = keep_tasks(tensors, units)
+            tasks = [a | b for a, b in zip(tasks, keeps, strict=True)]
         if unscale:
             done = measured if check and same_step else [0] * len(tasks)
             tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
@@ -138,15 +139,18 @@ class HostEngine:
         # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
         increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
 
+        kept = kept_units(units, tasks) if config.is_check(t + 1) else []
         if check and not same_step:
-            _decide(table, ranks, units, measured, sums)
-        if config.is_check(t + 1):
-            for unit in kept_units(units, tasks):
-                if not unit.is_decided:
-                    unit.prev_step = t
+            values = _measured(table, ranks, units, measured, sums)
+            if ranks is not None and ranks.one_mesh:
+                self.pending = lambda: Outcome(True, values(), None, kept, True)
+                return
+            table.decide(values())
+        _set_kept(table, kept)
 
-    def sync(self) -> None:
-        return None
+    def sync(self) -> Outcome | None:
+        pending, self.pending = self.pending, None
+        return pending() if pending else None
 
 
 @contextlib.contextmanager
@@ -214,41 +218,49 @@ def read_back(engines: Sequence[Engine], table: FreezeTable, ranks: Ranks | None
     table.decide(values)
     for outcome in outcomes:
         decided = {unit for unit in outcome.values if unit.decided_at != NEVER}
-        for unit in decided ^ outcome.decided:
+        for unit in decided ^ (decided if outcome.decided is None else outcome.decided):
             raise RuntimeError(
                 f"step {table.t}: the device and the host decided differently about unit "
                 f"{unit.name!r} with statistic {unit.value} and tau {unit.tau}. Please report "
                 "this, with the output of `grades-kernels info`."
             )
-        for unit in outcome.kept:
-            if unit.decided_at == NEVER:
-                unit.prev_step = table.t
+        _set_kept(table, outcome.kept)
 
 
-def _decide(
+def _set_kept(table: FreezeTable, units: Sequence[Unit]) -> None:
+    """Note of these units that their gradients of this step have been stored."""
+    for unit in units:
+        if unit.decided_at == NEVER:
+            unit.prev_step = table.t
+
+
+def _measured(
     table: FreezeTable,
     ranks: Ranks | None,
     units: Units,
     tasks: Sequence[int],
     sums: Tensor | None,
-) -> None:
-    """Turn the sums of every tensor into the statistic of every unit, and decide.
+) -> Callable[[], dict[Unit, float]]:
+    """What gives the statistic of every unit whose check is not void, the same on all ranks.
 
-    In a job of several processes all of them call this together.
+    In a job of several processes all of them call this together. Where a single exchange is enough
+    it has begun, and the result waits for it.
     """
     rows: dict[Unit, list[list[float]]] = {}
     if sums is not None:
         for unit, task, row in zip(units, tasks, sums.tolist(), strict=True):
             if unit is not None and task & STATISTIC_BITS:
                 rows.setdefault(unit, []).append(row)
-    if ranks is None:
-        table.decide(_values(rows))
-    else:
-        values = _values(ranks.sum_shards(table, rows))
-        table.decide(values if ranks.one_mesh else ranks.largest_values(table, values))
+    if ranks is not None and ranks.one_mesh:
+        finish = ranks.start_sum(table, rows)
+        return lambda: _values(finish())
+    values = _values(rows if ranks is None else ranks.sum_shards(rows))
+    if ranks is not None:
+        values = ranks.largest_values(table, values)
+    return lambda: values
 
 
-def _values(rows: Mapping[Unit, list[list[float]]]) -> dict[Unit, float]:
+def _values(rows: Rows) -> dict[Unit, float]:
     """The statistic of every unit whose check is not void."""
     values = {}
     for unit, own in rows.items():

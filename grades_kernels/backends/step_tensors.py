@@ -26,19 +26,19 @@ _form, _kind = attrgetter("shape", "dtype", "layout"), attrgetter("shape", "dtyp
 
 
 class Outcome(NamedTuple):
-    """What a device did in a step, read back by the host.
+    """What a step did that the host did not wait for, read back.
 
     Attributes:
         happened: False where GradScaler had found an infinity, and nothing was written.
         values: The measured statistics, without the void ones.
-        decided: The units that the device decided.
+        decided: The units that the device decided; None where the host alone decides.
         kept: The units of which all gradients were stored.
         ranks_agree: Whether all ranks took this step with the same freeze table.
     """
 
     happened: bool
     values: dict[Unit, float]
-    decided: set[Unit]
+    decided: set[Unit] | None
     kept: list[Unit]
     ranks_agree: bool
 
