@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from benchmarks import harness
 from benchmarks.study_report import read, report
 from benchmarks.study_tasks import QUICK, TASKS, Setup, Task, batches, prepare, wordnet_folder
 from grades_kernels import GradESAdamW, calibrate, choose_cut
+from grades_kernels.freezing.naming import unit_of
 
 TUNING_SEED = 100
 EPS, BETAS = 1e-8, (0.9, 0.999)
@@ -136,7 +138,9 @@ def advance(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_linear(steps))
     trained = [p for _, p in setup.tensors if p.requires_grad]
     whole = multiply_adds(setup)
-    sizes = {name: p.numel() for name, p in setup.tensors}
+    sizes: Counter[str] = Counter()
+    for name, p in setup.tensors:
+        sizes[unit_name(name, p)] += p.numel()
     tokens = setup.task.batch * setup.task.length
     macs, seconds, step = 0.0, 0.0, 0
     values: list[float] = []  # of the validations for early stopping, and what these cost
@@ -144,7 +148,7 @@ def advance(
     while step < steps:
         frozen = optimizer.frozen_units if arm.rule else ()
         # A matrix that is frozen alone spares the product that makes its gradient.
-        macs += whole - tokens * sum(sizes.get(unit, 0) for unit in frozen)
+        macs += whole - tokens * sum(sizes[unit] for unit in frozen)
         batch = setup.batch(first + step)
         began = time.process_time()
         loss = setup.loss(setup.model, batch)
@@ -167,6 +171,11 @@ def advance(
     if arm.rule:
         done["frozen"] = len(optimizer.frozen_units) / len(optimizer.monitored_units)
     return {**done, "early": early}, optimizer
+
+
+def unit_name(name: str, p: Tensor) -> str:
+    """Under which GradESAdamW freezes a tensor: its name, or that of its pair of LoRA factors."""
+    return unit_of(name, p.shape, p.dtype) or name
 
 
 def validate(setup: Setup, n: int | None = None) -> tuple[float, float, float]:
@@ -265,13 +274,18 @@ def taus_of(task: Task, lr: float, head: float, arm: Arm) -> dict[str, float]:
     """Thresholds that would have frozen half of the matrices in an observed run."""
     setup = start(task, TUNING_SEED)
     inside = {p for block in setup.blocks[arm.k or 0 :] for p in block.parameters() if p.dim() == 2}
-    matrices = [name for name, p in setup.tensors if p in inside]
-    taus = dict.fromkeys(matrices, 0.0)
+    units = {name: unit_name(name, p) for name, p in setup.tensors if p in inside}
+    taus = dict.fromkeys(units, 0.0)
     observing = {"lr": lr, "head": head, "taus": taus, "seed": TUNING_SEED}
     _, optimizer = advance(setup, arm, task.steps, **observing)
     observed, per = optimizer.report(), RULES[arm.rule].per
     patterns = calibrate(observed, share=0.5, per=per, grace_steps=0).taus
-    return {name: tau for name in matrices for x, tau in patterns.items() if re.search(x, name)}
+    return {
+        name: tau
+        for name, unit in units.items()
+        for x, tau in patterns.items()
+        if re.search(x, unit)
+    }
 
 
 # The probe
