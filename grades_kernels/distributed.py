@@ -268,8 +268,9 @@ class Ranks:
     def start_sum(self, table: FreezeTable, rows: Rows) -> Callable[[], Rows]:
         """Start to add up `rows` over all ranks, where `one_mesh`; what is returned waits for it.
 
-        `rows` has three sums for each tensor of a unit with evidence. There is one all-reduce, of
-        the same size at every check: a unit without evidence on this rank takes part with infinity.
+        `rows` has three sums for each tensor of every unit with evidence. All units are in one
+        all-reduce, of the same size at every check: a unit without evidence on this rank takes part
+        with infinity.
 
         Raises:
             RuntimeError: When waiting; on every rank, if the freeze tables of the ranks differ, and
@@ -424,15 +425,14 @@ def _shards(p: Any) -> tuple[Any, tuple[int, ...]] | None:
 
 def _rows_of(parts: Parts, rows: Rows) -> list[Sequence[float]]:
     """The row of every tensor; infinity where its unit has no evidence here."""
-    complete = {unit for unit, own in rows.items() if len(own) == unit.n_tensors}
-    return [rows[unit][k] if unit in complete else [math.inf] * 3 for unit, k in parts]
+    return [rows[unit][k] if unit in rows else [math.inf] * 3 for unit, k in parts]
 
 
 def _with_rows(rows: Rows, parts: Parts, own: Iterable[Sequence[float]]) -> Rows:
     """`rows` with others for these tensors, where their unit has evidence here."""
     changed = {unit: list(of_unit) for unit, of_unit in rows.items()}
     for (unit, k), row in zip(parts, own, strict=True):
-        if len(rows.get(unit, ())) == unit.n_tensors:
+        if unit in rows:
             changed[unit][k] = row
     return changed
 

@@ -177,6 +177,7 @@ def dividing_tau(seed, own):
 
 OWN = {
     "change": {"statistic": "change"},
+    "change-next_step": {"statistic": "change", "freeze_timing": "next_step"},
     "norm-element": {"statistic": "norm", "tau_per": "element", "patience": 2},
     "momentum-cooldown": {"statistic": "momentum", "cooldown": 3, "max_frozen": 0.6},
     "signal": {"statistic": "signal", "check_every": 2},

@@ -547,6 +547,24 @@ def test_next_step_waits_for_other_ranks_at_the_start_of_the_next_step():
     assert results[0] == [(True, *own) for _, *own in results[1]]
 
 
+def without_a_gradient(timing, backend):
+    """The steps of the decisions where rank 1 has no gradient in step 2, the first check."""
+    with only(backend) as options:
+        own = {"freeze_timing": timing, **options}
+        p, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 1e9, **own)
+        grad = p.grad
+        for missing in (True, False):
+            p.grad = None if missing and dist.get_rank() == 1 else grad
+            optimizer.step()
+    return [event.decided_at for event in optimizer.freeze_events]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("timing", ["same_step", "next_step"])
+def test_a_check_is_void_on_all_ranks_where_one_has_no_gradient(timing, backend):
+    assert ranks.run(2, without_a_gradient, timing, backend) == [[3], [3]]
+
+
 def missing_at_the_last_check():
     """The error of rank 0 when it reads a check of which rank 1 has no part."""
     group = dist.new_group(timeout=datetime.timedelta(seconds=4))

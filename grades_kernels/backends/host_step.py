@@ -251,6 +251,8 @@ def _measured(
         for unit, task, row in zip(units, tasks, sums.tolist(), strict=True):
             if unit is not None and task & STATISTIC_BITS:
                 rows.setdefault(unit, []).append(row)
+    # A check without all gradients of a unit is void.
+    rows = {unit: own for unit, own in rows.items() if len(own) == unit.n_tensors}
     if ranks is not None and ranks.one_mesh:
         finish = ranks.start_sum(table, rows)
         return lambda: _values(finish())
@@ -264,8 +266,6 @@ def _values(rows: Rows) -> dict[Unit, float]:
     """The statistic of every unit whose check is not void."""
     values = {}
     for unit, own in rows.items():
-        if len(own) != unit.n_tensors:
-            continue
         numerators, denominators, magnitudes = zip(*own, strict=True)
         value = sum(numerators)
         if unit.statistic in RATIOS:
