@@ -15,7 +15,7 @@ import torch
 
 from grades_kernels import checkpoint, distributed, freezer, optimizer, release
 from grades_kernels.backends import host_step, reference, select, step_tensors
-from grades_kernels.backends.tasks import STATISTIC_CODES
+from grades_kernels.backends.tasks import STATISTIC_BITS, STATISTIC_CODES
 from grades_kernels.freezing import config, table
 from grades_kernels.freezing.table import FreezeConfig, FreezeTable
 
@@ -249,18 +249,19 @@ with_rows("NaN counts as a hit", without_nan)
 with_rows("a zero gradient is evidence", lambda own: [[a, b, max(c, 1e-30)] for a, b, c in own])
 
 
-@wrapping("half a LoRA pair decides for both", host_step, "_values")
+@wrapping("half a LoRA pair decides for both", host_step, "_measured")
 def _(real):
-    def values(rows):
-        sizes = {unit: unit.n_tensors for unit in rows}
-        for unit, own in rows.items():
-            unit.n_tensors = len(own)
-        found = real(rows)
+    def measured(table, ranks, units, tasks, sums):
+        sizes = {unit: unit.n_tensors for unit in table.units}
+        with_task = [unit for unit, task in zip(units, tasks, strict=True) if task & STATISTIC_BITS]
+        for unit in set(with_task):
+            unit.n_tensors = with_task.count(unit)
+        found = real(table, ranks, units, tasks, sums)
         for unit, n in sizes.items():
             unit.n_tensors = n
         return found
 
-    return values
+    return measured
 
 
 @wrapping("a weight that did not move counts as converged", host_step, "_values", STATISTICS)
