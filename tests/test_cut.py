@@ -630,6 +630,17 @@ def test_bad_input_is_an_error_and_changes_nothing(name):
     assert differences(before, bits(model)) == []
 
 
+def test_finite_gradients_whose_norm_overflows_are_no_error():
+    """The gain of AdamW's step, relative to others, does not depend on the scale of the loss."""
+    model, scale = make(), 1e20
+    (loss_of(model, batches()[0]) * scale).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert any(grad.norm().isinf() and grad.isfinite().all() for grad in grads)
+    model.zero_grad()
+    cut = choose_cut(model, lambda m, b: loss_of(m, b) * scale, batches())
+    assert cut.k == cut_of().k
+
+
 def test_a_model_without_repeated_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear has no repeated blocks"):
         choose_cut(nn.Linear(2, 2), loss_of, batches())

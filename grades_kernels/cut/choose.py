@@ -222,11 +222,12 @@ def _check_gradients(
         raise ValueError(f"choose_cut: {NO_REENTRANT}")
     if all(p.grad is None for p in stack.params):
         raise ValueError(f"loss(model, batch) does not depend on the blocks of {stack.name!r}.")
-    # In a fifth of the time of `isfinite`.
-    norms = torch._foreach_norm(list(map(local, grads.values())), 2, torch.float64)
-    found = torch.stack([x.to(norms[0].device) for x in norms]).tolist()
-    for name, norm in zip(grads, found, strict=True):
-        if not math.isfinite(norm):
+    # In a tenth of the time of `isfinite`; the norm of finite numbers may overflow.
+    shards = list(map(local, grads.values()))
+    norms = torch._foreach_norm(shards)
+    found = torch.stack([x.to(norms[0].device, torch.float64) for x in norms]).tolist()
+    for name, shard, norm in zip(grads, shards, found, strict=True):
+        if not math.isfinite(norm) and not shard.isfinite().all():
             raise ValueError(
                 f"the gradient of {name!r} is not finite in batch {n}: the probe has stopped."
             )
