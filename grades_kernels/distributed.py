@@ -18,21 +18,23 @@ error then names the ranks that did not take part.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .freezing.table import NEVER, FreezeTable, Unit
+from .rank_errors import DIFFERENT_MODELS, check_same, raise_if_absent, reports
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,9 +45,6 @@ Rows = Mapping[Unit, Sequence[Sequence[float]]]
 
 _NAMELESS = re.compile(r"group\d+\.param\d+")
 _STATE = ("hits", "decided_at", "frozen_at")
-REPORTED_WITHIN = timedelta(seconds=3)
-"""How long ranks wait, once a collective has failed, for others to report the same."""
-_DIFFERENT_MODELS = "if the ranks train different models, set optimizer.process_group."
 
 
 def is_initialized() -> bool:
@@ -104,48 +103,6 @@ def refuse_flat(tensors: Sequence[Tensor]) -> None:
     )
 
 
-@contextlib.contextmanager
-def naming_absent_ranks(group: ProcessGroup | None, t: int) -> Iterator[None]:
-    """Let an error of a collective in step `t` name the ranks that did not take part in it.
-
-    The ranks in which it failed report that in the store of the group within `REPORTED_WITHIN`.
-
-    Raises:
-        RuntimeError: From the error of the collective, if some rank has reported nothing.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed"):
-            _raise_if_absent(error, group, t)
-        raise
-
-
-def _raise_if_absent(error: Exception, group: ProcessGroup | None, t: int) -> None:
-    """Raise if some rank does not report that this collective of step `t` has failed there too."""
-    group = group or dist.group.WORLD
-    assert group is not None
-    keys = {rank: f"grades_kernels/{t}/{rank}" for rank in dist.get_process_group_ranks(group)}
-    missing = "another rank"
-    try:
-        store = group.get_group_store()
-        store.set(keys[dist.get_rank()], "")
-        with contextlib.suppress(RuntimeError):  # some have not reported
-            store.wait([*keys.values()], REPORTED_WITHIN)
-        absent = [rank for rank, key in keys.items() if not store.check([key])]
-        if not absent:
-            return
-        missing = f"rank {', '.join(map(str, absent))}"
-    except RuntimeError:  # the store was in a process that has left
-        pass
-    raise RuntimeError(
-        f"step {t} of the optimizer failed on rank {dist.get_rank()}: {missing} did not take part "
-        "in its collective. It has skipped a step, raised an error, or ended, while every rank "
-        f"must call step() equally often; {_DIFFERENT_MODELS}"
-    ) from error
-
-
 class _Share(NamedTuple):
     """A unit as a rank describes it to the others."""
 
@@ -167,6 +124,7 @@ class Ranks:
         on_device: Whether the Triton kernels serve the units of all ranks.
         one_mesh: Whether every tensor of every unit is sharded over all ranks. Then its sums are
             the same on all of them, bit for bit, and there is no largest one to be found.
+        token: The same on all ranks, and never used before.
     """
 
     group: ProcessGroup | None
@@ -176,6 +134,7 @@ class Ranks:
     n_elements: int = 0
     on_device: bool = False
     one_mesh: bool = False
+    token: str = ""
     _shards: dict[Any, list[tuple[Unit, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -221,16 +180,19 @@ class Ranks:
             for unit, own in members.items()
         ]
         n_elements = sum(p.numel() for p in tensors)
-        gathered = ranks._all_gather((table.config, table.t, mine, n_elements, on_device))
-        _check_same("the arguments of the optimizer", [config for config, *_ in gathered])
-        _check_same("the number of steps taken", [t for _, t, *_ in gathered])
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        message = (table.config, table.t, mine, n_elements, on_device, uuid4().hex)
+        dist.all_gather_object(gathered, message, group=group)
+        check_same("the arguments of the optimizer", [config for config, *_ in gathered])
+        check_same("the number of steps taken", [t for _, t, *_ in gathered])
         shares = [own for _, _, own, *_ in gathered]
         shares[dist.get_rank(group)] = mine
         identities = [[(x.unit.name, x.shapes, x.checksum) for x in own] for own in shares]
         first = [identities.index(identity) for identity in identities]
         ranks.everywhere = len(set(first)) == 1
         ranks.n_elements = sum(gathered[rank][3] for rank in set(first))
-        ranks.on_device = all(on_device for *_, on_device in gathered)
+        ranks.on_device = all(on_device for *_, on_device, _ in gathered)
+        ranks.token = gathered[0][-1]
         n_tensors = sum(map(len, members.values()))
         ranks.one_mesh = ranks.everywhere and [
             (len(dims), mesh.size(dims[0]), len(parts))
@@ -256,7 +218,7 @@ class Ranks:
             warnings.warn(
                 "the ranks have different tensors of the same shapes under generated names: each "
                 "becomes a unit of its own. Under ZeroRedundancyOptimizer zero.optim.attach(model) "
-                f"gives them names; {_DIFFERENT_MODELS}",
+                f"gives them names; {DIFFERENT_MODELS}",
                 stacklevel=3,
             )
         self.prefix = f"rank{first[dist.get_rank(self.group)]}."
@@ -285,12 +247,15 @@ class Ranks:
             mine, dtype=torch.float64, device=_device(group, self._device_of(parts))
         )
         work = dist.all_reduce(total, group=group, async_op=True)
+        # A process that ends takes part until the others have what they need.
+        at_exit = Finalize(None, _wait, (work,), exitpriority=0)
 
         def finish() -> Rows:
+            at_exit.cancel()
             try:
                 work.wait()
             except RuntimeError as error:
-                _raise_if_absent(error, self.group, t)
+                raise_if_absent(error, self.group, t)
                 raise
             *summed, pieces, squares = total.tolist()
             # n sum(x^2) = sum(x)^2 where all n are equal, and nowhere else (Cauchy-Schwarz).
@@ -388,30 +353,41 @@ class Ranks:
             whole[unit] += (k + 1) * number
         return whole
 
-    def _all_gather(self, message: Any) -> list[Any]:
-        """The message of every rank, by rank."""
-        gathered: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(gathered, message, group=self.group)
-        return gathered
-
     def raise_difference(self, table: FreezeTable) -> None:
-        """Name what differs between the ranks; every rank must call this together.
+        """Name what differs between the ranks, each of which raises when it finds out.
 
         Raises:
             RuntimeError: Always.
         """
-        units = [unit for unit in table.units if self.everywhere or unit in self.members]
-        rows = {x.name: (x.tau, *(getattr(x, key) for key in _STATE)) for x in units}
-        gathered = self._all_gather((table.t, rows))
-        _check_same("the number of steps taken", [t for t, _ in gathered], RuntimeError)
-        for name in dict.fromkeys(name for _, rows in gathered for name in rows):
-            having = [rank for rank, (_, rows) in enumerate(gathered) if name in rows]
-            values = [gathered[rank][1][name] for rank in having]
+        rows = {
+            x.name: (x.tau if x in self.members else None, *(getattr(x, key) for key in _STATE))
+            for x in table.units
+        }
+        found = reports(self.group, f"{self.token}/{table.t}", json.dumps((table.t, rows)))
+        tables = {rank: json.loads(x) for rank, x in found.items() if x is not None}
+        ranks = list(tables)
+        steps = [t for t, _ in tables.values()]
+        check_same("the number of steps taken", steps, RuntimeError, ranks=ranks)
+        for name in dict.fromkeys(name for _, rows in tables.values() for name in rows):
+            having = [rank for rank in ranks if name in tables[rank][1]]
+            values = [tables[rank][1][name] for rank in having]
+            tau = next((tau for tau, *_ in values if tau is not None), None)
+            values = [(tau if own is None else own, *state) for own, *state in values]
             what = f"unit {name!r}, as (tau, {', '.join(_STATE)}),"
-            _check_same(what, values, RuntimeError, ranks=having)
+            check_same(what, values, RuntimeError, ranks=having)
+        silent = [rank for rank in found if rank not in tables]
         raise RuntimeError(
-            "the freeze tables of the ranks list different units, or the same in another order."
+            f"the freeze table of rank {dist.get_rank()} differs from that of rank "
+            f"{', '.join(map(str, silent))}, which has not reported its own."
+            if silent
+            else "the freeze tables of the ranks list different units, or the same in another "
+            "order."
         )
+
+
+def _wait(work: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # another rank has failed
+        work.wait()
 
 
 def _shards(p: Any) -> tuple[Any, tuple[int, ...]] | None:
@@ -468,36 +444,18 @@ def _device(group: ProcessGroup | None, wanted: torch.device) -> torch.device:
 def _check_shares(name: str, shares: list[tuple[int, _Share]]) -> None:
     """Compare how several ranks describe one unit."""
     ranks = [rank for rank, _ in shares]
-    _check_same(
+    check_same(
         f"unit {name!r}, as (statistic, tau, shapes),",
         [(unit.statistic, unit.tau, shapes) for _, (unit, shapes, _) in shares],
         ranks=ranks,
         way_out="If a LoRA pair was split between ranks, train it without ZeroRedundancyOptimizer; "
-        + _DIFFERENT_MODELS,
+        + DIFFERENT_MODELS,
     )
     states = [tuple(getattr(share.unit, key) for key in _STATE) for _, share in shares]
-    _check_same(f"unit {name!r}, as ({', '.join(_STATE)}),", states, ranks=ranks)
+    check_same(f"unit {name!r}, as ({', '.join(_STATE)}),", states, ranks=ranks)
     if len({share.checksum for _, share in shares}) > 1:
         warnings.warn(
             f"{name!r} has other values on rank {ranks[0]} than on other ranks, and is frozen only "
-            f"when it has converged on all of them; {_DIFFERENT_MODELS}",
+            f"when it has converged on all of them; {DIFFERENT_MODELS}",
             stacklevel=2,
-        )
-
-
-def _check_same(
-    what: str,
-    values: Sequence[Any],
-    error: type[Exception] = ValueError,
-    *,
-    ranks: Sequence[int] | None = None,
-    way_out: str = "Every rank must do the same to its optimizer, and load the same checkpoint; "
-    + _DIFFERENT_MODELS,
-) -> None:
-    ranks = range(len(values)) if ranks is None else ranks
-    odd = next((n for n, value in enumerate(values) if value != values[0]), None)
-    if odd is not None:
-        raise error(
-            f"the ranks differ in {what} rank {ranks[0]}: {values[0]}, rank {ranks[odd]}: "
-            f"{values[odd]}. {way_out}"
         )

@@ -24,10 +24,11 @@ from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
 from .backends.select import assign, run_tasks_of, unscales
 from .backends.step_tensors import Layout, fit_state, prepare_state, uses_prev_grads
-from .distributed import Ranks, in_a_job, is_initialized, naming_absent_ranks, refuse_flat
+from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
 from .freezing.config import check_group
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
 from .freezing.unit_map import UnitMap, make_unit_map, nothing_is_monitored, thresholds
+from .rank_errors import naming_absent_ranks
 from .release import Release, rewrap
 
 
@@ -324,12 +325,17 @@ class Freezer:
         """Exchange units with the other ranks of the job, after every change of the units."""
         unit_map, group = self.unit_map, _process_group(optimizer)
         monitors = any(g["tau"] is not None for g in optimizer.param_groups)
-        if monitors and in_a_job(group, unit_map.params):
+        in_job = (monitors or self.ranks is not None) and in_a_job(group, unit_map.params)
+        if self.ranks is not None and not in_job:  # the job has ended
+            self.ranks = None
+            self.map_units(optimizer)
+            unit_map = self.unit_map
+        elif monitors and in_job:
             self.ranks = None
             on_device = len({p.device for p in unit_map.params}) == 1 and self._decides_on_device(
                 self.backends(optimizer)
             )
-            with naming_absent_ranks(group, self.table.t + 1):
+            with naming_absent_ranks(group, self.table.t + 1, "exchange of units"):
                 self.ranks, units = Ranks.join(
                     self.table, unit_map.members, unit_map.params, group, on_device=on_device
                 )

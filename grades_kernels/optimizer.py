@@ -211,7 +211,7 @@ class GradESAdamW(AdamW):
 
         Where the device decides, or the ranks of FSDP2 with "next_step", the host reads the
         decision back, and calls, at the start of the next step, or earlier when something exact is
-        read.
+        read. An exception of a hook leaves that step untaken.
 
         Returns:
             A handle; its `remove()` removes the hook.

@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from grades_kernels import GradESAdamW, distributed
+from grades_kernels import GradESAdamW, distributed, rank_errors
 from grades_kernels.backends import native, reference
 
 WIDTH, HIDDEN, BATCH, STEPS = 6, 8, 8, 14
@@ -407,6 +407,19 @@ def tables_apart(tau, kind="ddp"):
     return error_of(train, kind, 2, {**CHANGE, "tau": 4.0}, disturb=on_rank_1(12, act))
 
 
+def thawed_by_its_owner():
+    """An error at the next check: rank 1 thaws a unit of which rank 0 has no tensor."""
+    p = nn.Parameter(torch.ones(4, 4))
+    names = ("blocks.0.up.weight", "blocks.0.down.weight")
+    own = {"statistic": "norm", "grace_steps": 0, "tau": 100.0, "stop_grad": False}
+    optimizer = GradESAdamW([(names[dist.get_rank()], p)], **own)
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        optimizer.thaw("blocks.0.down.weight")
+    return error_of(optimizer.step)
+
+
 def loaded_on_rank_0_alone():
     saved = run_optimizer(Net(2), {**CHANGE, "tau": 1e9}, 4).state_dict()
     optimizer = optimizer_of(Net(2), {**CHANGE, "tau": 1e9})
@@ -462,6 +475,12 @@ def apply_freezes_under_zero():
         (RuntimeError, ["unit 'blocks.", "rank 0: (4.0, ", "rank 1: (5.0, "], tables_apart, [5.0]),
         (RuntimeError, ["rank 0: (4.0, ", "rank 1: (4.0, "], tables_apart, [None, "fsdp2"]),
         (RuntimeError, ["rank 0: (4.0, ", "rank 1: (5.0, "], tables_apart, [5.0, "fsdp2"]),
+        (
+            RuntimeError,
+            ["unit 'blocks.0.down.weight'", "rank 0: (100.0, ", "rank 1: (100.0, "],
+            thawed_by_its_owner,
+            [],
+        ),
         # Ranks that start differently are an error in the first step.
         (ValueError, ["number of steps taken rank 0: 4, rank 1: 0"], loaded_on_rank_0_alone, []),
         (ValueError, ["rank 0: FreezeConfig(grace_steps=2"], other_on_each_rank, ["patience"]),
@@ -505,14 +524,14 @@ def absent_ranks():
     own, of_ddp, second = (dist.new_group(timeout=datetime.timedelta(seconds=2)) for _ in range(3))
     model = DistributedDataParallel(Net(0), process_group=of_ddp)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
         yield absent_rank(own, model, at=2, fused=True)
         yield absent_rank(second, Net(0), at=1, fused=False)
     try:
         dist.new_group([2])
     except ValueError as error:
         dist.barrier()
-        distributed._raise_if_absent(error, None, 1)
+        rank_errors.raise_if_absent(error, None, 1)
         yield str(error)
 
 

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import os
+import time
 
 import pytest
 import ranks
@@ -40,7 +41,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grades_kernels import GradESAdamW, distributed, freezer, grades_adamw
+from grades_kernels import GradESAdamW, distributed, freezer, grades_adamw, rank_errors
 from grades_kernels.backends import native
 from grades_kernels.freezing.statistics import STATISTICS
 
@@ -576,7 +577,7 @@ def missing_at_the_last_check():
     if dist.get_rank() == 1:
         return ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
         optimizer.step()
         with pytest.raises(RuntimeError) as raised:
             optimizer.report()
@@ -586,3 +587,76 @@ def missing_at_the_last_check():
 def test_a_rank_that_is_waited_for_in_vain_is_named():
     error, _ = ranks.run(2, missing_at_the_last_check)
     assert "step 3 of the optimizer failed on rank 0: rank 1 did not take part" in error
+
+
+def ending(rank, folder, pipe):
+    """A rank that ends after its last step, before the other has taken that step."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    _, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 1e9)
+    if rank == 0:
+        store.wait(["rank 1 has taken its last step"], datetime.timedelta(seconds=30))
+        time.sleep(0.5)  # so that it can end
+    optimizer.step()
+    if rank == 1:
+        store.set("rank 1 has taken its last step", "")
+    else:
+        pipe.send([event.decided_at for event in optimizer.freeze_events])
+
+
+def test_a_rank_that_ends_early_takes_part_in_the_last_check(tmp_path):
+    ours, theirs = ranks.CONTEXT.Pipe()
+    processes = [
+        ranks.CONTEXT.Process(target=ending, args=(rank, str(tmp_path), theirs)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    theirs.close()
+    assert ours.poll(60)
+    assert ours.recv() == [2]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def difference_found_alone():
+    """The errors of ranks that find a difference one after the other, each by reading."""
+    _, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 0.0)
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["tau"] = 1.0
+    optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        if dist.get_rank() == 1:
+            dist.barrier()
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.statistics()
+        if dist.get_rank() == 0:
+            dist.barrier()
+    return str(raised.value)
+
+
+def test_a_rank_that_reads_alone_finds_a_difference_without_the_others():
+    first, second = ranks.run(2, difference_found_alone)
+    assert "table of rank 0 differs from that of rank 1, which has not reported" in first
+    assert "rank 0: (0.0, " in second
+    assert "rank 1: (1.0, " in second
+
+
+def alone_after_the_job():
+    """The step of the decision of a rank that goes on by itself, as often as its number."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    optimizer = GradESAdamW([p], **{**NEXT, "statistic": "norm", "tau": 0.0})
+    optimizer.step()
+    optimizer.process_group = groups[dist.get_rank()]
+    optimizer.param_groups[0]["tau"] = 1e9
+    for _ in range(dist.get_rank()):
+        optimizer.step()
+    return [event.decided_at for event in optimizer.freeze_events]
+
+
+def test_a_rank_that_leaves_the_job_decides_alone():
+    assert ranks.run(2, alone_after_the_job) == [[], [2]]
