@@ -84,6 +84,7 @@ def check_same(
     way_out: str = "Every rank must do the same to its optimizer, and load the same checkpoint; "
     + DIFFERENT_MODELS,
 ) -> None:
+    """Raise `error` with the values of two ranks (None: 0, 1, ...) unless all have the same."""
     ranks = range(len(values)) if ranks is None else ranks
     odd = next((n for n, value in enumerate(values) if value != values[0]), None)
     if odd is not None:
