@@ -125,6 +125,8 @@ class Ranks:
         one_mesh: Whether every tensor of every unit is sharded over all ranks. Then its sums are
             the same on all of them, bit for bit, and there is no largest one to be found.
         token: The same on all ranks, and never used before.
+        asks_to_join: Whether this rank needs another exchange of units, which all begin together.
+        must_join: Whether some rank does, as the last check has shown.
     """
 
     group: ProcessGroup | None
@@ -135,6 +137,8 @@ class Ranks:
     on_device: bool = False
     one_mesh: bool = False
     token: str = ""
+    asks_to_join: bool = False
+    must_join: bool = False
     _shards: dict[Any, list[tuple[Unit, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,6 +146,15 @@ class Ranks:
             for k, p in enumerate(tensors):
                 if shards := _shards(p):
                     self._shards.setdefault(shards, []).append((unit, k))
+
+    @property
+    def see_changes(self) -> bool:
+        """Whether a rank whose `requires_grad` flags change may exchange its units at once.
+
+        Where ranks have units of their own the others do not see it: the next check tells them, and
+        until then steps take the units as they were.
+        """
+        return self.everywhere or self.must_join
 
     @classmethod
     def join(
@@ -319,10 +332,11 @@ class Ranks:
             here = [values.get(unit, math.inf), unit.tau, -unit.tau]
             rows.append(here if unit in self.members else [-math.inf] * 3)
         checksum = table.checksum(taus=False)
-        rows.append([0.0, checksum, -checksum])
+        rows.append([float(self.asks_to_join), checksum, -checksum])
         largest = self.largest(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
         if any(high != -negative for _, high, negative in largest):
             self.raise_difference(table)
+        self.must_join = largest[-1][0] > 0
         decisive = {}
         for unit, (value, tau, _) in zip(table.units, largest, strict=False):
             unit.tau = tau

@@ -124,12 +124,18 @@ class Freezer:
         Raises:
             RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
         """
-        self._check_not_captured(optimizer.param_groups)  # reading back is not possible in one
+        _check_not_captured(optimizer.param_groups)  # reading back is not possible in one
         read_back(self.engines, self.table, self.ranks)
         self._adopt_state(optimizer)
-        if not self.unit_map.is_current(optimizer.param_groups):
-            self.write_state(optimizer)
-            self.map_units(optimizer)
+        groups, ranks = optimizer.param_groups, self.ranks
+        if not self.unit_map.is_current(groups):
+            if ranks is None or ranks.see_changes or not self.unit_map.has_tensors_of(groups):
+                self.write_state(optimizer)
+                self.map_units(optimizer)
+            else:
+                ranks.asks_to_join = True
+        elif ranks is not None and ranks.must_join:
+            self.unit_map = replace(self.unit_map, job=None)
         self._follow_taus(optimizer)
         job = (is_initialized(), _process_group(optimizer))
         if self.unit_map.job != job:
@@ -185,16 +191,6 @@ class Freezer:
         """Whether every tensor is frozen and no other rank takes part: a step only counts."""
         table = self.table
         return self.ranks is None and table.all_frozen() and None not in self.unit_map.units
-
-    def _check_not_captured(self, groups: Sequence[dict[str, Any]]) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            if all([group["tau"] is None for group in groups]):
-                return
-            raise RuntimeError(
-                "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
-                "computes every gradient, so freezing would save nothing. Capture with tau=None, "
-                "or run the steps outside of the graph."
-            )
 
     def _publish(self, optimizer: Optimizer) -> list[FreezeEvent]:
         """Write what was decided into the state; returns the freezes not returned before."""
@@ -430,6 +426,17 @@ class Freezer:
             while frame.f_back and _package(frame) in ("grades_kernels", "torch", "contextlib"):
                 level, frame = level + 1, frame.f_back
             warnings.warn(message, stacklevel=level)
+
+
+def _check_not_captured(groups: Sequence[dict[str, Any]]) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if all([group["tau"] is None for group in groups]):
+            return
+        raise RuntimeError(
+            "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
+            "computes every gradient, so freezing would save nothing. Capture with tau=None, "
+            "or run the steps outside of the graph."
+        )
 
 
 def _package(frame: FrameType) -> str:

@@ -456,6 +456,39 @@ def zero_without_any_matrix():
     return error_of(optimizer_of(net, {**CHANGE, "tau": 1.0}, "zero", names=False).step)
 
 
+def switched_by_its_owner(backend):
+    """The units of a run in which the gradient of one that rank 1 alone has is switched."""
+    p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    own = {"statistic": "norm", "grace_steps": 0, "tau": 1.0, "stop_grad": False}
+    own |= {"freeze_timing": "next_step", "fused": backend == "triton"}
+    rank = dist.get_rank()
+    optimizer = GradESAdamW(
+        [(f"blocks.{rank}.up.weight", p), (f"blocks.{rank}.down.weight", q)], **own
+    )
+    units = []
+    for step in range(1, 9):
+        if rank == 1 and step in (3, 6):
+            q.requires_grad_(step == 6)
+        for x in (p, q):
+            x.grad = torch.ones(4, 4) if x.requires_grad else None
+        if step == 7:
+            optimizer.param_groups[0]["tau"] = 100.0
+        optimizer.step()
+        units.append(len(optimizer.monitored_units))
+    return optimizer.backend, units, optimizer.frozen_units
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_rank_whose_units_change_is_joined_by_the_others(backend):
+    """The others learn it in the next check; until then the units are as they were."""
+    first, second = ranks.run(2, switched_by_its_owner, backend)
+    assert first == second
+    name, units, frozen = first
+    assert name == backend
+    assert units == [4, 4, 4, 3, 3, 3, 4, 4]
+    assert len(frozen) == 4
+
+
 def flat_parameters(use_orig_params):
     cpu = torch.device("cpu")
     model = FullyShardedDataParallel(Net(0), use_orig_params=use_orig_params, device_id=cpu)

@@ -209,8 +209,10 @@ def read_back(engines: Sequence[Engine], table: FreezeTable, ranks: Ranks | None
     outcomes = [outcome for engine in engines if (outcome := engine.sync()) is not None]
     if not outcomes:
         return
-    if ranks is not None and not all(outcome.ranks_agree for outcome in outcomes):
-        ranks.raise_difference(table)
+    if ranks is not None:
+        if not all(outcome.ranks_agree for outcome in outcomes):
+            ranks.raise_difference(table)
+        ranks.must_join |= any(outcome.must_join for outcome in outcomes)
     if not all(outcome.happened for outcome in outcomes):
         table.undo_begin_step()
         return

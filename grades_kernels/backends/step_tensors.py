@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
         decided: The units that the device decided; None where the host alone decides.
         kept: The units of which all gradients were stored.
         ranks_agree: Whether all ranks took this step with the same freeze table.
+        must_join: Whether some rank needs another exchange of units.
     """
 
     happened: bool
@@ -41,6 +42,7 @@ class Outcome(NamedTuple):
     decided: set[Unit] | None
     kept: list[Unit]
     ranks_agree: bool
+    must_join: bool = False
 
 
 class Layout:

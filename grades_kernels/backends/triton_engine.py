@@ -179,7 +179,7 @@ class TritonEngine:
         if decides:
             self.tables.fill_units(staging, table, tasks)
             if ranks is not None:
-                self.tables.fill_agreed(staging, table)
+                self.tables.fill_agreed(staging, table, asks_to_join=ranks.asks_to_join)
 
         elsewhere = self.cuda and torch.cuda.current_device() != self.device.index
         with torch.cuda.device(self.device) if elsewhere else contextlib.nullcontext():
@@ -220,7 +220,7 @@ class TritonEngine:
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
         own_units, n = self.tables.own_units, len(self.tables.own_units)
-        happened = ranks_agree = True
+        happened, ranks_agree, must_join = True, True, False
         if pending.decides or pending.scaled:
             if self.mirrored is not None:
                 self.mirrored.synchronize()
@@ -230,10 +230,12 @@ class TritonEngine:
                 pairs = zip(own_units, results[:n].tolist(), strict=True)
                 values = {unit: value for unit, value in pairs if value < math.inf}
                 decided = {own_units[k] for k in np.flatnonzero(results[-1 - n : -1])}
-                ranks_agree = not pending.agreed or self.tables.adopt_agreed(results[n : -1 - n])
+            if pending.agreed:
+                ranks_agree = self.tables.adopt_agreed(results[n : -1 - n])
+                must_join = bool(results[-2 - n])
         if happened:
             self.steps += pending.updated
-        return Outcome(happened, values, decided, pending.kept, ranks_agree)
+        return Outcome(happened, values, decided, pending.kept, ranks_agree, must_join)
 
     def _tasks(
         self, tensors: StepTensors, table: FreezeTable, is_check: bool

@@ -87,7 +87,7 @@ class Staging:
     """A pinned buffer with the inputs of one step, and when the device has read it."""
 
     def __init__(self, n_tensors: int, n_units: int, cuda: bool) -> None:
-        agreed = (np.dtype(np.float64), 2 * n_units + 2)
+        agreed = (np.dtype(np.float64), 2 * n_units + 3)
         tables = (  # 8-byte numbers first, so that all are aligned
             (INPUT, n_tensors), (PAST, n_tensors), (UNIT, n_units), agreed,
             (COEFFICIENT, n_tensors),
@@ -323,20 +323,21 @@ class DeviceTables:
             rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
         rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
 
-    def fill_agreed(self, staging: Staging, table: FreezeTable) -> None:
+    def fill_agreed(self, staging: Staging, table: FreezeTable, *, asks_to_join: bool) -> None:
         """What has to be the same on all ranks: thresholds, their negatives, a checksum, its own.
 
-        The ranks look for the largest of each; minus infinity leaves it to the others.
+        The last number is whether a rank needs another exchange of units. The ranks look for the
+        largest of each; minus infinity leaves it to the others.
         """
         taus, checksum = staging.units["tau"], table.checksum(taus=False)
         elsewhere = self.unit_rows["without_evidence"] < 0
         both = [np.where(elsewhere, -np.inf, x) for x in (taus, -taus)]
-        staging.agreed[:] = np.concatenate([*both, [checksum, -checksum]])
+        staging.agreed[:] = np.concatenate([*both, [checksum, -checksum, asks_to_join]])
 
     def adopt_agreed(self, largest: np.ndarray) -> bool:
         """Whether all ranks had the same; then every unit has the threshold of its ranks."""
         n = len(self.own_units)
-        taus, negatives, (checksum, negative) = np.split(largest, [n, 2 * n])
+        taus, negatives, (checksum, negative, _) = np.split(largest, [n, 2 * n])
         if checksum != -negative or not np.array_equal(taus, -negatives):
             return False
         for unit, tau in zip(self.own_units, taus.tolist(), strict=True):

@@ -52,11 +52,8 @@ class UnitMap:
 
     def is_current(self, groups: Groups) -> bool:
         """Whether a map made now would be the same."""
-        params = [p for group in groups for p in group["params"]]
         return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and _settings(groups) == self.settings
+            self.has_tensors_of(groups)
             and not any([p.requires_grad for p in self.untrained])
             and all(
                 [
@@ -64,6 +61,15 @@ class UnitMap:
                     for p, unit in zip(self.params, self.units, strict=True)
                 ]
             )
+        )
+
+    def has_tensors_of(self, groups: Groups) -> bool:
+        """Whether the groups have the tensors and settings that the map was made for."""
+        params = [p for group in groups for p in group["params"]]
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and _settings(groups) == self.settings
         )
 
     def by_group(self) -> Iterator[tuple[int, list[tuple[Tensor, Unit | None]]]]:
