@@ -148,7 +148,7 @@ class Ranks:
                     self._shards.setdefault(shards, []).append((unit, k))
 
     @property
-    def see_changes(self) -> bool:
+    def may_join(self) -> bool:
         """Whether a rank whose `requires_grad` flags change may exchange its units at once.
 
         Where ranks have units of their own the others do not see it: the next check tells them, and

@@ -129,7 +129,7 @@ class Freezer:
         self._adopt_state(optimizer)
         groups, ranks = optimizer.param_groups, self.ranks
         if not self.unit_map.is_current(groups):
-            if ranks is None or ranks.see_changes or not self.unit_map.has_tensors_of(groups):
+            if ranks is None or ranks.may_join or not self.unit_map.has_tensors_of(groups):
                 self.write_state(optimizer)
                 self.map_units(optimizer)
             else:

@@ -568,6 +568,33 @@ def absent_ranks():
         yield str(error)
 
 
+def units_of_one_rank_change():
+    """The error of a rank that waits in a check, and of one that waits in the exchange of units."""
+    own = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    settings = {"statistic": "norm", "grace_steps": 0, "stop_grad": False}
+    groups = [
+        {"params": [(f"blocks.{dist.get_rank()}.{name}.weight", x)], "tau": tau}
+        for name, x, tau in (("up", p, 0.0), ("down", q, None))
+    ]
+    optimizer = GradESAdamW(groups, **settings)
+    optimizer.process_group = own
+    p.grad = q.grad = torch.ones(4, 4)
+    dist.barrier()
+    optimizer.step()
+    if dist.get_rank() == 1:
+        optimizer.param_groups[1]["tau"] = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
+        return error_of(optimizer.step)
+
+
+def test_ranks_in_different_collectives_name_each_other():
+    (_, on_0), (_, on_1) = ranks.run(2, units_of_one_rank_change)
+    assert "step 2 of the optimizer failed on rank 0: rank 1 did not take part in its check" in on_0
+    assert "rank 0 did not take part in its exchange of units" in on_1
+
+
 def test_a_rank_that_takes_no_part_is_named():
     """Within the timeout of the group; the control is a failure that both ranks report."""
     (*errors, control), others = ranks.run(2, all_of, absent_ranks)
