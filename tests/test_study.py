@@ -57,6 +57,25 @@ def test_the_quick_study_runs_and_a_rerun_skips_its_rows(results, capsys):
     assert study_report.read("study-quick-runs") == rows
 
 
+@needs_transformers
+@pytest.mark.parametrize("rule", study.RULES)
+def test_pairs_of_lora_get_their_thresholds_and_spare_their_gradients(rule):
+    """Both factors have the threshold of their unit; a frozen pair spares both products."""
+    task, arm = study_tasks.QUICK["SmolLM2, LoRA"], study.Arm(rule=rule)
+    taus = study.taus_of(task, 1e-3, 1.0, arm)
+    setup = study.start(task, 0)
+    sizes = {name: p.numel() for name, p in setup.tensors}
+    assert set(taus) == set(sizes)
+    pair = list(sizes)[:2]
+    taus = {name: math.inf if name in pair else 0.0 for name in sizes}
+    done, optimizer = study.advance(setup, arm, 6, lr=1e-3, head=1.0, taus=taus)
+    (event,), units = optimizer.freeze_events, optimizer.monitored_units
+    assert len(units) == len(sizes) / 2
+    assert done["frozen"] == 1 / len(units)
+    spared = task.batch * task.length * sum(sizes[name] for name in pair) * (6 - event.step)
+    assert done["macs"] == pytest.approx(6 * study.multiply_adds(setup) - spared)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_arm_starts_from_the_same_weights_and_batches(name):
     task = study_tasks.QUICK[name]
