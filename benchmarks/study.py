@@ -33,7 +33,7 @@ from grades_kernels.freezing.naming import unit_of
 
 TUNING_SEED = 100
 EPS, BETAS = 1e-8, (0.9, 0.999)
-CHOICE_BATCHES = 8  # of choose_cut, whose choice the runs are judged by
+CHOICE_BATCHES = 12  # of choose_cut, whose choice the runs are judged by
 PROBES = 64  # batches of the longest probe; shorter ones are its beginning
 CHECKS = 8  # validations of a run that could be stopped early
 PATIENCE = 2
@@ -391,11 +391,17 @@ def choice_rows(job: Row) -> list[Row]:
     setup.freeze(None)
     torch.manual_seed(seed)
     few = list(batches(setup, 200_000, n, share))
+    passes: Counter[bool] = Counter()
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        passes[torch.is_grad_enabled()] += 1
+        return setup.loss(model, batch)
+
     began = time.process_time()
-    cut = choose_cut(setup.model, setup.loss, few, n_batches=n, tied="freeze")
+    cut = choose_cut(setup.model, loss, few, n_batches=n, tied="freeze")
     spent = {"seconds": time.process_time() - began}
-    # Ten more passes count the cost of the cuts.
-    spent["macs"] = (n + 10) * share * _counted(task, None, True)
+    costs = {backward: _counted(task, None, backward) for backward in passes}
+    spent["macs"] = share * sum(n * costs[backward] for backward, n in passes.items())
     return _cut_rows(job, n, "choose_cut", cut.candidates, cut.k, spent)
 
 

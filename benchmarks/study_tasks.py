@@ -72,7 +72,7 @@ class Task:
     tunings: tuple[float, ...] = (1,)
     heads: tuple[float, ...] = (1.0,)
     choice: float = 1.0
-    probes: tuple[float, ...] = (0.25,)
+    probes: tuple[float, ...] = (0.25, 1.0)
     per_class: int = 0
     head_steps: int = 0
     pace: tuple[tuple[int, float], ...] = ()
@@ -106,10 +106,8 @@ _SMOLLM2 = Task(
 )
 _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0, 1, 2, 3))
 TASKS = {
-    "MiniLM, new head": replace(_MINILM, longer=(8,), probes=(0.25, 1.0), tunings=(1, 2, 4)),
-    "bytes": replace(
-        _BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, probes=(0.25, 1.0), tunings=(1, 2, 4)
-    ),
+    "MiniLM, new head": replace(_MINILM, longer=(8,), tunings=(1, 2, 4)),
+    "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, tunings=(1, 2, 4)),
     "SmolLM2, next token": replace(
         _SMOLLM2,
         longer=(4,),

@@ -87,7 +87,7 @@ class Deep(Regression):
         x, y = batch
         for block in self.blocks:
             x = torch.tanh(block(x))
-        loss = self.loss(x, y)
+        loss = self.loss(x, y + 3.0)  # which the last bias learns
         self.log("loss", loss)
         return {"loss": loss}
 

@@ -1,13 +1,13 @@
-"""choose_cut: measure what every block would gain and cost, before the first step.
+"""choose_cut: measure what a step with every cut would gain and cost, before the first step.
 
-P of a tensor is the mean over a few batches of
+A first part of the batches gives the direction of AdamW's step, with the weights left as they are.
+A trial step along it is then taken above every cut, and its gain is what it takes from the loss of
+the other batches, which the direction does not know. G(k) is the gain above a cut of k blocks as a
+share of the gain without a cut, c(k) the cost of a training step with that cut; the cut with the
+largest G / c gains most per compute.
 
-    sum g_t * m_hat_{t-1} / (sqrt(v_hat_{t-1}) + eps)
-
-with the weights left as they are: the loss that AdamW's step would gain per learning rate, to first
-order. The moments do not know the batch of g_t, so noise has a mean of zero. G(k) is the share of P
-above cut k, c(k) the cost of a step with that cut; the cut with the largest G / c gains most per
-compute.
+From the gradients alone the gain would follow to first order, which misleads: the low blocks gain
+most per learning rate and are the first to overshoot.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from __future__ import annotations
 import math
 import random
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from functools import partial
-from itertools import accumulate
+from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -30,18 +28,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_initialized
-from ..freezing.table import MAX_HISTORY_ROWS
-from ..optimizer import GradESAdamW
+from ..freezing.config import check_integer
 from ..release import ReentrantDetector
 from ..report.tables import standard_error
 from ..state_tensors import local
 from .blocks import Stack, below_the_blocks, find_stack, trainable
-from .cut import NO_REENTRANT, Candidate, Cut, disable_input_grads
+from .costs import between, spread, step_costs
+from .cut import NO_REENTRANT, Candidate, Cut
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-MEASURED_PLACES = 3
-"""Cuts whose cost is measured; in between it is interpolated by the sizes of the blocks."""
+MEASURED_GAINS = 8
+"""Cuts above which a trial step is taken; in between its gain is interpolated."""
 
 
 def choose_cut(
@@ -49,7 +47,7 @@ def choose_cut(
     loss: Loss,
     batches: Iterable[Any],
     *,
-    n_batches: int = 16,
+    n_batches: int = 12,
     blocks: str | None = None,
     tied: str = "train",
     cost: str = "count",
@@ -59,17 +57,16 @@ def choose_cut(
     """Choose how many of the lowest blocks not to train, by predicted gain per compute.
 
     Weights, gradients, buffers, flags, and the states of random generators are afterwards what they
-    were. It takes `n_batches` steps and some five more to find costs, and for that time two moments
-    and a copy of the trained weights. In a job of several processes all of them call it together,
-    each with its own batches, and get the same cut; the model may be wrapped by DDP or FSDP2.
+    were. It takes about twice the time of `n_batches` steps, and for that time two moments and a
+    copy of the trained weights. In a job of several processes all of them call it together, each
+    with its own batches, and get the same cut; the model may be wrapped by DDP or FSDP2.
 
     Args:
         model: The model, in the mode in which it will be trained.
         loss: `loss(model, batch)` returns the loss that is trained, a scalar; with autocast, if
             that is used.
-        batches: Batches of the training, a fresh one for every probe step; a DataLoader for
-            example.
-        n_batches: Batches to probe, from 4 to 512.
+        batches: Batches of the training, each of other examples; a DataLoader for example.
+        n_batches: Batches to read, at least 4. The last third measures what trial steps gain.
         blocks: Path of the blocks to cut, where a model has several stacks of them.
         tied: "train" (default) keeps an embedding that is also the head in training, although the
             backward pass then has to reach the lowest block for its other half, which the cost
@@ -91,14 +88,11 @@ def choose_cut(
         raise ValueError(f"Invalid tied: {tied!r} (choose 'train' or 'freeze')")
     if cost not in ("count", "time"):
         raise ValueError(f"Invalid cost: {cost!r} (choose 'count' or 'time')")
-    if not isinstance(n_batches, int) or not 4 <= n_batches <= MAX_HISTORY_ROWS:
-        raise ValueError(
-            f"Invalid n_batches: {n_batches!r} (must be an integer from 4 to {MAX_HISTORY_ROWS})"
-        )
+    check_integer("n_batches", n_batches, 4)
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
     with _unchanged(inner) as repeat_random_numbers:
-        first, steps = _probe(model, loss, batches, n_batches, stack, betas, eps)
+        first, fresh, steps = _direction(model, loss, batches, n_batches, stack, betas, eps)
 
         def backward() -> None:
             inner.zero_grad()
@@ -125,16 +119,26 @@ def choose_cut(
             ),
         )
         places = _places(segments, len(names))
-        costs = _costs(inner, stack, backward, segments, places, cost)
-    gains = _by_segment(steps, segments)
+
+        def losses() -> Tensor:
+            repeat_random_numbers()
+            return torch.stack(
+                [
+                    _scalar(loss(inner, deepcopy(batch)), f"batch {n}").detach().float().reshape(())
+                    for n, batch in fresh.items()
+                ]
+            )
+
+        gains = _gains(inner, losses, steps, segments, places)
+        costs = _of_rank_0(step_costs(inner, stack, backward, segments, places, cost))
     candidates = tuple(_candidate(gains, k, costs[k]) for k in places)
-    k, reason = _choice(candidates, gains)
+    k, reason = _choice(candidates, gains[None])
     return Cut(
         k=k,
         stack=stack.name,
         candidates=candidates,
         segments=segments,
-        gains=tuple(fmean(column) for column in zip(*gains, strict=True)),
+        gains=_by_segment(gains, segments, len(names)),
         shapes=tuple((name, tuple(p.shape)) for name, p in names.items()),
         reason=reason,
         tied=tuple(shared) if tied == "train" else (),
@@ -144,7 +148,7 @@ def choose_cut(
 # Gains
 
 
-def _probe(
+def _direction(
     model: nn.Module,
     loss: Loss,
     batches: Iterable[Any],
@@ -152,23 +156,21 @@ def _probe(
     stack: Stack,
     betas: tuple[float, float],
     eps: float,
-) -> tuple[Any, list[dict[str, float]]]:
-    """The first batch, and the gain of every tensor in each probe step but the first.
+) -> tuple[Any, dict[int, Any], dict[str, Tensor]]:
+    """The first batch, those left for the trials by number, and AdamW's step per learning rate.
 
-    The optimizer steps copies of the weights, so that those of the model are never written.
+    The optimizer steps copies of the weights, so that those of the model are not written.
     """
     named = trainable(_unwrapped(model))
     copies = {name: _real(p.detach()).clone() for name, p in named.items()}
-    for copy in copies.values():
-        copy.requires_grad_(True)
-    # By their own names the factors of a LoRA update would be one unit, which is void while B = 0.
-    numbered = [(f"tensor{i}", copy) for i, copy in enumerate(copies.values())]
-    group = {"params": numbered, "tau": 0.0, "statistic": "gain", "monitor_all": True}
-    optimizer = GradESAdamW([group], lr=0.0, betas=betas, eps=eps, grace_steps=0)
+    optimizer = torch.optim.AdamW(copies.values(), lr=0.0, betas=betas, eps=eps)
     detector = ReentrantDetector(stack.params)
-    first, n = None, 0
+    first, fresh, n = None, {}, 0
     try:
         for n, batch in zip(range(1, n_batches + 1), batches, strict=False):
+            if n > n_batches - max(2, n_batches // 3):
+                fresh[n] = batch
+                continue
             first = deepcopy(batch) if n == 1 else first
             model.zero_grad()
             _loss_of(loss, model, batch, f"batch {n}").backward()
@@ -186,28 +188,122 @@ def _probe(
             f"batches: {n} instead of n_batches={n_batches}. Pass more batches, each of other "
             "examples, or a smaller n_batches."
         )
-    # A step without evidence for a tensor, its gradient being zero, gains nothing there.
-    rows, names = dict(optimizer.report().history), list(copies)
-    measured = [names[int(unit.removeprefix("tensor"))] for unit in optimizer.monitored_units]
-    steps = [rows.get(t, [math.nan] * len(measured)) for t in range(2, n + 1)]
-    return first, [
-        {name: 0.0 if math.isnan(x) else x for name, x in zip(measured, step, strict=True)}
-        for step in steps
-    ]
+    steps = {}
+    for name, copy in copies.items():
+        if own := optimizer.state.get(copy):
+            m_scale, v_scale = (1 - beta ** float(own["step"]) for beta in betas)
+            denominator = (own.pop("exp_avg_sq").float() / v_scale).sqrt_().add_(eps)
+            steps[name] = (own.pop("exp_avg") / m_scale / denominator).to(copy.dtype)
+    return first, fresh, steps
+
+
+def _gains(
+    model: nn.Module,
+    losses: Callable[[], Tensor],
+    steps: dict[str, Tensor],
+    segments: Sequence[Sequence[str]],
+    places: Sequence[int | None],
+) -> dict[int | None, list[float]]:
+    """What a trial step with every cut takes from the loss of each fresh batch; same on all ranks.
+
+    All have one learning rate: it is doubled as long as that makes the gain without a cut half as
+    large again, which ends at 0.4 to 0.8 of the best one where the loss is a parabola.
+
+    Args:
+        model: The model; its weights are afterwards what they were.
+        losses: Returns the losses of the fresh batches, the same for the same weights.
+        steps: The step of every tensor that has one, per learning rate.
+        segments: Names of the tensors below the blocks and of every block.
+        places: The cuts to compare, None among them.
+    """
+    _reshard(model)
+    params = {name: _real(p.detach()) for name, p in trainable(model).items()}
+    before = {name: p.clone() for name, p in params.items()}
+    segment_of = {name: k for k, segment in enumerate(segments) for name in segment}
+
+    def write(lr: float, k: int | None) -> None:
+        for name, p in params.items():
+            p.copy_(before[name])
+            if lr and name in steps and (k is None or segment_of.get(name, math.inf) > k):
+                p.sub_(steps[name], alpha=lr)
+
+    @torch.no_grad()
+    def losses_after(lr: float, k: int | None = None) -> Tensor:
+        write(lr, k)
+        found = losses()
+        _reshard(model)
+        _average([found])
+        return found
+
+    @cache
+    def gain(exponent: int, k: int | None = None) -> list[float]:
+        return (base - losses_after(2.0**exponent, k)).tolist()
+
+    def doubling_pays(exponent: int) -> bool:
+        once, twice = fmean(gain(exponent)), fmean(gain(exponent + 1))
+        return once > 0 and twice >= 1.5 * once
+
+    try:
+        base = losses_after(0.0)
+        if not base.isfinite().all():
+            raise ValueError(
+                f"loss(model, batch) is {base.tolist()} of the last batches: the probe has stopped."
+            )
+        exponent = -10
+        while exponent < 6 and doubling_pays(exponent):
+            exponent += 1
+        while exponent > -16 and not doubling_pays(exponent - 1):
+            exponent -= 1
+        cuts = [k for k in places if k is not None]
+        measured = {k: gain(exponent, k) for k in spread(cuts, MEASURED_GAINS)}
+        gains: dict[int | None, list[float]] = {None: gain(exponent)}
+    finally:
+        with torch.no_grad():
+            write(0.0, None)
+    for k in cuts:
+        rows = [{i: row[n] for i, row in measured.items()} for n in range(len(gains[None]))]
+        gains[k] = [between(row, range(len(segments)), k) for row in rows]
+    return gains
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 gather the weights anew: after a pass without gradients it keeps those it has."""
+    for module in model.modules():
+        if hasattr(type(module), "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def _by_segment(
+    gains: dict[int | None, list[float]], segments: Sequence[Sequence[str]], n_tensors: int
+) -> tuple[float, ...]:
+    """The mean gain of the tensors below the blocks, of every block, and above."""
+    result = [0.0] * (len(segments) + 1)
+    left = fmean(gains[None])
+    for k, row in gains.items():
+        if k is not None:
+            result[k] = left - fmean(row)
+            left = fmean(row)
+    filled = [k for k, segment in enumerate(segments) if segment]
+    result[-1 if n_tensors > sum(map(len, segments)) else filled[-1]] = left
+    return tuple(result)
 
 
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x  # as torch's AdamW does
 
 
-def _loss_of(loss: Loss, model: nn.Module, batch: Any, where: str) -> Tensor:
-    value = loss(model, batch)
+def _scalar(value: Any, where: str) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"loss(model, batch) must return a scalar tensor; {where} gave {found}. Return the "
             "loss alone, such as model(**batch).loss."
         )
+    return value
+
+
+def _loss_of(loss: Loss, model: nn.Module, batch: Any, where: str) -> Tensor:
+    value = _scalar(loss(model, batch), where)
     if not value.requires_grad:
         raise ValueError(f"loss(model, batch) of {where} depends on no tensor that trains.")
     if not math.isfinite(value.item()):
@@ -252,7 +348,7 @@ def _of_rank_0(value: Any) -> Any:
     return values[0]
 
 
-# Costs
+# The choice
 
 
 def _places(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int | None]:
@@ -266,124 +362,26 @@ def _places(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int | Non
     return places
 
 
-def _costs(
-    model: nn.Module,
-    stack: Stack,
-    backward: Callable[[], None],
-    segments: Sequence[Sequence[str]],
-    places: Sequence[int | None],
-    kind: str,
-) -> dict[int | None, float]:
-    """The cost of forward and backward pass with every cut, relative to none; same on all ranks."""
-    cuts = [k for k in places if k is not None]
-    n = min(len(cuts), MEASURED_PLACES)
-    chosen = {cuts[round(i * (len(cuts) - 1) / max(1, n - 1))] for i in range(n)}
-    params = trainable(model)
-    measure = _multiply_adds if kind == "count" else _seconds
-    whole, sizes = measure(backward, stack.blocks)
-    if not whole:
-        raise ValueError(
-            "cost='count': no multiply-adds were seen; code that torch.compile has compiled hides "
-            "them. Use cost='time'."
-        )
-    measured: dict[int, float] = {}
-    having = disable_input_grads(model)
-    try:
-        for k in sorted(chosen):
-            for segment in segments[: k + 1]:
-                for name in segment:
-                    params[name].requires_grad_(False)
-            measured[k] = measure(backward, ())[0] / whole
-    finally:
-        for module in having:
-            module.enable_input_require_grads()  # type: ignore[operator]
-    costs: dict[int | None, float] = {None: 1.0}
-    size = list(accumulate(sizes, initial=0.0))  # of the blocks below a cut
-    for k in cuts:
-        low, high = max(x for x in measured if x <= k), min(x for x in measured if x >= k)
-        part = (size[k] - size[low]) / (size[high] - size[low]) if high > low else 0.0
-        costs[k] = measured[low] + part * (measured[high] - measured[low])
-    return _of_rank_0(costs)
-
-
-def _multiply_adds(
-    backward: Callable[[], None], blocks: Sequence[nn.Module]
-) -> tuple[float, list[float]]:
-    """Those of all, and of the forward pass of every block."""
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import
-
-    begun, sizes = [0] * len(blocks), [1.0] * len(blocks)  # 1: no block has the size zero
-
-    def begin(k: int, *_: Any) -> None:
-        begun[k] = counter.get_total_flops()
-
-    def end(k: int, *_: Any) -> None:
-        sizes[k] = 1.0 + counter.get_total_flops() - begun[k]
-
-    with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
-        for k, block in enumerate(blocks):
-            hooks.callback(block.register_forward_pre_hook(partial(begin, k)).remove)
-            hooks.callback(block.register_forward_hook(partial(end, k)).remove)
-        backward()
-    return float(counter.get_total_flops()), sizes
-
-
-def _seconds(
-    backward: Callable[[], None], blocks: Sequence[nn.Module]
-) -> tuple[float, list[float]]:
-    """The smaller of two times; blocks count as equal, since hooks would disturb the time."""
-
-    def now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    def once() -> float:
-        start = now()
-        backward()
-        return now() - start
-
-    return min(once(), once()), [1.0] * len(blocks)
-
-
-# The choice
-
-
-def _by_segment(
-    steps: Sequence[dict[str, float]], segments: Sequence[Sequence[str]]
-) -> list[list[float]]:
-    """Per probe step the gain below the blocks, of every block, and above."""
-    rows = []
-    for step in steps:
-        own = [math.fsum(step[name] for name in segment) for segment in segments]
-        rows.append([*own, math.fsum(step.values()) - math.fsum(own)])
-    return rows
-
-
-def _candidate(gains: Sequence[Sequence[float]], k: int | None, cost: float) -> Candidate:
-    first = 0 if k is None else k + 1
-    whole = [math.fsum(row) for row in gains]
-    left = [math.fsum(row[first:]) for row in gains]
+def _candidate(gains: dict[int | None, list[float]], k: int | None, cost: float) -> Candidate:
+    whole, left = gains[None], gains[k]
 
     def share(without: int | None = None) -> float:
-        kept = [i for i in range(len(gains)) if i != without]
+        kept = [i for i in range(len(whole)) if i != without]
         total = math.fsum(whole[i] for i in kept)
         return math.fsum(left[i] for i in kept) / total if total else math.nan
 
     # The jackknife, since the share is a quotient of two means.
-    n = len(gains)
+    n = len(whole)
     parts = [share(i) for i in range(n)]
     variance = (n - 1) / n * math.fsum((x - fmean(parts)) ** 2 for x in parts)
     ratio = share() / cost
     return Candidate(k, share(), cost, ratio, math.sqrt(variance) / cost)
 
 
-def _choice(
-    candidates: Sequence[Candidate], gains: Sequence[Sequence[float]]
-) -> tuple[int | None, str]:
-    totals = [math.fsum(row) for row in gains]
-    if not fmean(totals) > standard_error(totals):
-        return None, "the probe saw no gain beyond its noise; more batches may show one"
+def _choice(candidates: Sequence[Candidate], gains: Sequence[float]) -> tuple[int | None, str]:
+    """The best cut and the reason; `gains` are those of the step without a cut, by batch."""
+    if not fmean(gains) > standard_error(gains):
+        return None, "the trial step gained nothing beyond its noise; more batches may show more"
     best = max(candidates, key=lambda x: x.ratio)
     if best.k is None:
         return None, "every cut loses more of the gain than of the cost"

@@ -30,10 +30,10 @@ class Candidate(NamedTuple):
 
     Attributes:
         k: Frozen blocks, counted from the lowest; 0: only what lies below the blocks; None: no cut.
-        gain: Share of the predicted gain that is left above the cut, at most 1.
+        gain: Gain of a step with the cut as a share of that without: what it takes from the loss.
         cost: Forward and backward pass of a step as a share of that without a cut.
-        ratio: `gain / cost`: predicted gain per compute, relative to no cut.
-        error: Standard error of `ratio` over the probe's batches.
+        ratio: `gain / cost`: gain per compute, relative to no cut.
+        error: Standard error of `ratio` over the batches that measured it.
     """
 
     k: int | None
@@ -55,7 +55,8 @@ class Cut:
         stack: Where the blocks are, "encoder.layer" for example.
         candidates: All places that were compared.
         segments: Names of the tensors below the blocks, then those of every block, lowest first.
-        gains: Predicted gain of a step per learning rate: below the blocks, of every block, above.
+        gains: What a trial step takes from the loss, less what it takes without the tensors below
+            the blocks, then without every block too; last what those above take alone.
         shapes: Every trained tensor of the model with its shape.
         reason: Why this one was chosen, in one sentence.
         tied: Names of embeddings that are the head as well and go on training above the cut, so
@@ -177,7 +178,7 @@ class Cut:
             [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
             for name, gain in zip(names, self.gains, strict=True)
         ]
-        title = "Predicted gain of a step per learning rate, by block"
+        title = "What a trial step takes from the loss, by block"
         shares = Table(title, ["block", "gain", "share"], rows, left=["block"])
         return "\n\n".join(["\n".join(lines), layout(places), layout(shares)])
 
@@ -224,7 +225,7 @@ class Cut:
         names = ["below", *map(str, range(self.n_blocks)), "above"]
         left.bar(range(len(names)), [gain / total for gain in self.gains], color="#117733")
         left.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
-        left.set_title("Share of the predicted gain, by block", loc="left")
+        left.set_title("Share of the gain, by block", loc="left")
         cuts, gains, costs, ratios, errors = zip(*self.candidates, strict=True)
         x, places = range(len(cuts)), ["none" if k is None else str(k) for k in cuts]
         middle.plot(x, gains, "o-", color="#117733", label="gain left")

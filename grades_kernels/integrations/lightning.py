@@ -43,7 +43,7 @@ class GradESCallback(Callback):
     or to `default_root_dir`; with several optimizers, to "optimizer0", "optimizer1", ... in it.
 
     Args:
-        cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 16
+        cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 12
             of the Trainer's batches, before `configure_optimizers` is called; a dict does so with
             other options of `choose_cut`. A `Cut` is applied as it is, which is how a run is
             resumed. None: everything trains.

@@ -47,7 +47,7 @@ def add_grades(
 
     Args:
         trainer: A Trainer, or one of a class derived from it (TRL's SFTTrainer), before `train()`.
-        cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 16
+        cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 12
             of the Trainer's batches, and applies it now; a dict does so with other options of
             `choose_cut`, for example `{"blocks": "encoder.block"}`. A `Cut` is applied as it is,
             which is how a run is resumed: `Cut.load(output_dir + "/grades_cut.json")`. None:
