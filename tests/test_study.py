@@ -181,13 +181,15 @@ def test_missing_data_and_packages_are_named(tmp_path, monkeypatch):
         study_tasks.package_folder("no_such_package")
 
 
-def test_nouns_are_read_with_their_class(tmp_path, monkeypatch):
-    line = "00001740 03 n 01 blue_tit 0 000 | a small bird  \n"
-    (tmp_path / "data.noun").write_text("  1 licence\n" + line)
+def test_words_are_read_with_their_class(tmp_path, monkeypatch):
+    noun = "00001740 03 n 01 blue_tit 0 000 | a small bird  \n"
+    (tmp_path / "data.noun").write_text("  1 licence\n" + noun)
+    (tmp_path / "data.verb").write_text("00001740 31 v 01 doubt 0 000 | be unsure\n")
     monkeypatch.setenv("WORDNET", str(tmp_path))
-    study_tasks.nouns.cache_clear()
-    assert study_tasks.nouns() == [("blue tit", 0, "a small bird")]
-    study_tasks.nouns.cache_clear()
+    study_tasks.words.cache_clear()
+    assert study_tasks.words("noun") == [("blue tit", 0, "a small bird")]
+    assert study_tasks.words("verb") == [("doubt", 2, "be unsure")]
+    study_tasks.words.cache_clear()
 
 
 @needs_transformers
