@@ -64,7 +64,7 @@ def choose_cut(
     Args:
         model: The model, in the mode in which it will be trained.
         loss: `loss(model, batch)` returns the loss that is trained, a scalar; with autocast, if
-            that is used.
+            that is used. It is called under `torch.no_grad` too.
         batches: Batches of the training, each of other examples; a DataLoader for example.
         n_batches: Batches to read, at least 4. The last third measures what trial steps gain.
         blocks: Path of the blocks to cut, where a model has several stacks of them.
@@ -226,6 +226,7 @@ def _gains(
             p.copy_(before[name])
             if lr and name in steps and (k is None or segment_of.get(name, math.inf) > k):
                 p.sub_(steps[name], alpha=lr)
+        torch.clear_autocast_cache()  # autocast around the call would keep the former weights
 
     @torch.no_grad()
     def losses_after(lr: float, k: int | None = None) -> Tensor:
@@ -385,7 +386,7 @@ def _choice(candidates: Sequence[Candidate], gains: Sequence[float]) -> tuple[in
     best = max(candidates, key=lambda x: x.ratio)
     if best.k is None:
         return None, "every cut loses more of the gain than of the cost"
-    if best.ratio - 1 <= best.error:
+    if not best.ratio - 1 > best.error:  # nor if the error is NaN
         return None, (
             f"k={best.k} is better than no cut by {best.ratio - 1:.3f}, which is within the "
             f"standard error of {best.error:.3f}"
