@@ -369,7 +369,7 @@ def probe_rows(job: Row) -> list[Row]:
     cuts = [None, *range(max(setup.parts()))]
     costs = [_counted(task, k, True) for k in cuts]
     torch.manual_seed(seed)
-    values, seconds, macs = probe(setup, PROBES if not task.quick else 8, share)
+    values, seconds, macs = probe(setup, job["batches"], share)
     rows, n = [], len(values) + 1
     while n >= 8:
         spent = {"seconds": seconds * n / (len(values) + 1), "macs": macs * n / (len(values) + 1)}
@@ -386,7 +386,7 @@ def probe_rows(job: Row) -> list[Row]:
 def choice_rows(job: Row) -> list[Row]:
     """Rows of all cuts that `choose_cut` compared; its whole time is that of the probe."""
     torch.set_num_threads(1)
-    task, seed, share, n = job["settings"], job["seed"], job["share"], CHOICE_BATCHES
+    task, seed, share, n = job["settings"], job["seed"], job["share"], job["batches"]
     setup = start(task, seed)
     setup.freeze(None)
     torch.manual_seed(seed)
@@ -483,14 +483,20 @@ class Study:
     def probe(self, name: str) -> None:
         task = self.tasks[name]
         rows = [row for row in read(f"{self.name}-probe") if row["task"] == name]
-        for function, library in ((choice_rows, True), (probe_rows, False)):
-            mine = [row for row in rows if (row["variant"] == "choose_cut") == library]
-            done = {(row["seed"], row["batch_share"]) for row in mine}
+        less = [share for share in task.probes if share < task.choice]
+        chosen = [(n, share) for share in less for n in (CHOICE_BATCHES, 4 * CHOICE_BATCHES)]
+        probed = [(8 if task.quick else PROBES, share) for share in task.probes]
+        for function, variant, sizes in (
+            (choice_rows, "choose_cut", [(CHOICE_BATCHES, task.choice), *chosen]),
+            (probe_rows, "sum", probed),
+        ):
+            mine = [row for row in rows if row["variant"] == variant]
+            done = {(row["seed"], row["batches"], row["batch_share"]) for row in mine}
             jobs = [
-                {"task": name, "settings": task, "seed": seed, "share": share}
+                {"task": name, "settings": task, "seed": seed, "batches": n, "share": share}
                 for seed in task.seeds
-                for share in ((task.choice,) if library else task.probes)
-                if (seed, share) not in done
+                for n, share in sizes
+                if (seed, n, share) not in done
             ]
             self._all(function, jobs, "probe")
 
