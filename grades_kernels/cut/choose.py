@@ -226,13 +226,13 @@ def _gains(
             p.copy_(before[name])
             if lr and name in steps and (k is None or segment_of.get(name, math.inf) > k):
                 p.sub_(steps[name], alpha=lr)
+        _reshard(model)
         torch.clear_autocast_cache()  # autocast around the call would keep the former weights
 
     @torch.no_grad()
     def losses_after(lr: float, k: int | None = None) -> Tensor:
         write(lr, k)
         found = losses()
-        _reshard(model)
         _average([found])
         return found
 
@@ -389,7 +389,7 @@ def _choice(candidates: Sequence[Candidate], gains: Sequence[float]) -> tuple[in
     if not best.ratio - 1 > best.error:  # nor if the error is NaN
         return None, (
             f"k={best.k} is better than no cut by {best.ratio - 1:.3f}, which is within the "
-            f"standard error of {best.error:.3f}"
+            f"standard error of {best.error:.3f}; more batches would make it smaller"
         )
     return best.k, (
         f"k={best.k} keeps {best.gain:.0%} of the gain for {best.cost:.0%} of the cost, "
