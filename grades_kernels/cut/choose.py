@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_initialized
-from ..freezing.config import check_integer
+from ..freezing.config import check_choice, check_integer
 from ..release import ReentrantDetector
 from ..report.tables import standard_error
 from ..state_tensors import local
@@ -84,10 +84,8 @@ def choose_cut(
             few batches; a loss that is no finite scalar or does not depend on the blocks; a
             gradient that is not finite; reentrant activation checkpointing.
     """
-    if tied not in ("train", "freeze"):
-        raise ValueError(f"Invalid tied: {tied!r} (choose 'train' or 'freeze')")
-    if cost not in ("count", "time"):
-        raise ValueError(f"Invalid cost: {cost!r} (choose 'count' or 'time')")
+    check_choice("tied", tied, ("train", "freeze"))
+    check_choice("cost", cost, ("count", "time"))
     check_integer("n_batches", n_batches, 4)
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
@@ -107,17 +105,7 @@ def choose_cut(
         names = trainable(inner)
         if tied == "freeze":
             below += shared
-        # A tensor of several blocks trains as long as one of them does.
-        highest: dict[Tensor, int] = {
-            p: k for k, block in enumerate(stack.blocks) for p in block.parameters()
-        }
-        segments: tuple[tuple[str, ...], ...] = (
-            tuple(below),
-            *(
-                tuple(name for name, p in names.items() if highest.get(p) == k)
-                for k in range(len(stack.blocks))
-            ),
-        )
+        segments = _segments(stack, below, names)
         places = _places(segments, len(names))
 
         def losses() -> Tensor:
@@ -350,6 +338,20 @@ def _of_rank_0(value: Any) -> Any:
 
 
 # The choice
+
+
+def _segments(
+    stack: Stack, below: Sequence[str], names: dict[str, Tensor]
+) -> tuple[tuple[str, ...], ...]:
+    """Names of the tensors below the blocks and of every block, a shared one with the highest."""
+    highest: dict[Tensor, int] = {
+        p: k for k, block in enumerate(stack.blocks) for p in block.parameters()
+    }
+    blocks = range(len(stack.blocks))
+    return (
+        tuple(below),
+        *(tuple(n for n, p in names.items() if highest.get(p) == k) for k in blocks),
+    )
 
 
 def _places(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int | None]:
