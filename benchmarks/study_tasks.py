@@ -314,7 +314,7 @@ def _classification(task: Task, seed: int) -> Setup:
     if task.per_class:
         shuffled = training[torch.randperm(len(training))]
         training = torch.cat(
-            [shuffled[data[2][shuffled] == c][: task.per_class] for c in range(26)]
+            [shuffled[data[2][shuffled] == c][: task.per_class] for c in range(config.num_labels)]
         )
     indices = drawn(len(training), task, seed)
 

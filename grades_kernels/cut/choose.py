@@ -55,7 +55,7 @@ def choose_cut(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> Cut:
-    """Choose how many of the lowest blocks not to train, by predicted gain per compute.
+    """Choose how many of the lowest blocks not to train, by gain per compute of trial steps.
 
     Weights, gradients, buffers, flags, and the states of random generators are afterwards what they
     were. It takes about 2.5 times the time of `n_batches` steps, and for that time the memory of
@@ -250,8 +250,8 @@ def _gains(
     finally:
         with torch.no_grad():
             write(0.0, None)
+    rows = [dict(zip(measured, row, strict=True)) for row in zip(*measured.values(), strict=True)]
     for k in cuts:
-        rows = [{i: row[n] for i, row in measured.items()} for n in range(len(gains[None]))]
         gains[k] = [between(row, range(len(segments)), k) for row in rows]
     return gains
 

@@ -60,10 +60,8 @@ def step_costs(
     finally:
         for module in having:
             module.enable_input_require_grads()  # type: ignore[operator]
-    costs: dict[int | None, float] = {None: 1.0}
     size = list(accumulate(sizes, initial=0.0))  # of the blocks below a cut
-    costs |= {k: between(measured, size, k) for k in cuts}
-    return costs
+    return {None: 1.0, **{k: between(measured, size, k) for k in cuts}}
 
 
 def _multiply_adds(
