@@ -208,6 +208,8 @@ def test_a_gain_within_the_noise_does_not_count():
     assert "Cheaper steps" in labels(calm.paid) and "Cheaper steps" in labels(noisy.did_not_pay)
     assert "20.0%" in noisy.remark and "trust the steps" in noisy.remark
     assert "trust the steps" not in calm.remark
+    faster = compare(a_run(), a_run(), a_run(seconds=0.75, n_units=10), a_run())
+    assert "25.0%" in faster.remark and "trust the steps" in faster.remark  # nothing was frozen
 
 
 def test_losses_within_the_tolerance_count_as_equal():
