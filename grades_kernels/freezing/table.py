@@ -214,13 +214,14 @@ class FreezeTable:
 
     def all_frozen(self, t: int | None = None) -> bool:
         """Whether there is a unit and every one was frozen at step `t` (None: is frozen now)."""
-        last = self.t if t is None else t
-        return bool(self.units) and all(NEVER < unit.frozen_at <= last for unit in self.units)
+        frozen_at = [unit.frozen_at for unit in self.units] or [NEVER]
+        return NEVER < min(frozen_at) and max(frozen_at) <= (self.t if t is None else t)
 
     def begin_step(self) -> int:
         """Count a step and apply what earlier decisions lead to; returns the step `t`."""
         self.t += 1
-        n, n_decided = len(self.units), len([u for u in self.units if u.decided_at != NEVER])
+        n = len(self.units)
+        n_decided = n - [unit.decided_at for unit in self.units].count(NEVER)
         if n_decided < n and n_decided / n >= self.config.max_frozen:
             for unit in self.units:
                 if not unit.is_decided:
