@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import harness
 from grades_kernels import GradESAdamW
 from grades_kernels.freezing.config import TIMINGS
-from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import STATISTICS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEASURED = [  # how far a weight moves is known after the update alone

@@ -45,7 +45,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import harness
 from grades_kernels.backends.triton_tables import FIELDS
-from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import STATISTICS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

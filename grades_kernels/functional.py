@@ -8,7 +8,7 @@ from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_
 from .backends.select import choose, run_tasks_of
 from .backends.step_tensors import check_capturable, with_local_shards
 from .backends.tasks import GroupOptions, StepTensors
-from .freezing.table import FreezeConfig, FreezeTable, Unit
+from .freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
 
 
 def grades_adamw(
@@ -146,8 +146,8 @@ def _check_unit(unit: Unit, prev_grad: Tensor | None, config: FreezeConfig) -> N
             f"unit {unit.name!r} measures 'change' but has no prev_grads buffer: pass a tensor of "
             "the gradient's shape and dtype, or use 'norm' or 'momentum'."
         )
-    if unit.statistic == "weight_change" and config.freeze_timing != "next_step":
+    if STATISTICS[unit.statistic].of_update and config.freeze_timing != "next_step":
         raise ValueError(
-            f"unit {unit.name!r} measures 'weight_change', which needs a table whose config has "
+            f"unit {unit.name!r} measures {unit.statistic!r}, which needs a table whose config has "
             "freeze_timing='next_step'."
         )

@@ -15,7 +15,7 @@ import torch
 
 from grades_kernels import checkpoint, distributed, freezer, optimizer, release
 from grades_kernels.backends import host_step, reference, select, step_tensors
-from grades_kernels.backends.tasks import STATISTIC_BITS, STATISTIC_CODES
+from grades_kernels.backends.tasks import STATISTIC_BITS
 from grades_kernels.freezing import config, table
 from grades_kernels.freezing.table import FreezeConfig, FreezeTable
 
@@ -176,7 +176,7 @@ def measuring(name, change, *tests):
 
 
 def with_new_moment(tensors, i, statistic, options):
-    if statistic == STATISTIC_CODES["momentum"] and tensors.state_steps[i] > 0:
+    if statistic == table.STATISTICS["momentum"].code and tensors.state_steps[i] > 0:
         grad = -tensors.grads[i] if options.maximize else tensors.grads[i]
         moments = list(tensors.exp_avgs)
         moments[i] = moments[i].lerp(grad, 1 - options.beta1)
@@ -212,7 +212,7 @@ def _(real):
     def measure(tensors, i, statistic, options):
         numerator, denominator, magnitude = real(tensors, i, statistic, options)
         step = tensors.state_steps[i].item()
-        if statistic == STATISTIC_CODES["signal"] and step > 0:
+        if statistic == table.STATISTICS["signal"].code and step > 0:
             denominator = denominator * (1 - float(options.beta2) ** step)
         return numerator, denominator, magnitude
 
@@ -222,7 +222,7 @@ def _(real):
 @wrapping("gain against the sign of maximize", reference, "_measure", STATISTICS, ORACLE)
 def _(real):
     def measure(tensors, i, statistic, options):
-        if statistic == STATISTIC_CODES["gain"]:
+        if statistic == table.STATISTICS["gain"].code:
             options = options._replace(maximize=False)
         return real(tensors, i, statistic, options)
 

@@ -26,8 +26,7 @@ from grades_kernels import GradESAdamW, grades_adamw
 from grades_kernels.backends import native, select
 from grades_kernels.backends.tasks import KEEP, STATISTIC_BITS, UPDATE
 from grades_kernels.freezing.config import TIMINGS
-from grades_kernels.freezing.statistics import STATISTICS
-from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
+from grades_kernels.freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
 
 if native.why_not_loaded():  # excused by these reasons alone: elsewhere it must be there
     if shutil.which("c++") is None:

@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grades_kernels import GradESAdamW, distributed, freezer, grades_adamw, rank_errors
 from grades_kernels.backends import native
-from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import STATISTICS
 
 pytestmark = pytest.mark.skipif(
     native.why_not_loaded() is not None, reason="the native op is not built"

@@ -17,7 +17,7 @@ import torch
 from grades_kernels import GradESAdamW, cli
 from grades_kernels.cli import main
 from grades_kernels.freezing.config import TIMINGS
-from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import STATISTICS
 from grades_kernels.testing import assert_matches_reference, comparison
 from grades_kernels.testing.problems import draw_problem
 

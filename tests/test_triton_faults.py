@@ -86,9 +86,7 @@ KERNEL_FAULTS = {
 TABLE_FAULTS = {
     "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
     "= np.sqrt(correction2) -> = 1": variant("gain", "next_step", maximize=False),
-    "[1 if u.statistic in RATIOS else u.n_elements for u -> [u.n_elements for u": option(
-        "signal, per element"
-    ),
+    'np.where(rows["is_ratio"] != 0, 1, sizes) -> sizes': option("signal, per element"),
     'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': partial(
         with_patch, engine.test_a_changed_tau_makes_nothing_anew, True
     ),

@@ -13,7 +13,7 @@ from test_triton_engine import SCENARIOS
 from test_triton_parity import N_ORACLE_PROBLEMS, OPTIONS
 
 from grades_kernels import GradESAdamW, freezer
-from grades_kernels.freezing.statistics import STATISTICS
+from grades_kernels.freezing.table import STATISTICS
 from grades_kernels.freezing.unit_map import UnitMap
 
 pytestmark = [pytest.mark.gpu] if tr.CUDA else []

@@ -13,8 +13,7 @@ import torch
 from harness import SHAPES, Run, fading_gradient, snapshot
 
 from grades_kernels.freezing.config import TIMINGS
-from grades_kernels.freezing.statistics import STATISTICS
-from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
+from grades_kernels.freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

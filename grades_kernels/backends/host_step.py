@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..distributed import Ranks, Rows
-from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
+from ..freezing.table import NEVER, STATISTICS, FreezeTable, Unit
 from .step_tensors import (
     Groups,
     Layout,
@@ -271,11 +271,11 @@ def _values(rows: Rows) -> dict[Unit, float]:
     values = {}
     for unit, own in rows.items():
         numerators, denominators, magnitudes = zip(*own, strict=True)
-        value = sum(numerators)
-        if unit.statistic in RATIOS:
+        value, statistic = sum(numerators), STATISTICS[unit.statistic]
+        if statistic.is_ratio:
             value = value / sum(denominators) if sum(denominators) else math.nan
         # A NaN makes each of these false.
         evidence = abs(value) < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0
-        if evidence and (unit.statistic != "weight_change" or value > 0):
+        if evidence and (value > 0 or not statistic.of_update):
             values[unit] = value
     return values

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..freezing.table import STATISTICS
 from ..state_tensors import local
 from .tasks import (
     KEEP,
     STATISTIC_BITS,
-    STATISTIC_CODES,
     UNSCALE,
     UPDATE,
     GroupOptions,
@@ -169,4 +169,4 @@ def _hyper(options: GroupOptions, factor: float) -> list[float]:
 
 
 def _uses_prev_grad(task: int) -> bool:
-    return bool(task & KEEP) or task & STATISTIC_BITS == STATISTIC_CODES["change"]
+    return bool(task & KEEP) or task & STATISTIC_BITS == STATISTICS["change"].code

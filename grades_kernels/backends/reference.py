@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .tasks import KEEP, STATISTIC_BITS, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
+from ..freezing.table import STATISTICS
+from .tasks import KEEP, STATISTIC_BITS, UPDATE, GroupOptions, StepTensors
 
-_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = STATISTIC_CODES.values()
+_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = (
+    statistic.code for statistic in STATISTICS.values()
+)
 
 
 def run_tasks(

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..freezing.table import NEVER, FreezeTable, Unit
+from ..freezing.table import NEVER, STATISTICS, FreezeTable, Unit
 from ..state_tensors import MOMENTS, gradient_dtype, local, placeholder, same_memory_order
-from .tasks import KEEP, STATISTIC_CODES, UPDATE, GroupOptions, StepTensors
+from .tasks import KEEP, UPDATE, GroupOptions, StepTensors
 
 Groups = Sequence[dict[str, Any]]
 State = Mapping[Tensor, dict[str, Any]]
@@ -343,7 +343,7 @@ def measure_tasks(tensors: StepTensors, units: Units, table: FreezeTable) -> lis
         or grad is None
         or unit.decided_at != NEVER
         or (unit.statistic == "change" and unit.prev_step != before)
-        else STATISTIC_CODES[unit.statistic]
+        else STATISTICS[unit.statistic].code
         for unit, grad in zip(units, tensors.grads, strict=True)
     ]
 

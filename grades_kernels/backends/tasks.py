@@ -19,17 +19,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-STATISTIC_CODES = {
-    "change": 1,
-    "norm": 2,
-    "momentum": 3,
-    "signal": 4,
-    "weight_change": 5,
-    "gain": 6,
-}
-OF_MOMENTS = ("momentum", "signal", "gain")
-"""Statistics of the moments before the step, void while there are none."""
 STATISTIC_BITS = 7
+"""The bits of a task that are the code of a statistic, see `freezing.table.STATISTICS`."""
 UPDATE, KEEP, UNSCALE = 8, 16, 32
 
 

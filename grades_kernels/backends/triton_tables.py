@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..freezing.table import NEVER, RATIOS, FreezeTable, Unit
+from ..freezing.table import NEVER, STATISTICS, FreezeTable, Unit
 from ..state_tensors import gradient_dtype, same_memory_order
-from .tasks import KEEP, OF_MOMENTS, STATISTIC_BITS, StepTensors
+from .tasks import KEEP, STATISTIC_BITS, StepTensors
 from .triton_kernels import PARTIALS, block_size
 
 DEPENDS, FREEZES = 64, 128
@@ -205,14 +205,15 @@ class DeviceTables:
         self.unit_rows["first_member"] = np.cumsum(sizes) - sizes
         self.unit_rows["n_members"] = sizes
         self.n_tensors = np.array([unit.n_tensors for unit in self.own_units], dtype=np.int64)
-        statistics = [unit.statistic for unit in self.own_units]
-        self.unit_rows["is_ratio"] = [name in RATIOS for name in statistics]
-        self.unit_rows["must_be_positive"] = [name == "weight_change" for name in statistics]
+        statistics = [STATISTICS[unit.statistic] for unit in self.own_units]
+        self.unit_rows["is_ratio"] = [statistic.is_ratio for statistic in statistics]
+        self.unit_rows["must_be_positive"] = [statistic.of_update for statistic in statistics]
         self.unit_rows["without_evidence"] = np.inf
         self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
         self.unit_of = self.rows["unit"].copy()
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
-        self.uses_moments = np.isin(self.statistics, OF_MOMENTS)
+        of_moments = [name for name, statistic in STATISTICS.items() if statistic.needs_moments]
+        self.uses_moments = np.isin(self.statistics, of_moments)
         self.corrects = bool(np.isin(self.statistics, ("signal", "gain")).any())
 
     def leave_to_others(self, own: Container[Unit]) -> None:
@@ -317,7 +318,8 @@ class DeviceTables:
         rows["tau"] = [unit.tau for unit in units]
         rows["divisor"] = 1
         if table.config.tau_per == "element":
-            rows["divisor"] = [1 if u.statistic in RATIOS else u.n_elements for u in units]
+            sizes = [unit.n_elements for unit in units]
+            rows["divisor"] = np.where(rows["is_ratio"] != 0, 1, sizes)
         rows["hits_missing"] = 1
         if table.config.patience > 1:
             rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]

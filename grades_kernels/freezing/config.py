@@ -8,8 +8,7 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-from .statistics import STATISTICS
-from .table import FreezeConfig
+from .table import STATISTICS, FreezeConfig
 
 TIMINGS = ("same_step", "next_step")
 
@@ -52,7 +51,7 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         ValueError: For an impossible value, or a combination that cannot work.
     """
     tau, statistic = group["tau"], group["statistic"]
-    check_choice("statistic", statistic, STATISTICS)
+    check_choice("statistic", statistic, tuple(STATISTICS))
     if tau is None:
         return
     if tau == "auto":
@@ -63,9 +62,9 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
             )
     else:
         check_number("tau", tau, "[0, inf], 'auto', or None: not monitored", lambda x: x >= 0)
-    if statistic == "weight_change" and config.freeze_timing != "next_step":
+    if STATISTICS[statistic].of_update and config.freeze_timing != "next_step":
         raise ValueError(
-            "statistic='weight_change' needs freeze_timing='next_step': how far a weight moves "
+            f"statistic={statistic!r} needs freeze_timing='next_step': how far a weight moves "
             "is known after the update, too late to leave it out."
         )
     if config.grace_steps is None:

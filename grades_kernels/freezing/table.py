@@ -16,12 +16,37 @@ from typing import NamedTuple
 NEVER = -1
 """Value of a step number before there is such a step."""
 
-RATIOS = ("signal",)
-"""Statistics that are a quotient of two sums, which does not grow with the number of elements."""
 MAX_HISTORY_ROWS = 512
 MAX_RELEASE_BATCHES = 6
 """The largest number of batches in which the frozen units of a run are released: torch.compile
 recompiles a model at most 8 times before it falls back to eager mode."""
+
+
+class Statistic(NamedTuple):
+    """What a statistic needs, and how it is compared with tau; its formula is in the backends.
+
+    Attributes:
+        code: Its number in a task (`backends.tasks`), which is also that of the C++ op.
+        needs_moments: Whether it is one of the moments before the step: void while there are none.
+        is_ratio: Whether it is a quotient of two sums, which does not grow with the number of
+            elements, rather than a sum.
+        of_update: Whether it measures the update itself: known after it, void where nothing moved.
+    """
+
+    code: int
+    needs_moments: bool = False
+    is_ratio: bool = False
+    of_update: bool = False
+
+
+STATISTICS = {
+    "change": Statistic(1),
+    "norm": Statistic(2),
+    "momentum": Statistic(3, needs_moments=True),
+    "signal": Statistic(4, needs_moments=True, is_ratio=True),
+    "weight_change": Statistic(5, of_update=True),
+    "gain": Statistic(6, needs_moments=True),
+}
 
 
 class FreezeEvent(NamedTuple):
@@ -57,7 +82,7 @@ class FreezeConfig:
         cooldown: Steps over which a decided unit's learning rate falls to zero before it freezes.
         max_frozen: Share of decided units, in (0, 1], from which on all others are decided too.
         tau_per: "unit" compares the sum with tau, "element" the sum over the number of elements.
-            A ratio ("signal") is never divided.
+            A ratio is never divided.
         total_steps: Planned optimizer steps, at least 1, or None.
         stop_grad: Whether frozen tensors are released: "auto", True or False.
     """
@@ -215,7 +240,7 @@ class FreezeTable:
     def all_frozen(self, t: int | None = None) -> bool:
         """Whether there is a unit and every one was frozen at step `t` (None: is frozen now)."""
         frozen_at = [unit.frozen_at for unit in self.units] or [NEVER]
-        return NEVER < min(frozen_at) and max(frozen_at) <= (self.t if t is None else t)
+        return min(frozen_at) > NEVER and max(frozen_at) <= (self.t if t is None else t)
 
     def begin_step(self) -> int:
         """Count a step and apply what earlier decisions lead to; returns the step `t`."""
@@ -248,7 +273,7 @@ class FreezeTable:
         per_element, patience = self.config.tau_per == "element", self.config.patience
         measured: dict[Unit, float] = {}
         for unit, value in values.items():
-            if per_element and unit.statistic not in RATIOS:
+            if per_element and not STATISTICS[unit.statistic].is_ratio:
                 value /= unit.n_elements
             measured[unit] = value
             # "gain" may be negative; tau=0.0 freezes nothing, and -1 in the state is "unknown".

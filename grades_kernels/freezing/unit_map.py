@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from .naming import canonical_name, unit_of
-from .statistics import threshold
 from .table import NEVER, Unit
 
 Groups = Sequence[dict[str, Any]]
+
+AUTO_TAU = 1.2
+"""The threshold tau="auto": a fifth above 1, which "signal" is for gradients of pure noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,7 @@ class UnitMap:
         """
         new: dict[Unit, float] = {}
         for group, units in zip(groups, self.group_units, strict=True):
-            tau = threshold(group)
+            tau = _threshold(group)
             for unit in units:
                 assert tau is not None
                 other = new.setdefault(unit, tau)
@@ -107,7 +109,7 @@ class UnitMap:
 
 def thresholds(groups: Groups) -> list[float | None]:
     """The threshold of every parameter group, as a number."""
-    return [threshold(group) for group in groups]
+    return [_threshold(group) for group in groups]
 
 
 def make_unit_map(
@@ -141,7 +143,7 @@ def make_unit_map(
     group_units: list[tuple[Unit, ...]] = []
     seen: set[str] = set()
     for i, group in enumerate(groups):
-        tau, names = threshold(group), _names_of(group, attached, i)
+        tau, names = _threshold(group), _names_of(group, attached, i)
         all_names.append(names)
         for j, p in enumerate(group["params"]):
             params.append(p)
@@ -230,6 +232,10 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
         "dimensions, by name neither embedding, output head, norm nor bias. Seen: "
         f"{'; '.join(seen)}. Pass the weight matrices, or tau=None."
     )
+
+
+def _threshold(group: dict[str, Any]) -> float | None:
+    return AUTO_TAU if group["tau"] == "auto" else group["tau"]
 
 
 def _settings(groups: Groups) -> list[tuple[int, bool, str, bool]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..freezing.statistics import STATISTICS
+from ..freezing.table import STATISTICS
 
 SHAPES = ((1, 1), (3, 5), (17, 23), (31, 33), (2, 3, 7), (1, 1023), (1025, 1), (64, 65))
 
@@ -56,9 +56,9 @@ def draw_problem(seed: int) -> Problem:
     blocks = [_draw_block(rng, f"layers.{k}") for k in range(rng.randint(2, 4))]
     shapes = [shape for block in blocks for shape in block.values()]
     steps = rng.randint(12, 24)
-    statistic = STATISTICS[seed % len(STATISTICS)]  # each in six seeds in a row
-    late = rng.random() < 0.5 or statistic == "weight_change"
-    statistics = [name for name in STATISTICS if late or name != "weight_change"]
+    statistic = list(STATISTICS)[seed % len(STATISTICS)]  # each in six seeds in a row
+    late = rng.random() < 0.5 or STATISTICS[statistic].of_update
+    statistics = [name for name, x in STATISTICS.items() if late or not x.of_update]
 
     groups: list[dict[str, Any]] = []
     cut = sum(map(len, blocks[: rng.randint(1, len(blocks))]))
