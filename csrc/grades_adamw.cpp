@@ -328,11 +328,11 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
   }
   for (size_t k = 0; k < n; ++k, sum += kSums) {
     const Work& work = works[k];
-    const bool uses_moments = work.statistic == Statistic::momentum ||
-                              work.statistic == Statistic::signal ||
-                              work.statistic == Statistic::gain;
+    const bool uses_moments =
+        work.statistic == Statistic::momentum || work.statistic == Statistic::gain;
+    const double least_steps = work.statistic == Statistic::signal ? 2 : uses_moments ? 1 : 0;
     const double beta1 = work.coefficients.beta1;
-    if (uses_moments && work.old_step == 0) {
+    if (work.old_step < least_steps) {
       sum[0] = std::numeric_limits<double>::quiet_NaN();
     } else if (work.statistic == Statistic::signal) {
       sum[0] /= (1 - beta1) / (1 + beta1) * (1 - std::pow(beta1, 2 * work.old_step));
@@ -352,7 +352,8 @@ STABLE_TORCH_LIBRARY(grades_kernels, m) {
   // beta2, eps, weight_decay, and -1 to maximize, else 1. `max_exp_avg_sqs` and `prev_grads` hold
   // only what the tasks need, in order. Gradients are written with kUnscale alone, which divides
   // them by `grad_scale`. `sums` receives numerator and denominator (0 unless "signal") of the
-  // statistic and the sum of |g|; NaN as the numerator where there is no moment yet.
+  // statistic and the sum of |g|; NaN as the numerator where the moments have
+  // not seen as many gradients as it needs.
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] prev_grads, "

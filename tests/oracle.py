@@ -182,7 +182,7 @@ class Oracle:
                 parts.append(np.abs(g).sum())
             elif kind == "weight_change":
                 parts.append(np.abs(self.trial_update(i, g) - self.params[i]).sum())
-            elif self.count[i] == 0:
+            elif self.count[i] < (2 if kind == "signal" else 1):
                 return self.void("no moment")
             elif kind == "momentum":
                 sign = -1.0 if self.group_of[i]["maximize"] else 1.0

@@ -43,10 +43,30 @@ def noise(n_steps, shape=(64, 64), seed=0):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
 def test_signal_of_a_constant_gradient_grows_to_what_noise_would_lose(betas):
     seen = observe("signal", [SLOPE] * 6, betas=betas)
-    assert math.isnan(seen[0])  # no moment yet
-    powers = [betas[0] ** t for t in range(1, 6)]
+    assert all(map(math.isnan, seen[:2]))  # no moment yet, or one of a single gradient
+    powers = [betas[0] ** t for t in range(2, 6)]
     lost = [(1 - betas[0]) / (1 + betas[0]) * (1 + x) / (1 - x) for x in powers]
-    assert seen[1:] == pytest.approx([1 / rho for rho in lost], rel=1e-5)
+    assert seen[2:] == pytest.approx([1 / rho for rho in lost], rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_signal_freezes_no_matrix_by_its_first_gradient(fused):
+    """After a single gradient the ratio is 1 whatever it is, which is below the tau of "auto"."""
+    (w, late), gradient = (torch.nn.Parameter(torch.zeros(4, 4)) for _ in "ab"), torch.ones(4, 4)
+    opt = GradESAdamW([w, late], statistic="signal", tau="auto", grace_steps=3, fused=fused)
+    for t in range(12):
+        w.grad, late.grad = gradient.clone(), gradient.clone() if t > 5 else None
+        opt.step()
+    assert not opt.frozen_units
+    opt.param_groups[0]["tau"] = 1e9
+    opt.step()
+    opt.param_groups[0]["tau"] = "auto"
+    assert len(opt.frozen_units) == 2
+    opt.thaw()
+    for _ in range(4):
+        w.grad, late.grad = gradient.clone(), gradient.clone()
+        opt.step()
+    assert not opt.frozen_units
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9, 0.95])
@@ -63,7 +83,7 @@ def test_signal_of_noise_is_one(beta1, density, scale):
     # 655 gradients that are not zero have a standard error of 4 % each; 20 steps are not
     # independent.
     assert late == pytest.approx(1.0, rel=0.03 if density == 1.0 else 0.12)
-    assert sum(seen[1:6]) / 5 == pytest.approx(1.0, rel=0.03 if density == 1.0 else 0.12)
+    assert sum(seen[2:7]) / 5 == pytest.approx(1.0, rel=0.03 if density == 1.0 else 0.12)
 
 
 def test_auto_freezes_noise_and_keeps_what_still_learns():

@@ -377,6 +377,33 @@ def test_the_default_device_of_torch_does_not_matter():
     tr.assert_same(ours, theirs)
 
 
+def test_the_default_dtype_of_torch_does_not_matter():
+    """Partial sums are fp32: those of an fp16 table would overflow, and nothing would freeze."""
+    run = tr.start(tau=1e9)
+    torch.set_default_dtype(torch.float16)
+    try:
+        run.step(*[torch.full_like(p, 1e3) for p in run.params])
+        run.step(*[torch.full_like(p, 2e3) for p in run.params])
+        run.step(*[torch.full_like(p, 4e3) for p in run.params])
+        statistics = run.opt.statistics()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    sizes = {unit.name: unit.n_elements for unit in run.opt._freezer.table.units}
+    assert statistics == {name: pytest.approx(2e3 * n) for name, n in sizes.items()}
+
+
+def test_a_parameter_that_is_transposed_in_place_is_read_in_its_new_order():
+    """The address stays, the strides do not."""
+    ours, theirs = tr.both([(8, 8), (4, 4)], tau=0.0)
+    for run in (ours, theirs):
+        run.steps(3)
+        for p in run.params:
+            p.data = p.data.t()
+        run.steps(3)
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        tr.assert_close(p, q, 1e-5, "a parameter")
+
+
 # Checkpoints, copies, another backend ---------------------------------------------------------
 
 

@@ -82,6 +82,9 @@ KERNEL_FAULTS = {
         "norm", "next_step", amsgrad=True, maximize=False
     ),
     "partial, numerator -> partial, tl.load(partial) + numerator": variant(),
+    "tl.where(mask, tl.div_rn(signed * m, past_root + eps), 0.0) -> "
+    "tl.div_rn(signed * m, past_root + eps)": option("gain, eps zero"),
+    "tl.where(mask, change, 0.0) -> change": option("weight change, eps zero"),
 }
 TABLE_FAULTS = {
     "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
@@ -111,7 +114,7 @@ TABLE_FAULTS = {
     'np.isin(self.rows["unit"], frozen) -> self.rows["unit"] >= 0': variant(),
 }
 ENGINE_FAULTS = {
-    "(self.steps == 0)] = 0 -> (self.steps < 0)] = 0": option("momentum, no grace"),
+    "measured[self.steps < self.tables.least_steps] = 0 -> pass": option("momentum, no grace"),
     "not same_memory_order(g, p)) -> False)": partial(
         parity.test_layouts, "transposed", "contiguous"
     ),

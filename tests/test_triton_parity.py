@@ -55,8 +55,10 @@ OPTIONS = {
     "gain, observe only": {"statistic": "gain", "tau": 0.0, "betas": (0.0, 0.9)},
     "gain, per element": {"statistic": "gain", "tau_per": "element", "tau": 0.01},
     "gain, eps large": {"statistic": "gain", "eps": 0.3, "tau": 2.5, "maximize": True},
+    "gain, eps zero": {"statistic": "gain", "eps": 0.0, "tau": 2.5},
     "weight change, per element": {**tr.WEIGHT_CHANGE, "tau": 0.009, "tau_per": "element"},
     "weight change, lr zero": {**tr.WEIGHT_CHANGE, "lr": 0.0},
+    "weight change, eps zero": {**tr.WEIGHT_CHANGE, "eps": 0.0},
     "weight change, cooldown": {**tr.WEIGHT_CHANGE, "cooldown": 2, "patience": 2},
 }
 

@@ -15,9 +15,8 @@ from torch.optim.adamw import adamw
 from ..freezing.table import STATISTICS
 from .tasks import KEEP, STATISTIC_BITS, UPDATE, GroupOptions, StepTensors
 
-_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = (
-    statistic.code for statistic in STATISTICS.values()
-)
+_LEAST_STEPS = {statistic.code: statistic.least_steps for statistic in STATISTICS.values()}
+_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = _LEAST_STEPS.keys()
 
 
 def run_tasks(
@@ -68,7 +67,7 @@ def _measure(
     if statistic == _CHANGE:
         return _abs_sum(grad - _widened(tensors.prev_grads[i])), zero, magnitude
     step = tensors.state_steps[i].item()
-    if step == 0:
+    if step < _LEAST_STEPS[statistic]:
         return torch.full_like(zero, math.nan), zero, magnitude
     m = _widened(tensors.exp_avgs[i])
     signed = -grad if options.maximize else grad

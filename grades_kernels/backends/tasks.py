@@ -9,7 +9,7 @@ UPDATE (AdamW), KEEP (store the gradient in `prev_grad`) and UNSCALE (divide the
 `grad_scale`, in place); 0 leaves the tensor alone. `lr_factors` has one factor of the learning rate
 per tensor. `sums` is None where nothing was measured, else a float64 CPU tensor of shape [n, 3]:
 the numerator of the statistic, its denominator (0 unless it is a ratio), and the sum of |g|. The
-numerator is NaN where a statistic of the moments was asked for before there are any.
+numerator is NaN where the moments have not seen as many gradients as the statistic needs.
 """
 
 from __future__ import annotations

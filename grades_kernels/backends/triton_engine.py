@@ -104,7 +104,7 @@ class TritonEngine:
         self.steps = np.zeros(0, dtype=np.int64)
         if tensors.params:
             self.steps = torch.stack(tensors.state_steps).cpu().numpy().astype(np.int64)
-        self.zero, self.one = torch.zeros((), device=device), torch.ones((), device=device)
+        self.zero, self.one = torch.tensor([0, 1], dtype=torch.float32, device=device)
         # Values and what ranks agree on, which go through one all-reduce; decisions; found_inf.
         n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
         size = n + n_agreed + n + 1
@@ -141,6 +141,9 @@ class TritonEngine:
         may belong to somebody else by now.
         """
         if self.step_versions != [step._version for step in tensors.state_steps]:
+            return False
+        # At the same address a parameter may lie in another order: `p.data = p.data.t()`.
+        if self.strided != [n for n, p in enumerate(tensors.params) if not p.is_contiguous()]:
             return False
         addresses = _addresses(tensors)
         if addresses != self.addresses:
@@ -250,7 +253,7 @@ class TritonEngine:
             kept = self.tables.complete_units(keeps != 0)
         if is_check:
             measured = np.array(measure_tasks(tensors, self.tables.units, table), dtype=np.int64)
-            measured[self.tables.uses_moments & (self.steps == 0)] = 0  # there are no moments yet
+            measured[self.steps < self.tables.least_steps] = 0
             tasks |= measured
             if table.config.freeze_timing == "same_step":
                 freezes = FREEZES if table.config.cooldown == 0 else 0

@@ -211,7 +211,8 @@ def step_kernel(
                     denominators += v
                 elif STATISTIC == "gain":
                     past_root = tl.div_rn(tl.sqrt_rn(v), zeros + past_root_correction)
-                    numerators += tl.div_rn(signed * m, past_root + eps)
+                    # Beyond the end of a tensor this is 0 / 0 where eps is 0.
+                    numerators += tl.where(mask, tl.div_rn(signed * m, past_root + eps), 0.0)
                 elif STATISTIC == "norm":
                     numerators += tl.abs(g)
             if STORE_GRAD:
@@ -234,7 +235,8 @@ def step_kernel(
                 p = p - tl.div_rn(step_size * m, root + eps)
                 _store(param_ptr, offsets, mask, p, NARROW)
                 if MEASURE and STATISTIC == "weight_change":
-                    numerators += tl.abs(p.to(PARAM).to(tl.float32) - before)
+                    change = tl.abs(p.to(PARAM).to(tl.float32) - before)
+                    numerators += tl.where(mask, change, 0.0)
         if MEASURE:
             numerator += tl.sum(numerators)
             if STATISTIC == "signal":

@@ -193,7 +193,8 @@ class DeviceTables:
                 launches[partner] += launches.pop(launch)
         self.rows, self.launches = rows, launches
         self.tensor_table = self._upload(rows.view(np.int64))
-        self.partials = torch.zeros(int(summed.sum()) * PARTIALS, device=self.device)
+        n_partials = int(summed.sum()) * PARTIALS
+        self.partials = torch.zeros(n_partials, dtype=torch.float32, device=self.device)
         self.dropped, self.n_frozen = np.zeros(len(rows), dtype=bool), 0
         self._lay_out_programs()
 
@@ -212,8 +213,8 @@ class DeviceTables:
         self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
         self.unit_of = self.rows["unit"].copy()
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
-        of_moments = [name for name, statistic in STATISTICS.items() if statistic.needs_moments]
-        self.uses_moments = np.isin(self.statistics, of_moments)
+        least = [STATISTICS[unit.statistic].least_steps if unit else 0 for unit in self.units]
+        self.least_steps = np.array(least, dtype=np.int64)
         self.corrects = bool(np.isin(self.statistics, ("signal", "gain")).any())
 
     def leave_to_others(self, own: Container[Unit]) -> None:

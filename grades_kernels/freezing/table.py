@@ -27,14 +27,15 @@ class Statistic(NamedTuple):
 
     Attributes:
         code: Its number in a task (`backends.tasks`), which is also that of the C++ op.
-        needs_moments: Whether it is one of the moments before the step: void while there are none.
+        least_steps: Gradients that AdamW's moments must have seen before; void until then. After a
+            single one "signal" is 1, whatever the gradient.
         is_ratio: Whether it is a quotient of two sums, which does not grow with the number of
             elements, rather than a sum.
         of_update: Whether it measures the update itself: known after it, void where nothing moved.
     """
 
     code: int
-    needs_moments: bool = False
+    least_steps: int = 0
     is_ratio: bool = False
     of_update: bool = False
 
@@ -42,10 +43,10 @@ class Statistic(NamedTuple):
 STATISTICS = {
     "change": Statistic(1),
     "norm": Statistic(2),
-    "momentum": Statistic(3, needs_moments=True),
-    "signal": Statistic(4, needs_moments=True, is_ratio=True),
+    "momentum": Statistic(3, least_steps=1),
+    "signal": Statistic(4, least_steps=2, is_ratio=True),
     "weight_change": Statistic(5, of_update=True),
-    "gain": Statistic(6, needs_moments=True),
+    "gain": Statistic(6, least_steps=1),
 }
 
 
