@@ -108,12 +108,13 @@ def forget_moments(p: Tensor, state: State) -> None:
 
 
 def saved(
-    state_dict: dict[str, Any], unit_map: UnitMap, state: State, groups: Groups, *, compact: bool
+    state_dict: dict[str, Any], state: State, groups: Groups, *, compact: bool
 ) -> dict[str, Any]:
     """torch's state dict with full shapes and AdamW's devices; see `GradESAdamW.state_dict`."""
     entries = state_dict.get("state", {})
     steps = _steps_on_host(state, groups)
-    for k, p in enumerate(unit_map.params):
+    # Of the groups as they are now: a tensor may have been replaced since the last step.
+    for k, p in enumerate([p for group in groups for p in group["params"]]):
         entry = dict(entries.get(k) or {})
         if not entry:
             continue

@@ -18,7 +18,7 @@ from . import checkpoint
 from .freezer import Freezer
 from .freezing.config import check_group, make_config
 from .freezing.table import FreezeEvent
-from .freezing.unit_map import names_from_model
+from .freezing.unit_map import names_from_model, names_of
 from .release import frozen_prefix, memory_of, rewrap
 from .report.report import FreezeReport
 
@@ -359,7 +359,7 @@ class GradESAdamW(AdamW):
         freezer = self._exact()
         freezer.write_state(self)
         return checkpoint.saved(
-            super().state_dict(), freezer.unit_map, self.state, self.param_groups, compact=compact
+            super().state_dict(), self.state, self.param_groups, compact=compact
         )
 
     def adamw_state_dict(self) -> dict[str, Any]:
@@ -389,7 +389,7 @@ class GradESAdamW(AdamW):
                 Nothing has changed then.
         """
         prev_grads: dict[int, Tensor] = {}
-        names = self._freezer.unit_map.names
+        names = names_of(self.param_groups, self._freezer.unit_map.attached)
 
         def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             return checkpoint.prepared(incoming, prev_grads, self.param_groups, names, self.state)

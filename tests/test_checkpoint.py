@@ -1075,3 +1075,46 @@ def test_skipped_steps_do_not_count_when_all_is_frozen(fused):
         run.step(0.01, 0.01)
         assert run.opt.all_frozen
         assert run.opt.report().step == steps
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tau": 0.0, "grace_steps": 0}], ids=["plain", "observing"]
+)
+def test_a_checkpoint_is_of_the_groups_as_they_are(options):
+    """Tensors replaced (pruning does) and groups removed since the last step, as under AdamW."""
+    saved = []
+    for optimizer, own in ((torch.optim.AdamW, {}), (GradESAdamW, options)):
+        torch.manual_seed(0)
+        pairs = [(name, nn.Parameter(torch.randn(n, 3))) for name, n in (("a", 6), ("b", 4))]
+        opt = optimizer([{"params": [pair]} for pair in pairs], **own)
+        for _, p in pairs:
+            p.grad = torch.randn_like(p)
+        opt.step()
+        (_, old), state = pairs[0], opt.state.pop(pairs[0][1])
+        pruned = nn.Parameter(old.data[:3])
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key][:3]
+        opt.param_groups[0]["params"][0], opt.state[pruned] = pruned, state
+        saved.append(copy.deepcopy(opt.state_dict()["state"]))
+        opt.load_state_dict(opt.state_dict())
+        del opt.param_groups[0], opt.state[pruned]
+        saved.append(copy.deepcopy(opt.state_dict()["state"]))
+        opt.load_state_dict(opt.state_dict())
+    for theirs, ours in zip(saved[:2], saved[2:], strict=True):
+        assert theirs.keys() == ours.keys()
+        for k, state in theirs.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(state[key], ours[k][key])
+
+
+def test_names_that_were_attached_do_not_move_to_other_tensors():
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("embed", "a", "b")})
+    opt = GradESAdamW([{"params": [p]} for p in model.parameters()], tau=0.0, grace_steps=0)
+    opt.attach(model)
+    assert opt.monitored_units == ["a.weight", "b.weight"]
+    del opt.param_groups[0]
+    with pytest.raises(ValueError, match=r"attach\(model\) named groups of \[1, 1, 1\] tensors"):
+        opt.step()
+    opt.attach(model)
+    opt.step()
+    assert opt.monitored_units == ["a.weight", "b.weight"]

@@ -139,12 +139,11 @@ def make_unit_map(
     members: dict[str, list[Tensor]] = {}
     by_name: dict[str, Unit] = {}
     untrained: list[Tensor] = []
-    all_names: list[list[str] | None] = []
+    all_names = names_of(groups, attached)
     group_units: list[tuple[Unit, ...]] = []
     seen: set[str] = set()
     for i, group in enumerate(groups):
-        tau, names = _threshold(group), _names_of(group, attached, i)
-        all_names.append(names)
+        tau, names = _threshold(group), all_names[i]
         for j, p in enumerate(group["params"]):
             params.append(p)
             units.append(None)
@@ -193,6 +192,27 @@ def make_unit_map(
         names=all_names,
         attached=attached,
     )
+
+
+def names_of(groups: Groups, attached: list[list[str]] | None) -> list[list[str] | None]:
+    """Per group the names of its tensors, or None.
+
+    Raises:
+        ValueError: If tensors have been removed since names were attached.
+    """
+    names: list[list[str] | None] = [group.get("param_names") for group in groups]
+    if attached is not None:
+        sizes = [len(group["params"]) for group in groups[: len(attached)]]
+        if sizes != list(map(len, attached)):
+            raise ValueError(
+                f"attach(model) named groups of {list(map(len, attached))} tensors, which have "
+                f"{sizes} now. Call attach(model) again after removing or inserting tensors."
+            )
+        names[: len(attached)] = attached
+    return [
+        own if own and len(own) == len(group["params"]) else None
+        for own, group in zip(names, groups, strict=True)
+    ]
 
 
 def names_from_model(groups: Groups, model: Any) -> list[list[str]]:
@@ -249,13 +269,6 @@ def _settings(groups: Groups) -> list[tuple[int, bool, str, bool]]:
         )
         for group in groups
     ]
-
-
-def _names_of(group: dict[str, Any], attached: list[list[str]] | None, i: int) -> list[str] | None:
-    names = group.get("param_names")
-    if attached is not None and i < len(attached):
-        names = attached[i]
-    return names if names and len(names) == len(group["params"]) else None
 
 
 def _unit_name(p: Tensor, name: str | None, nameless: str, *, everything: bool) -> str | None:
