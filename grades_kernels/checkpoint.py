@@ -76,9 +76,17 @@ def read_units(unit_map: UnitMap, state: State) -> None:
     """Fill the rows of a new map from the state: the least on which all tensors of a unit agree.
 
     Tensors that are not monitored have AdamW's keys and no other.
+
+    Raises:
+        ValueError: For a unit of which some tensors are frozen, and others not.
     """
     for unit, members in unit_map.members.items():
         states = [state.get(p) or DEFAULT_STATE for p in members]
+        if len(set(map(is_frozen, states))) > 1:
+            raise ValueError(
+                f"unit {unit.name!r} would have tensors that are frozen and others that are not: "
+                "call thaw() before tensors join a frozen unit (requires_grad, attach, names)."
+            )
         for key, name in STATE_KEYS.items():
             values = [own.get(key, DEFAULT_STATE[key]) for own in states]
             if name in ("value", "decided_tau", "decided_value"):

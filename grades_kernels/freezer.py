@@ -27,7 +27,13 @@ from .backends.step_tensors import Layout, fit_state, prepare_state, uses_prev_g
 from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
 from .freezing.config import check_group
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
-from .freezing.unit_map import UnitMap, make_unit_map, nothing_is_monitored, thresholds
+from .freezing.unit_map import (
+    UnitMap,
+    former_units,
+    make_unit_map,
+    nothing_is_monitored,
+    thresholds,
+)
 from .rank_errors import naming_absent_ranks
 from .release import Release, rewrap
 
@@ -296,16 +302,17 @@ class Freezer:
             prefix=self.ranks.prefix if self.ranks is not None else "",
         )
         checkpoint.read_units(unit_map, state)
-        published = {unit.name for unit in old if unit.is_published}
-        for unit in unit_map.members:
-            # Another tensor may have the name of one that had been frozen.
-            unit.is_published = unit.name in published and unit.is_frozen
+        members = self.unit_map.members if self.is_mapped else {}
+        former = former_units(unit_map, {unit: members.get(unit, ()) for unit in old})
+        for unit, was in former.items():
+            unit.is_published = was.is_published and unit.is_frozen
         if self.ranks is not None:
             # Units of other ranks stay in the table until the ranks join again.
-            elsewhere = [unit for unit in old if unit not in self.ranks.members]
-            members = {**unit_map.members, **dict.fromkeys(elsewhere, ())}
-            unit_map = replace(unit_map, members=members)
-        self.table = self.table.successor(list(unit_map.members))
+            elsewhere = [unit for unit in old if not members.get(unit)]
+            unit_map = replace(
+                unit_map, members={**unit_map.members, **dict.fromkeys(elsewhere, ())}
+            )
+        self.table = self.table.successor(list(unit_map.members), former)
         self.unit_map = unit_map
         self.engines = []
 

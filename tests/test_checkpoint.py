@@ -1118,3 +1118,74 @@ def test_names_that_were_attached_do_not_move_to_other_tensors():
     opt.attach(model)
     opt.step()
     assert opt.monitored_units == ["a.weight", "b.weight"]
+
+
+def test_a_unit_stays_the_same_under_another_name():
+    """Hooks are not called again, and its statistics go on; also those of nameless units."""
+    model, seen = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in "abc"}), []
+    opt = GradESAdamW(
+        [{"params": [p], "tau": 0.0} for p in model.parameters()],
+        statistic="norm",
+        grace_steps=0,
+        stop_grad=False,
+    )
+    opt.param_groups[0]["tau"] = 1e9
+    opt.register_freeze_hook(lambda _, events: seen.extend(event.unit for event in events))
+
+    def step():
+        for k, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, k + 1.0)
+        opt.step()
+
+    step()
+    assert seen == ["group0.param0"]
+    opt.attach(model)
+    step()
+    assert opt.frozen_units == ["a.weight"] and seen == ["group0.param0"]
+    assert opt.report().history[0][1] == (16.0, 32.0, 48.0)
+    opt = GradESAdamW([{"params": [p]} for p in model.parameters()], tau=0.0, grace_steps=0,
+                      statistic="norm")  # fmt: skip
+    step()
+    del opt.param_groups[0]
+    step()
+    assert opt.monitored_units == ["group0.param0", "group1.param0"]
+    assert [row for _, row in opt.report().history] == [(32.0, 48.0)] * 2
+
+
+@pytest.mark.parametrize("way", ["requires_grad", "attach"])
+@pytest.mark.parametrize("stop_grad", [False, "auto"])
+def test_no_tensor_joins_a_frozen_unit(stop_grad, way):
+    """Neither would the frozen one stay as it is, nor the other one be trained."""
+    model = nn.ModuleDict({f"lora_{x}": nn.Linear(4, 4, bias=False) for x in "AB"})
+    a, b = model.parameters()
+    names = [f"layers.0.q.lora_{x}.weight" for x in "AB"]
+    if way == "requires_grad":
+        b.requires_grad_(False)
+    opt = GradESAdamW([a, b] if way == "attach" else [(names[0], a), (names[1], b)], tau=20.0,
+                      grace_steps=0, statistic="norm", stop_grad=stop_grad)  # fmt: skip
+
+    def step():
+        for p, size in ((a, 1.0), (b, 100.0)):
+            p.grad = torch.full_like(p, size) if p.requires_grad else None
+        opt.step()
+
+    def join():
+        if way == "attach":
+            opt.attach(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": model})])}))
+        else:
+            b.requires_grad_(True)
+
+    step()
+    step()
+    frozen = opt.frozen_units
+    before = a.detach().clone()
+    with pytest.raises(ValueError, match=r"'layers.0.q.lora' would have tensors that are frozen"):
+        join()
+        step()
+    assert torch.equal(a, before)
+    if way == "requires_grad":
+        b.requires_grad_(False)
+    opt.thaw(frozen)
+    join()
+    step()
+    assert opt.monitored_units == ["layers.0.q.lora"] and not torch.equal(a, before)

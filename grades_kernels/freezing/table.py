@@ -206,10 +206,17 @@ class FreezeTable:
     _history_stride: int = 1
     _n_checks: int = 0
 
-    def successor(self, units: Sequence[Unit]) -> FreezeTable:
-        """A table of other units that continues the count and the history of this one."""
+    def successor(
+        self, units: Sequence[Unit], former: Mapping[Unit, Unit] | None = None
+    ) -> FreezeTable:
+        """A table of other units that continues the count and the history of this one.
+
+        Args:
+            units: Its units.
+            former: What they were in this table; for others, that of the same name.
+        """
         column = {unit.name: k for k, unit in enumerate(self.units)}
-        chosen = [column.get(unit.name) for unit in units]
+        chosen = [column.get((former or {}).get(unit, unit).name) for unit in units]
         history = [
             (t, tuple(math.nan if k is None else row[k] for k in chosen)) for t, row in self.history
         ]

@@ -237,6 +237,22 @@ def names_from_model(groups: Groups, model: Any) -> list[list[str]]:
     return [[names[p] for p in group["params"]] for group in groups]
 
 
+def former_units(unit_map: UnitMap, members: dict[Unit, tuple[Tensor, ...]]) -> dict[Unit, Unit]:
+    """What the units of a new map were among those with these `members`; not those that are new.
+
+    It shows in their tensors, since names may change: `attach` gives others, and once a group is
+    removed, nameless units have the names of others. A new tensor has the unit of its name.
+    """
+    by_name = {unit.name: unit for unit in members}
+    by_tensor = {p: unit for unit, tensors in members.items() for p in tensors}
+    former = {}
+    for unit, tensors in unit_map.members.items():
+        was = next((by_tensor[p] for p in tensors if p in by_tensor), by_name.get(unit.name))
+        if was is not None:
+            former[unit] = was
+    return former
+
+
 def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
     """The message for groups with a threshold and no tensor to compare with it."""
     seen = []
