@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from .freezing.naming import canonical_name
 from .freezing.table import NEVER, Unit
@@ -139,6 +140,10 @@ def saved(
             elif key in entry:
                 entry[key] = full_shape(entry[key], p)
         entries[k] = entry
+    for group in state_dict["param_groups"]:
+        if not isinstance(group["tau"], (str, type(None))):
+            # `torch.load` would refuse NumPy's numbers, of which quantiles are one.
+            group["tau"] = float(group["tau"])
     return state_dict
 
 
@@ -173,8 +178,23 @@ def prepared(
         state: The live state.
 
     Raises:
-        ValueError: If parameters were renamed, reordered or reshaped; with both names.
+        ValueError: If parameters were renamed, reordered or reshaped; with both names. If they were
+            in other groups.
     """
+    sizes, live_sizes = (
+        [len(group["params"]) for group in both] for both in (incoming["param_groups"], groups)
+    )
+    if sizes != live_sizes:
+        what = (
+            "a different number of parameter groups"
+            if len(sizes) != len(live_sizes)
+            else "a parameter group that doesn't match the size of optimizer's group"
+        )
+        raise ValueError(
+            f"loaded state dict contains {what}: it has groups of {sizes} tensors, the optimizer "
+            f"of {live_sizes}. State is matched by position: make the groups as they were made for "
+            "the checkpoint, and apply its cut before (Cut.load)."
+        )
     keys = [k for group in incoming["param_groups"] for k in group["params"]]
     position = {k: n for n, k in enumerate(keys)}
     states = {}
@@ -193,15 +213,29 @@ def prepared(
                     entry[key] = -1.0
         states[k] = entry
     new_groups = [dict(group) for group in incoming["param_groups"]]
-    if len(new_groups) == len(groups):
-        for i, (group, live) in enumerate(zip(new_groups, groups, strict=True)):
-            for key in OWN_GROUP_KEYS:
-                group.setdefault(key, live[key])
-            # Which backend serves a group is this optimizer's choice, not the checkpoint's.
-            group["fused"] = live["fused"]
-            if len(group["params"]) == len(live["params"]):
-                _check_same_parameters(i, group, live, names[i], states, state)
+    for i, (group, live) in enumerate(zip(new_groups, groups, strict=True)):
+        for key in OWN_GROUP_KEYS:
+            group.setdefault(key, live[key])
+        # Which backend serves a group is this optimizer's choice, not the checkpoint's.
+        group["fused"] = live["fused"]
+        _check_same_parameters(i, group, live, names[i], states, state)
     return {**incoming, "state": states, "param_groups": new_groups}
+
+
+def replaced_settings(before: Groups, after: Groups) -> str:
+    """A sentence about the thresholds and statistics that a checkpoint has replaced, or ""."""
+    changes: dict[str, list[int]] = {}
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        for key in OWN_GROUP_KEYS:
+            if old["tau"] is not None and old[key] != new[key]:
+                changes.setdefault(f"{key}={new[key]!r} in place of {old[key]!r}", []).append(i)
+    lines = [f"{what} (group {', '.join(map(str, numbers))})" for what, numbers in changes.items()]
+    if not lines:
+        return ""
+    return (
+        f"the checkpoint brings {'; '.join(lines)}, as it brings lr. To go on with others, set "
+        "them in param_groups after loading."
+    )
 
 
 def loaded_t(params: Iterable[Tensor], state: State) -> int:
@@ -254,7 +288,8 @@ def _init_state(p: Tensor, state: State, groups: Groups) -> None:
     if group is None:  # the tensor was taken out of its group since the units were made
         return
     on_device = group["capturable"] or group["fused"]
-    state[p]["step"] = torch.tensor(0.0, device=p.device if on_device else "cpu")
+    device = p.device if on_device else "cpu"
+    state[p]["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device=device)
     add_missing_moments(state[p], p, amsgrad=group["amsgrad"])
 
 

@@ -74,7 +74,7 @@ class GradESAdamW(AdamW):
             after, in at most six batches a run. "auto" (default): where that is safe, which is on
             one process, with DTensors, and under DDP with
             `grades_kernels.integrations.release_under_ddp`. True: always, or a RuntimeError. False:
-            never; the update alone is masked (`apply_freezes` does the rest when it is called).
+            never; the update alone is masked, until `apply_freezes` is called, also after loading.
 
     Attributes:
         process_group: The processes that step this optimizer and decide together. None (default):
@@ -209,9 +209,8 @@ class GradESAdamW(AdamW):
     ) -> RemovableHandle:
         """Call `hook(optimizer, events)` after a step that froze units.
 
-        Where the device decides, or the ranks of FSDP2 with "next_step", the host reads the
-        decision back, and calls, at the start of the next step, or earlier when something exact is
-        read. An exception of a hook leaves that step untaken.
+        Where a device decides, or FSDP2's ranks with "next_step", it is called at the start of the
+        next step, or with an exact reading before. An exception leaves that step untaken.
 
         Returns:
             A handle; its `remove()` removes the hook.
@@ -232,12 +231,13 @@ class GradESAdamW(AdamW):
         self._exact().write_state(self)
         self._freezer.map_units(self, names)
 
+    @torch.inference_mode(False)  # moments that are made in it could not be updated
     def thaw(self, units: str | Iterable[str] | None = None) -> None:
         """Let frozen units train again; None: all of them.
 
-        A frozen unit comes back with `requires_grad=True`, zero moments and a bias correction that
-        starts anew; the decision about a unit that is cooling down is taken back, its moments stay.
-        Beyond the share `max_frozen` it is decided again in the next step.
+        A frozen unit comes back with `requires_grad=True`, zero moments and a new bias correction;
+        the decision about a unit that is cooling down is taken back, its moments stay. It freezes
+        again unless `tau` is lowered, and at once beyond the share `max_frozen`.
 
         Raises:
             ValueError: For a name that is no monitored unit.
@@ -248,8 +248,8 @@ class GradESAdamW(AdamW):
     def apply_freezes(self, model: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Turn everything frozen into savings now: no gradients, no moments, no launch.
 
-        `stop_grad` does this by itself, in batches, where that is safe. `DistributedDataParallel`
-        waits for the gradient of every tensor which needed one when it was initialised; there, use
+        `stop_grad` does this by itself, in batches, where that is safe. DistributedDataParallel
+        waits for every gradient that was needed when it was initialised: there, use
         `grades_kernels.integrations.release_under_ddp`, or call this on every rank between two
         steps, now and then: `ddp_model = optimizer.apply_freezes(ddp_model)`.
 
@@ -350,7 +350,7 @@ class GradESAdamW(AdamW):
         A tensor monitored by "change" always has a `prev_grad` of its own shape here, zeros while
         none is stored, and of a dtype that does not depend on the gradients seen: loading in place
         (`torch.distributed.checkpoint`) takes keys, shapes and dtypes from the receiving side. The
-        released moments of a frozen tensor are zeros here too, as `thaw` would make them.
+        released moments of a frozen tensor are zeros here too, as `thaw` makes them.
 
         Args:
             compact: Leave out what is not stored instead of writing zeros. Such a checkpoint loads
@@ -358,9 +358,8 @@ class GradESAdamW(AdamW):
         """
         freezer = self._exact()
         freezer.write_state(self)
-        return checkpoint.saved(
-            super().state_dict(), self.state, self.param_groups, compact=compact
-        )
+        state_dict = super().state_dict()
+        return checkpoint.saved(state_dict, self.state, self.param_groups, compact=compact)
 
     def adamw_state_dict(self) -> dict[str, Any]:
         """A state dict for plain `torch.optim.AdamW`, without the keys that are ours.
@@ -381,8 +380,8 @@ class GradESAdamW(AdamW):
         """Load a checkpoint of GradESAdamW or of plain AdamW.
 
         A plain one brings no freeze table: nothing is frozen, the count of steps continues from the
-        largest `step`, and `tau` and `statistic` stay as they are. For how prev_grad and the
-        counters travel, see `state_dict`.
+        largest `step`, and `tau` and `statistic` stay as they are. Another one brings its own, with
+        a warning where they differ. For prev_grad and the counters, see `state_dict`.
 
         Raises:
             ValueError: If parameters were renamed, reordered or reshaped since; with both names.
@@ -408,6 +407,8 @@ class GradESAdamW(AdamW):
         finally:
             before.remove()
             after.remove()
+        if changes := checkpoint.replaced_settings(groups, self.param_groups):
+            self._freezer.warn_once(changes)
 
     def __getstate__(self) -> dict[str, Any]:
         freezer = self._exact()

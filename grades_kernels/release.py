@@ -131,7 +131,8 @@ class Release:
                 for key in MOMENTS:
                     if key in own:
                         own[key] = placeholder(p, own[key].dtype)
-                p.requires_grad_(False)
+                if p.is_leaf:  # AdamW takes others too, with `retain_grad`
+                    p.requires_grad_(False)
                 p.grad = None
                 self.released.add(p)
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded

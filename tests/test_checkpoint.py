@@ -13,6 +13,7 @@ save point finds another situation (`test_the_save_points_cover_every_situation`
 
 import copy
 import dataclasses
+import fractions
 import functools
 import io
 import json
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -1189,3 +1191,33 @@ def test_no_tensor_joins_a_frozen_unit(stop_grad, way):
     join()
     step()
     assert opt.monitored_units == ["layers.0.q.lora"] and not torch.equal(a, before)
+
+
+def test_a_loaded_threshold_that_differs_is_reported():
+    """It replaces the constructor's, as a loaded lr does: observing would go on for ever."""
+    w = nn.Parameter(torch.ones(4, 4))
+    saved = GradESAdamW([w], tau=0.0, grace_steps=0).state_dict()
+    opt = GradESAdamW([w], tau=1e9, grace_steps=0)
+    with pytest.warns(UserWarning, match=r"brings tau=0.0 in place of 1000000000.0 \(group 0\)"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["tau"] == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(saved)
+        GradESAdamW([w]).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"has groups of \[1\] tensors, the optimizer of \[1, 1\]"):
+        others = [nn.Parameter(torch.ones(2, 2)) for _ in "ab"]
+        GradESAdamW([{"params": [p]} for p in others]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, fractions.Fraction])
+def test_a_threshold_of_another_number_type_can_be_saved(number, tmp_path):
+    """`np.quantile` gives one; torch.load and json take Python's own numbers alone."""
+    w = nn.Parameter(torch.ones(4, 4))
+    opt = GradESAdamW([w], tau=number(1.5), grace_steps=0, statistic="norm")
+    w.grad = torch.full_like(w, 0.01)
+    opt.step()
+    assert opt.frozen_units
+    opt.report().save(tmp_path / "report.json")
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    assert torch.load(tmp_path / "opt.pt", weights_only=True)["param_groups"][0]["tau"] == 1.5

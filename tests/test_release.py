@@ -587,3 +587,32 @@ def ddp_warns():
 
 def test_ddp_only_masks_and_warns_how_to_release():
     assert ranks.run(2, ddp_warns) == [True, True]
+
+
+def test_moments_of_a_thaw_in_an_evaluation_can_be_updated():
+    """What `torch.inference_mode` makes could not."""
+    w = nn.Parameter(torch.ones(4, 4))
+    opt = GradESAdamW([w], tau=1e9, grace_steps=0, statistic="norm", fused=False)
+    for _ in range(2):
+        w.grad = torch.ones_like(w)
+        opt.step()
+    assert opt.frozen_units and not w.requires_grad
+    opt.param_groups[0]["tau"] = 0.0
+    with torch.inference_mode():
+        opt.thaw()
+    before = w.detach().clone()
+    w.grad = torch.ones_like(w)
+    opt.step()
+    assert not torch.equal(w, before)
+
+
+def test_a_frozen_tensor_that_is_no_leaf_keeps_its_flag():
+    """AdamW takes such tensors with `retain_grad`; torch forbids to change what they need."""
+    leaf = torch.ones(4, 4, requires_grad=True)
+    w = leaf * 2
+    w.retain_grad()
+    opt = GradESAdamW([w], tau=1e9, grace_steps=0, statistic="norm")
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        opt.step()
+    assert opt.frozen_units and w.requires_grad

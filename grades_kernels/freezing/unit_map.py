@@ -271,7 +271,8 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
 
 
 def _threshold(group: dict[str, Any]) -> float | None:
-    return AUTO_TAU if group["tau"] == "auto" else group["tau"]
+    tau = AUTO_TAU if group["tau"] == "auto" else group["tau"]
+    return None if tau is None else float(tau)
 
 
 def _settings(groups: Groups) -> list[tuple[int, bool, str, bool]]:
