@@ -1204,7 +1204,7 @@ def test_a_loaded_threshold_that_differs_is_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.load_state_dict(saved)
-        GradESAdamW([w]).load_state_dict(saved)
+        GradESAdamW([w], grace_steps=0).load_state_dict(saved)
     with pytest.raises(ValueError, match=r"has groups of \[1\] tensors, the optimizer of \[1, 1\]"):
         others = [nn.Parameter(torch.ones(2, 2)) for _ in "ab"]
         GradESAdamW([{"params": [p]} for p in others]).load_state_dict(saved)
