@@ -42,7 +42,10 @@ Row = dict[str, Any]
 
 
 class Rule(NamedTuple):
-    """A rule of freezing: options of GradESAdamW, and for what `calibrate` finds a threshold."""
+    """A rule of freezing: options of GradESAdamW, and for what `calibrate` finds a threshold.
+
+    `per` is "" where nothing is observed: `tau="auto"`.
+    """
 
     options: dict[str, Any]
     per: str
@@ -50,6 +53,7 @@ class Rule(NamedTuple):
 
 RULES = {
     "GradES": Rule({"statistic": "change"}, per="unit"),
+    "signal, auto": Rule({"statistic": "signal"}, per=""),
     # What the authors' package does, step for step: tests/test_authors_package.py.
     "authors' rule": Rule({"statistic": "weight_change", "freeze_timing": "next_step"}, per="all"),
 }
@@ -87,7 +91,7 @@ def _with_trained_head(task: Task, seed: int) -> dict[str, Tensor]:
     return setup.model.state_dict()
 
 
-def groups_of(setup: Setup, lr: float, head: float, taus: dict[str, float]) -> list[Row]:
+def groups_of(setup: Setup, lr: float, head: float, taus: dict[str, Any]) -> list[Row]:
     """Parameter groups: the head with its own learning rate, monitored tensors with their tau."""
     groups: dict[Any, Row] = {}
     heads = set(setup.head)
@@ -114,7 +118,7 @@ def advance(
     head: float,
     seed: int = 0,
     first: int = 0,
-    taus: dict[str, float] | None = None,
+    taus: dict[str, Any] | None = None,
     check_every: int = 0,
 ) -> tuple[Row, Any]:
     """Train; what came of it, and the optimizer.
@@ -270,11 +274,13 @@ def is_over(values: Sequence[float]) -> bool:
 
 
 @cache
-def taus_of(task: Task, lr: float, head: float, arm: Arm) -> dict[str, float]:
-    """Thresholds that would have frozen half of the matrices in an observed run."""
+def taus_of(task: Task, lr: float, head: float, arm: Arm) -> dict[str, float | str]:
+    """Thresholds that would have frozen half of the matrices in an observed run, or "auto"."""
     setup = start(task, TUNING_SEED)
     inside = {p for block in setup.blocks[arm.k or 0 :] for p in block.parameters() if p.dim() == 2}
     units = {name: unit_name(name, p) for name, p in setup.tensors if p in inside}
+    if not RULES[arm.rule].per:
+        return dict.fromkeys(units, "auto")
     taus = dict.fromkeys(units, 0.0)
     observing = {"lr": lr, "head": head, "taus": taus, "seed": TUNING_SEED}
     _, optimizer = advance(setup, arm, task.steps, **observing)

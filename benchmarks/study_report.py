@@ -21,6 +21,7 @@ STYLES = {
     "all weights": {"color": "black", "marker": "o", "ls": "-"},
     "embeddings frozen": {"color": "#999999", "marker": ".", "ls": ":"},
     "GradES": {"color": "#D55E00", "marker": "s", "ls": "-"},
+    "signal, auto": {"color": "#F0E442", "marker": "P", "ls": "-"},
     "authors' rule": {"color": "#56B4E9", "marker": "v", "ls": "-"},
     "early stopping": {"color": "#CC79A7", "marker": "X", "ls": ""},
     "chosen cut": {"color": "#0072B2", "marker": "o", "ls": "-"},

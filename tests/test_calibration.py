@@ -51,7 +51,7 @@ FALLING = {
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
 def test_thresholds_by_hand(arguments, taus):
-    result = calibrate(observed(FALLING), **arguments)
+    result = calibrate(observed(FALLING), **{"grace_steps": 0, **arguments})
     assert result.taus == pytest.approx({r"\bq_proj\b": taus[0], r"\bv_proj\b": taus[1]})
 
 
@@ -65,8 +65,17 @@ def test_a_negative_statistic_counts_as_zero(per, share):
     assert result.forecast[-1][1] >= share
 
 
+def test_by_default_the_second_half_counts():
+    """In the first half, by default the grace period of the run to come, nothing freezes."""
+    late = calibrate(observed(FALLING), share=0.5)
+    assert late.taus == calibrate(observed(FALLING), share=0.5, grace_steps=2).taus
+    assert [step for step, _ in late.forecast] == [3, 4]
+    earlier = calibrate(observed(FALLING), by_step=2)
+    assert earlier.taus == calibrate(observed(FALLING), by_step=2, grace_steps=1).taus
+
+
 def test_per_all_gives_one_tau():
-    result = calibrate(observed(FALLING), share=0.75, per="all")
+    result = calibrate(observed(FALLING), share=0.75, per="all", grace_steps=0)
     assert result.taus == pytest.approx({".": math.sqrt(30 * 70)})
     assert result.curves == {"all": (2.0, 3.0, 30.0, 70.0)}
     assert result.forecast == ((1, 0.5), (2, 0.75), (3, 0.75), (4, 0.75))
@@ -74,7 +83,7 @@ def test_per_all_gives_one_tau():
 
 def test_per_unit_gives_the_same_fraction_of_each_median():
     """The critical values relative to the medians are 2/4.5, 3/6.5, 30/50 and 70/80."""
-    result = calibrate(observed(FALLING), share=0.5, per="unit")
+    result = calibrate(observed(FALLING), share=0.5, per="unit", grace_steps=0)
     fraction = math.sqrt(3 / 6.5 * 30 / 50)
     names = [f"^layers\\.{k}\\.self_attn\\.{kind}_proj\\.weight$" for k, kind in enumerate("qqvv")]
     expected = [fraction * scale for scale in (4.5, 6.5, 50, 80)]
@@ -143,7 +152,7 @@ def test_a_real_run_freezes_as_forecast(share, by_step, patience, check_every, s
     """
     options = {"grace_steps": 4, "check_every": check_every, "statistic": statistic}
     report, _ = run(40, **options)
-    result = calibrate(report, share, by_step, per=per, patience=patience)
+    result = calibrate(report, share, by_step, per=per, patience=patience, grace_steps=4)
     later, shares = run(40, taus=result.taus, patience=patience, **options)
     assert dict(result.forecast) == {step: shares[step] for step, _ in result.forecast}
     assert shares[by_step] == pytest.approx(share)
@@ -157,7 +166,7 @@ def test_a_real_run_freezes_as_forecast(share, by_step, patience, check_every, s
 def test_lower_taus_or_more_patience_freeze_less(wrong):
     """Negative control of the comparison above."""
     options = {"grace_steps": 4, "statistic": "norm"}
-    result = calibrate(run(40, **options)[0], 0.5, 30, patience=2)
+    result = calibrate(run(40, **options)[0], 0.5, 30, patience=2, grace_steps=4)
     factor, patience = (0.7, 2) if wrong == "lower taus" else (1.0, 6)
     taus = {pattern: factor * tau for pattern, tau in result.taus.items()}
     _, shares = run(30, taus=taus, patience=patience, **options)
@@ -165,7 +174,7 @@ def test_lower_taus_or_more_patience_freeze_less(wrong):
 
 
 def test_text_has_the_forecast_and_the_threshold_of_every_share():
-    text = str(calibrate(observed(FALLING), share=0.5))
+    text = str(calibrate(observed(FALLING), share=0.5, grace_steps=0))
     assert text.splitlines() == [
         "To freeze 50% of every kind of matrix by step 4 (patience 1)",
         "This would have frozen 50% of all units: 25% by step 2, 50% by step 4",
@@ -180,10 +189,10 @@ def test_text_has_the_forecast_and_the_threshold_of_every_share():
 
 def test_an_unreachable_share_is_a_dash_in_the_text_and_an_error_as_an_argument():
     report = observed({1: (1.0, NAN), 2: (2.0, NAN)}, kinds=("q_proj", "q_proj"))
-    result = calibrate(report, share=0.5)
+    result = calibrate(report, share=0.5, grace_steps=0)
     assert str(result).splitlines()[-1].split() == ["q_proj", "2", *["1.01"] * 3, *"---", "1.01"]
     with pytest.raises(ValueError, match=r"share=0\.6 cannot be reached: only 1 of 2 units of"):
-        calibrate(report, share=0.6)
+        calibrate(report, share=0.6, grace_steps=0)
 
 
 @pytest.mark.parametrize("per", ["kind", "unit", "all"])
@@ -204,12 +213,12 @@ def test_plot_writes_a_picture(tmp_path, per):
         ({"share": True}, "Invalid share: True"),
         ({"per": "layer"}, r"Invalid per: 'layer' \(choose one of 'kind', 'unit', 'all'\)"),
         ({"patience": 0}, "Invalid patience: 0"),
-        ({"patience": 5}, "only 0 of 2 units of 'q_proj' have 5 measurements in steps 1 to 4"),
+        ({"patience": 5}, "only 0 of 2 units of 'q_proj' have 5 measurements in steps 3 to 4"),
         ({"by_step": 5}, r"Invalid by_step: 5 \(the report's last measurement is of step 4"),
         ({"by_step": 0}, "no measurement in steps 1 to 0"),
         ({"grace_steps": 4}, "no measurement in steps 5 to 4"),
         ({"report": observed({}, kinds=())}, "the report has no monitored unit"),
-        ({"report": observed({})}, "no measurement in steps 1 to 0"),
+        ({"report": observed({})}, "the report has no measurement: observe with tau=0.0"),
     ],
 )
 def test_errors_state_the_argument_or_the_missing_measurements(arguments, message):

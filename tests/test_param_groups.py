@@ -443,7 +443,14 @@ def test_groups_have_tau_decay_and_names():
     optimizer = torch.optim.AdamW(groups)
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    assert grades_param_groups(model, tau=2)[0]["weight_decay"] == 1e-2
+
+
+def test_the_optimizers_weight_decay_applies_unless_another_is_given():
+    for given, expected in ((None, 0.3), (0.2, 0.2)):
+        groups = grades_param_groups(two_blocks(), tau=2, weight_decay=given)
+        opt = GradESAdamW(groups, weight_decay=0.3, grace_steps=1)
+        found = {(g["tau"], g["weight_decay"]) for g in opt.param_groups}
+        assert found == {(2.0, expected), (None, expected), (None, 0.0)}
 
 
 def test_the_first_match_of_taus_wins_and_none_leaves_a_unit_unmonitored():

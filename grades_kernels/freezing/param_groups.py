@@ -29,7 +29,7 @@ def grades_param_groups(
     model: nn.Module,
     *,
     tau: float | str,
-    weight_decay: float = 1e-2,
+    weight_decay: float | None = None,
     taus: Mapping[str, float | None] | None = None,
     verbose: bool = False,
 ) -> list[dict[str, Any]]:
@@ -47,7 +47,8 @@ def grades_param_groups(
         model: The model, bare or wrapped (DDP, FSDP, torch.compile, PEFT).
         tau: Threshold of the monitored units, at least 0; 0.0 only observes, "auto" is for the
             statistic "signal" alone.
-        weight_decay: For all tensors but vectors, norms and biases, which get 0. Default 1e-2.
+        weight_decay: For all tensors but vectors, norms and biases, which get 0. Default: that of
+            the optimizer.
         taus: Thresholds for some units, `{regex: tau}`: the first regex that `re.search` finds in
             the canonical name of a unit or of one of its tensors wins. None as a threshold leaves
             the units unmonitored. Default: none.
@@ -55,7 +56,8 @@ def grades_param_groups(
 
     Returns:
         Groups with the keys "params" (`(name, tensor)` pairs, each tensor once), "tau" (None for
-        a group that is not monitored) and "weight_decay". No group is empty.
+        a group that is not monitored) and, where it is given or 0, "weight_decay". No group is
+        empty.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or `taus` not a mapping.
@@ -65,7 +67,8 @@ def grades_param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
     tau = tau if tau == "auto" else _checked_number("tau", tau)
-    weight_decay = _checked_number("weight_decay", weight_decay)
+    if weight_decay is not None:
+        weight_decay = _checked_number("weight_decay", weight_decay)
     taus = {} if taus is None else taus
     if not isinstance(taus, Mapping):
         raise TypeError(f"taus={taus!r} must be a mapping of regular expressions to thresholds")
@@ -81,14 +84,16 @@ def grades_param_groups(
             "monitor. Narrow its patterns, or use torch.optim.AdamW"
         )
 
-    params: dict[tuple[float | str | None, float], list[tuple[str, Tensor]]] = defaultdict(list)
+    groups: dict[tuple[float | str | None, float | None], dict[str, Any]] = {}
     for name, tensor, unit, reason in tensors:
         decay = 0.0 if reason in _WITHOUT_DECAY else weight_decay
         unit_tau = None if unit is None else tau_of_unit[unit]
-        params[unit_tau, decay].append((name, tensor))
+        own = {} if decay is None else {"weight_decay": decay}
+        group = groups.setdefault((unit_tau, decay), {"params": [], "tau": unit_tau, **own})
+        group["params"].append((name, tensor))
     if verbose:
         _print_tables(type(model).__name__, tensors, units, tau_of_unit)
-    return [{"params": p, "tau": t, "weight_decay": decay} for (t, decay), p in params.items()]
+    return list(groups.values())
 
 
 def _trainable_tensors(model: nn.Module) -> list[_NamedTensor]:

@@ -140,7 +140,8 @@ def calibrate(
             within the kind. "unit": one tau for each unit, the same fraction of its own median
             everywhere, the share counted over all. "all": one tau, as in the paper.
         patience: `patience` of the later run. Default 1.
-        grace_steps: `grace_steps` of the later run: earlier checks do not count. Default 0.
+        grace_steps: `grace_steps` of the later run: earlier checks do not count. Default: half of
+            `by_step`, as the later run has with `alpha=0.5`.
 
     Returns:
         The thresholds; `str()` and `.plot(path)` show the curve of share against tau.
@@ -154,8 +155,11 @@ def calibrate(
     check_integer("patience", patience, 1)
     if not report.units:
         raise ValueError("the report has no monitored unit: observe with tau=0.0 first")
-    last = max((step for step, _ in report.history), default=0)
-    by_step, grace_steps = last if by_step is None else by_step, grace_steps or 0
+    if not report.history:
+        raise ValueError("the report has no measurement: observe with tau=0.0 beyond grace_steps")
+    last = report.history[-1][0]
+    by_step = last if by_step is None else by_step
+    grace_steps = by_step // 2 if grace_steps is None else grace_steps
     if by_step > last:
         raise ValueError(
             f"Invalid by_step: {by_step!r} (the report's last measurement is of step {last}: "
