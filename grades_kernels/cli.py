@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="measure kernels or whole steps, or compile every kernel and inspect it",
+        help="in a clone: measure kernels or whole steps, or compile every kernel and inspect it",
         add_help=False,  # --help is an option of the benchmark
     )
     bench.set_defaults(run=run_bench, failures=())

@@ -25,7 +25,7 @@ from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_
 from .backends.select import assign, run_tasks_of, unscales
 from .backends.step_tensors import Layout, fit_state, prepare_state, uses_prev_grads
 from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
-from .freezing.config import check_group
+from .freezing.config import check_group, unused_options
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
 from .freezing.unit_map import (
     UnitMap,
@@ -159,6 +159,8 @@ class Freezer:
         table, groups, state = self.table, optimizer.param_groups, optimizer.state
         if not table.units and any([group["tau"] is not None for group in groups]):
             raise ValueError(nothing_is_monitored(groups, self.unit_map))
+        if table.t == 0 and (unused := unused_options(self.config, groups)):
+            self.warn_once(unused)
         self.release.begin_run(self.unit_map, _process_group(optimizer), self.ranks)
         total_steps = self.config.total_steps
         if total_steps is not None and table.t >= total_steps:

@@ -226,6 +226,11 @@ def test_errors_state_the_argument_or_the_missing_measurements(arguments, messag
         calibrate(**{"report": observed(FALLING), **arguments})
 
 
+def test_the_optimizer_in_place_of_its_report_is_an_error():
+    with pytest.raises(TypeError, match=r"pass optimizer.report\(\)"):
+        calibrate(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+
+
 def test_units_of_two_statistics_need_a_tau_per_unit():
     report = observed(FALLING)
     units = (replace(report.units[0], criterion="norm"), *report.units[1:])

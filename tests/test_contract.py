@@ -1285,3 +1285,16 @@ def test_hand_computed_numbers_differ_under_plain_adam(monkeypatch):
     monkeypatch.setitem(globals(), "GradESAdamW", adam)
     with pytest.raises(AssertionError):
         test_order_of_the_arithmetic(*HAND_COMPUTED["adamw"])
+
+
+def test_options_of_freezing_without_a_tau_are_reported():
+    """Forgotten, the run would be plain AdamW to its end; with the defaults nothing is said."""
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    opt = GradESAdamW([p], statistic="signal", total_steps=10)
+    with pytest.warns(UserWarning, match=r"tau is None.*total_steps=10.*statistic='signal'"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        GradESAdamW([p]).step()
+        GradESAdamW([{"params": [p], "tau": 0.0}], total_steps=10).step()

@@ -257,6 +257,12 @@ def test_nothing_has_changed_afterwards():
     assert differences(before, bits(model)) == []
 
 
+def test_evaluation_mode_is_reported():
+    """`from_pretrained` leaves a model in it, and without dropout another cut may be best."""
+    with pytest.warns(UserWarning, match=r"evaluation mode.*model.train\(\)"):
+        choose_cut(make().eval(), loss_of, batches())
+
+
 def direction_of(model, n=6):
     return choose._direction(model, loss_of, batches(), n, find_stack(model), (0.8, 0.95), 1e-3)
 

@@ -179,7 +179,7 @@ def test_comparison_when_freezing_gains():
     frozen = [0] * 40 + [5] * 20
     grades = a_run(steps=60, loss=0.99, seconds=0.9, frozen=frozen, n_units=10)
     result = compare(a_run(), a_run(), grades, a_run(steps=60, planned=60))
-    assert len(result.paid) == 6 and labels(result.did_not_pay) == ["Classic early stopping"]
+    assert len(result.paid) == 5 and labels(result.did_not_pay) == ["Classic early stopping"]
     assert result.paid[:2] == [
         "Time in all: 54.0 s of training, AdamW 100.0 s: 1.85x, which is 1.67x by fewer steps "
         "times 1.11x per step.",
@@ -195,7 +195,8 @@ def test_comparison_when_freezing_gains():
 def test_comparison_when_freezing_loses():
     grades = a_run(loss=1.2, seconds=1.1, n_units=10)
     result = compare(a_run(), a_run(steps=50, loss=1.1), grades, a_run())
-    assert result.paid == [] and len(result.did_not_pay) == 7
+    assert result.paid == [] and len(result.did_not_pay) == 6
+    assert "took 10.0% more time than AdamW's, the cost of measuring." in result.remark
     assert "(+0.2000)" in result.did_not_pay[-2]
     assert "50 of 100 steps, loss +0.1000" in result.did_not_pay[-1]
 
@@ -208,6 +209,7 @@ def test_a_gain_within_the_noise_does_not_count():
     assert "Cheaper steps" in labels(calm.paid) and "Cheaper steps" in labels(noisy.did_not_pay)
     assert "20.0%" in noisy.remark and "trust the steps" in noisy.remark
     assert "trust the steps" not in calm.remark
+    assert "took 10.0% less time than AdamW's, which is within that noise." in calm.remark
     faster = compare(a_run(), a_run(), a_run(seconds=0.75, n_units=10), a_run())
     assert "25.0%" in faster.remark and "trust the steps" in faster.remark  # nothing was frozen
 

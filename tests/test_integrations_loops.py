@@ -1,5 +1,7 @@
 """Loops written by hand as the documentation shows them: plain PyTorch, and Accelerate."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import assert_same_run, assert_same_weights, regression_data, tiny_network
@@ -7,7 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from grades_kernels import GradESAdamW
-from grades_kernels.integrations import unwrap_optimizer
+from grades_kernels.integrations import (
+    is_finished,
+    measurements,
+    release_under_ddp,
+    unwrap_optimizer,
+)
 
 STEPS, ACCUMULATE, CLIP = 12, 2, 0.3
 # Chosen so that of the three matrices some freeze within the run, and some never.
@@ -128,6 +135,20 @@ def test_unwrapping_another_optimizer_is_an_error_that_names_it():
         unwrap_optimizer(sgd)
     with pytest.raises(ValueError, match=r"optimizer=NoneType"):
         unwrap_optimizer(None)
+
+
+def test_the_functions_for_loops_take_wrapped_optimizers():
+    p = nn.Parameter(torch.ones(2, 2))
+    own = GradESAdamW([p], tau=1e9, statistic="norm", grace_steps=0)
+    wrapped = SimpleNamespace(optimizer=own)
+    p.grad = torch.ones_like(p)
+    assert not is_finished(wrapped)
+    own.step()
+    assert is_finished(wrapped)
+    assert measurements(wrapped)["grades/frozen_share"] == 1.0
+    release_under_ddp(wrapped, lambda: None)
+    with pytest.raises(TypeError, match="lambda: model"):
+        release_under_ddp(own, nn.Linear(2, 2))
 
 
 # Other ways to step

@@ -363,11 +363,14 @@ def test_flattened_parameters_are_refused_before_the_first_step(tmp_path, monkey
         ({}, {"tau": 1.0, "lr": 1e-3}, "lr=0.001.*learning_rate"),
         ({}, {"tau": 1.0, "weight_decay": 0.0}, "weight_decay=0.0"),
         ({"optim": "adafactor"}, {"tau": 1.0}, "adafactor"),
+        ({}, {"tau": 1.0, "statistic": "signl", "cut": "auto"}, "Invalid statistic: 'signl'"),
+        ({}, {"tau": 1.0, "patiance": 2, "cut": "auto"}, "patiance"),
     ],
-    ids=["no-tau", "lr", "weight-decay", "optim"],
+    ids=["no-tau", "lr", "weight-decay", "optim", "statistic", "unknown"],
 )
 def test_missing_and_misplaced_options_are_refused(tmp_path, changes, options, message):
-    with pytest.raises(ValueError, match=message):
+    """At once, before a cut is chosen."""
+    with pytest.raises((TypeError, ValueError), match=message):
         add_grades(make_trainer(tmp_path, **changes), **options)
 
 

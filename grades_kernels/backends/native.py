@@ -11,6 +11,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def why_not_loaded() -> str | None:
     spec = importlib.util.find_spec("grades_kernels._native")
     if spec is None or spec.origin is None:
         return (
-            "the native op is not built (it needs torch 2.10, a C++ compiler and "
-            "`pip install --no-build-isolation`)"
+            f"the native op is not built in {Path(__file__).parent.parent} (it needs torch 2.10, a "
+            "C++ compiler and `pip install --no-build-isolation`; in a checkout, with `-e`)"
         )
     try:
         torch.ops.load_library(spec.origin)

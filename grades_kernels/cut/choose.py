@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,6 +58,9 @@ def choose_cut(
 ) -> Cut:
     """Choose how many of the lowest blocks not to train, by gain per compute of trial steps.
 
+    For pre-trained weights: the rule looks one step ahead, and in a model with random weights the
+    upper blocks gain most at first.
+
     Weights, gradients, buffers, flags, and the states of random generators are afterwards what they
     were. It takes about 2.5 times the time of `n_batches` steps, and for that time the memory of
     AdamW's state. In a job of several processes all of them call it together, each with its own
@@ -88,6 +92,12 @@ def choose_cut(
     check_choice("tied", tied, ("train", "freeze"))
     check_choice("cost", cost, ("count", "time"))
     check_integer("n_batches", n_batches, 4)
+    if not model.training:
+        warnings.warn(
+            "choose_cut: the model is in evaluation mode, as from_pretrained leaves it, so that "
+            "gains are measured without dropout. Call model.train() before, as for the training.",
+            stacklevel=2,
+        )
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
     with _unchanged(inner) as repeat_random_numbers:

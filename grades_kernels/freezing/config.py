@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
 from typing import Any
@@ -78,6 +78,23 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
             f"differentiable=True cannot be combined with tau={tau}: freezing is a decision, "
             "which has no derivative. Use tau=None."
         )
+
+
+def unused_options(config: FreezeConfig, groups: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence about options of freezing that are set though no group has a tau, or ""."""
+    if any(group["tau"] is not None for group in groups):
+        return ""
+    default = vars(FreezeConfig())
+    changed = [f"{name}={x!r}" for name, x in vars(config).items() if x != default[name]]
+    changed += dict.fromkeys(
+        f"statistic={g['statistic']!r}" for g in groups if g["statistic"] != "change"
+    )
+    if not changed:
+        return ""
+    return (
+        "tau is None in every group, so that nothing is measured or frozen. Without effect: "
+        f"{', '.join(changed)}. Set tau; tau=0.0 observes."
+    )
 
 
 # All three raise ValueError with the argument, the value and what it may be.

@@ -223,7 +223,8 @@ def _nothing_to_monitor(model: nn.Module) -> str:
         f"modules of the types {', '.join(f'{name} ({n})' for name, n in types)}; "
         f"{len(parameters) - len(trained)} of the tensors have requires_grad=False, among them "
         f"{sum(not weight.requires_grad for weight in linear)} of the {len(linear)} linear weights "
-        "in repeated blocks. Set requires_grad=True on the tensors to be trained; for an "
+        "in repeated blocks. Set requires_grad=True on the tensors to be trained (if a cut has "
+        "frozen all blocks on purpose, train the rest with torch.optim.AdamW); for an "
         "architecture without repeated blocks, or another adapter than LoRA, pass "
         "model.named_parameters() and tau to GradESAdamW, which chooses matrices by name alone"
     )

@@ -265,8 +265,8 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
         seen.append(f"group {i} (tau={group['tau']}): {', '.join(shapes) or 'empty'}")
     return (
         "tau is set but not one tensor can be monitored: units are floating tensors of two or more "
-        "dimensions, by name neither embedding, output head, norm nor bias. Seen: "
-        f"{'; '.join(seen)}. Pass the weight matrices, or tau=None."
+        "dimensions that need a gradient, by name neither embedding, output head, norm nor bias. "
+        f"Seen: {'; '.join(seen)}. Pass the weight matrices, or tau=None."
     )
 
 

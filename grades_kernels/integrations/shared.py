@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut
@@ -33,8 +34,8 @@ def unwrap_optimizer(optimizer: Any) -> GradESAdamW:
         if inner is None or inner is outer:
             raise ValueError(
                 f"optimizer={type(optimizer).__name__} contains no GradESAdamW but "
-                f"{type(outer).__name__}. Train with grades_kernels.GradESAdamW, or remove the "
-                "GradESCallback."
+                f"{type(outer).__name__}. Train with grades_kernels.GradESAdamW (in the Trainer of "
+                "Transformers: call add_grades before train()), or remove the GradESCallback."
             )
     return inner
 
@@ -49,8 +50,13 @@ def release_under_ddp(optimizer: GradESAdamW, find_wrapper: Callable[[], Any]) -
         optimizer: The only optimizer of the model.
         find_wrapper: Returns the model as the loop calls it; nothing happens where that is no
             DistributedDataParallel.
+
+    Raises:
+        TypeError: If `find_wrapper` is the model itself.
     """
-    optimizer._freezer.release.find_wrapper = find_wrapper
+    if isinstance(find_wrapper, nn.Module):
+        raise TypeError("find_wrapper must return the model: pass `lambda: model`")
+    unwrap_optimizer(optimizer)._freezer.release.find_wrapper = find_wrapper
 
 
 def is_finished(optimizer: GradESAdamW) -> bool:
@@ -59,6 +65,7 @@ def is_finished(optimizer: GradESAdamW) -> bool:
     `all_frozen` may be one step behind the device. A rank that stopped one step before the others
     would leave them waiting for its gradients, so with several ranks the device is read first.
     """
+    optimizer = unwrap_optimizer(optimizer)
     if is_initialized() and dist.get_world_size() > 1:
         return bool(optimizer.frozen_units) and optimizer.all_frozen
     return optimizer.all_frozen
@@ -72,7 +79,7 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
         "grades/STATISTIC/KIND", e.g. "grades/change/q_proj": the median of the last statistic over
         the units of one kind of matrix, for every kind that has been measured.
     """
-    report = optimizer.report()
+    report = unwrap_optimizer(optimizer).report()
     numbers = {
         "grades/frozen_share": report.frozen_share()[-1][1],
         "grades/trainable_elements": float(report.trainable_elements()[-1][1]),

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -60,9 +61,10 @@ def add_grades(
         `args.report_to` logs the numbers that it adds.
 
     Raises:
+        TypeError: For an option that GradESAdamW does not have.
         ValueError: Under FSDP1 or DeepSpeed, for an option that `TrainingArguments` sets,
-            without `tau`, or if the Trainer has another optimizer already, or any with a `cut`.
-            Also the errors of `choose_cut` and `Cut.apply`.
+            without `tau`, for a value that GradESAdamW refuses, or if the Trainer has another
+            optimizer already, or any with a `cut`. Also the errors of `choose_cut` and `Cut.apply`.
     """
     to_choose = choice_options(cut)
     is_fsdp1 = trainer.is_fsdp_enabled and (
@@ -88,7 +90,8 @@ def add_grades(
             )
     elif trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
-            "add_grades: optimizer_cls_and_kwargs is set already. Build the Trainer without it."
+            "add_grades: optimizer_cls_and_kwargs is set already, by another call of add_grades or "
+            "the Trainer's argument. Build the Trainer anew, without it."
         )
     else:
         if options.get("tau") is None:
@@ -108,10 +111,14 @@ def add_grades(
             raise ValueError(
                 f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW. Remove optim."
             )
+        of_groups = ("taus", "verbose", "fused")  # the tensors decide about the last one
+        own = {name: value for name, value in options.items() if name not in of_groups}
+        GradESAdamW([nn.Parameter(torch.zeros(1, 1))], **{"grace_steps": 0, **own})  # checks them
         if to_choose is not None:
             cut = _chosen_cut(trainer, to_choose)
         if isinstance(cut, Cut):
-            logger.info("%s", cut)
+            if trainer.is_world_process_zero():
+                print(cut)
             model: Any = trainer.model
             cut.apply(model)
         factory: Any = GradESFactory  # annotated as an optimizer class, but any callable works
@@ -242,7 +249,7 @@ class GradESCallback(TrainerCallback):
     ) -> None:
         """Stop when all units are frozen."""
         if is_finished(unwrap_optimizer(kwargs["optimizer"])):
-            logger.info("step %d: all units are frozen, training stops", state.global_step)
+            logger.warning("step %d: all units are frozen, training stops", state.global_step)
             control.should_training_stop = True
             control.should_log |= args.logging_strategy != IntervalStrategy.NO
             if args.eval_strategy == IntervalStrategy.STEPS:

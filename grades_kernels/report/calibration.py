@@ -147,9 +147,12 @@ def calibrate(
         The thresholds; `str()` and `.plot(path)` show the curve of share against tau.
 
     Raises:
+        TypeError: `report` is no FreezeReport.
         ValueError: An argument is out of range, the report has no measurement in the range, units
             of different statistics would share one tau, or too few measurements reach the share.
     """
+    if not isinstance(report, FreezeReport):
+        raise TypeError(f"report={report!r} must be a FreezeReport: pass optimizer.report()")
     check_number("share", share, "(0, 1]", lambda x: 0 < x <= 1)
     check_choice("per", per, ("kind", "unit", "all"))
     check_integer("patience", patience, 1)
