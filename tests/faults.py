@@ -219,6 +219,11 @@ def _(real):
     return measure
 
 
+@fault("signal after a single gradient is evidence", STATISTICS, ORACLE)
+def _(patch):
+    patch.setitem(reference._LEAST_STEPS, table.STATISTICS["signal"].code, 1)
+
+
 @wrapping("gain against the sign of maximize", reference, "_measure", STATISTICS, ORACLE)
 def _(real):
     def measure(tensors, i, statistic, options):
