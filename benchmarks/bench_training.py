@@ -1,13 +1,14 @@
 """What a whole training step costs: forward, backward, clipping and optimizer, beside fused AdamW.
 
-    python -m benchmarks.bench_training [--device auto] [--part step peer compile]
+    python -m benchmarks.bench_training [--device auto] [--part step cut peer compile]
 
 `step`: a Llama-shaped model (transformers) with nothing frozen and with shares of its matrices
 frozen, masked only and with their gradients stopped. Every case takes turns with torch's fused
 AdamW. An overhead of 1 % drowns in the noise of a whole step, so it is taken from the time inside
-`optimizer.step()`. `peer`: the callback of the paper's authors (`pip install --no-deps
-grades==1.0.6`) and GradESAdamW under Hugging Face's Trainer, both monitoring only. `compile`: how
-often torch.compile compiles a model whose units freeze one by one.
+`optimizer.step()`. `cut`: a step of AdamW above a cut, and one that has the outputs of the frozen
+blocks from an `ActivationCache`. `peer`: the callback of the paper's authors (`pip install
+--no-deps grades==1.0.6`) and GradESAdamW under Hugging Face's Trainer, both monitoring only.
+`compile`: how often torch.compile compiles a model whose units freeze one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from grades_kernels import GradESAdamW, grades_param_groups
+from grades_kernels import ActivationCache, GradESAdamW, choose_cut, grades_param_groups
 from grades_kernels.demo.model import Plan, Transformer
 
 LR = 1e-5
@@ -282,6 +283,50 @@ def alternate(ours: Training, theirs: Training, repeats: int) -> list[list[tuple
 # The peer
 
 
+def cut_rows(name: str, size: Size, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per cut: steps above it, without and with a cache, to steps without a cut."""
+    batches = list(tokens(size, 4).to(device))
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(input_ids=batch, labels=batch).loss
+
+    cut = choose_cut(llama(size, device).train(), loss, batches, n_batches=4)
+
+    def stepping(k: int | None, cached: bool = False) -> Callable[[], None]:
+        model = llama(size, device).train()
+        cut.at(k).apply(model, eval_frozen=cached)
+        cache = ActivationCache(model, cut.at(k), max_bytes=1e9) if cached else None
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, LR, fused=True)
+        numbers = cycle(range(len(batches)))
+
+        def step() -> None:
+            n = next(numbers)
+            rows = range(n * size.batch, (n + 1) * size.batch)
+            with cache.rows(rows) if cache else contextlib.nullcontext():
+                optimizer.zero_grad()
+                loss(model, batches[n]).backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+
+        for _ in batches:  # the first epoch fills the cache
+            step()
+        return step
+
+    for k in range(1, size.layers + 1):
+        calls = (stepping(None), stepping(k), stepping(k, cached=True))
+        whole, above, cached = harness.alternate(calls, device, repeats)
+        yield {
+            "size": name,
+            "blocks": size.layers,
+            "cut": k,
+            "ms": harness.rounded(harness.summary(whole)[0]),
+            "ratio": harness.rounded(harness.paired_ratio(above, whole)),
+            "cached_ratio": harness.rounded(harness.paired_ratio(cached, whole)),
+            "repeats": repeats,
+        }
+
+
 def peer_rows(
     name: str, size: Size, device: torch.device, rounds: int, steps: int
 ) -> Iterator[dict[str, Any]]:
@@ -477,7 +522,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("step", "peer", "compile")
+    parts = ("step", "cut", "peer", "compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--part", nargs="+", choices=parts, default=parts)
     parser.add_argument("--size", choices=SIZES, help="default: 10M on a CPU, 0.5B on a GPU")
@@ -490,6 +535,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in options.part:
         if part == "step":
             rows = list(step_rows(CASES, name, size, device, options.repeats))
+        elif part == "cut":
+            rows = list(cut_rows(name, size, device, options.repeats))
         elif part == "peer":
             rounds = max(2, options.repeats // 3)
             rows = list(peer_rows(name, size, device, rounds, steps=8))

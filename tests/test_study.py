@@ -219,6 +219,13 @@ def test_the_training_benchmark_measures_memory(results, monkeypatch):
     assert (results / "training-step-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_cache_is_timed_beside_the_cut_alone():
+    pytest.importorskip("transformers")
+    rows = list(bench_training.cut_rows("tiny", TINY, CPU, repeats=2))
+    assert [row["cut"] for row in rows] == [1, 2, 3, 4]
+    assert all(row[key] > 0 for row in rows for key in ("ms", "ratio", "cached_ratio"))
+
+
 @pytest.mark.parametrize("case", bench_training.CASES, ids=lambda case: case.name)
 def test_every_case_has_its_number_of_frozen_units(case):
     pytest.importorskip("transformers")
