@@ -215,6 +215,7 @@ class Freezer:
         Called at the start of the step after a decision: a fixed lag, the same on every device and
         after a resume.
         """
+        self.release.stop_again()
         if self.table.has_changes:
             self._release_where_safe(optimizer, self.table.release_batch())
             self.table.has_changes = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
-from .backends.select import choose, run_tasks_of
+from .backends.select import choose, run_tasks_of, share_memory
 from .backends.step_tensors import check_capturable, with_local_shards
 from .backends.tasks import GroupOptions, StepTensors
 from .freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
@@ -83,6 +83,7 @@ def grades_adamw(
         foreach=foreach,
         capturable=capturable,
         units=members.values(),
+        shares_memory=share_memory(params),
     )
     devices = {p.device for p in params}
     if backend == "triton" and len(devices) > 1:

@@ -139,6 +139,13 @@ class Release:
                 unit.released_at = t
             self.rewrap_ddp = True
 
+    def stop_again(self) -> None:
+        """Stop the gradients of released tensors again: PEFT's `disable_adapter` asks for them."""
+        for p in self.released:
+            if p.requires_grad and p.is_leaf:
+                p.requires_grad_(False)
+                p.grad = None
+
     def take_back(self, tensors: Iterable[Tensor]) -> None:
         """Let tensors need gradients again."""
         for p in tensors:

@@ -1298,3 +1298,42 @@ def test_options_of_freezing_without_a_tau_are_reported():
         opt.step()
         GradESAdamW([p]).step()
         GradESAdamW([{"params": [p], "tau": 0.0}], total_steps=10).step()
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_parameters_in_the_same_memory_are_updated_one_after_the_other(fused):
+    """Tied through `.data` they stay two parameters, which a fused backend would race on."""
+
+    def tied(optimizer, **options):
+        torch.manual_seed(0)
+        a, b = (torch.nn.Parameter(torch.randn(64, 64)) for _ in "ab")
+        b.data = a.data
+        opt = optimizer([{"params": [a]}, {"params": [b]}], **options)
+        for _ in range(3):
+            a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+            opt.step()
+        return a, opt
+
+    if fused:
+        with pytest.raises(RuntimeError, match="two parameters share memory"):
+            tied(GradESAdamW, fused=True)
+        return
+    ours, opt = tied(GradESAdamW)
+    theirs, _ = tied(torch.optim.AdamW, foreach=False)
+    assert opt.backend == "reference" and torch.equal(ours, theirs)
+    flat = torch.randn(8, 4)
+    views = [torch.nn.Parameter(x) for x in flat.split(2)]
+    assert GradESAdamW(views).backend == GradESAdamW([flat.clone().requires_grad_()]).backend
+
+
+def test_the_weight_decay_of_adam_is_refused():
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False"):
+        GradESAdamW([{"params": [p], "decoupled_weight_decay": False}])
+
+
+def test_lazy_parameters_are_refused_with_tau_alone():
+    model = torch.nn.LazyLinear(3)
+    GradESAdamW(model.parameters())
+    with pytest.raises(ValueError, match="parameter 0 of group 0 has no shape yet"):
+        GradESAdamW(model.parameters(), tau=0.0, grace_steps=0)

@@ -271,7 +271,7 @@ def direction_of(model, n=6):
 def test_the_trial_takes_the_step_of_adamw(name):
     """After the first two thirds of the batches, with the weights as they are."""
     model = make(seed=2)
-    first, fresh, steps = direction_of(model)
+    first, used, fresh, steps = direction_of(model)
     p = dict(model.named_parameters())[name]
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for batch in batches()[:4]:
@@ -282,11 +282,12 @@ def test_the_trial_takes_the_step_of_adamw(name):
     expected = m / (1 - 0.8**4) / ((v / (1 - 0.95**4)).sqrt() + 1e-3)
     torch.testing.assert_close(steps[name], expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(first, batches()[0]) and list(fresh) == [5, 6]
+    assert used == dict(model.named_parameters()).keys()
 
 
 def test_the_gain_of_a_cut_is_what_its_step_takes_from_the_loss_of_fresh_batches():
     model = make(seed=2)
-    _, fresh, steps = direction_of(model, 12)
+    _, _, fresh, steps = direction_of(model, 12)
     cut = choose_cut(model, loss_of, batches(), betas=(0.8, 0.95), eps=1e-3)
     named = dict(model.named_parameters())
 
@@ -595,18 +596,24 @@ def test_a_cut_can_be_pickled_printed_drawn_and_written(tmp_path):
 def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
     peft = pytest.importorskip("peft")
     base = tiny_llama(num_hidden_layers=3)
-    base.enable_input_require_grads()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.enable_input_require_grads()  # and so does get_peft_model, by a second hook
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
 
     def loss(model, batch):
         return model(input_ids=batch, labels=batch).loss
 
+    def hooks():
+        return list(base.get_input_embeddings()._forward_hooks.values())
+
+    before = hooks()
+    assert len(before) >= 2
     cut = choose_cut(model, loss, batches())
-    assert base._require_grads_hooks  # as before
+    assert hooks() == before
     assert [x.k for x in cut.candidates] == [None, 1, 2]  # nothing trains below or above the blocks
     assert all(gain != 0 for gain in cut.gains[1:4])  # of B, while A has no gradient
     cut.at(2).apply(model)
-    assert not base._require_grads_hooks
+    assert hooks() == []
     disabled = [
         m.disable_adapters for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)
     ]
@@ -976,3 +983,115 @@ def test_a_row_of_another_length_is_refused():
     with cache.rows(range(8)):
         loss_of(model, batches()[0])
     assert_not_cached(model, cache, "stored with another length", length=4)
+
+
+# What users may do by accident
+
+
+class TwoTasks(Model):
+    """The second head is used for every other batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(12, 9, bias=False)
+        self.n_calls = 0
+
+    def forward(self, tokens):
+        x = self.norm(self.through_blocks(self.embed(tokens) + self.position)).mean(1)
+        return (self.second if tokens[0, 0] % 2 else self.head)(x)
+
+
+def test_a_head_that_the_first_batch_does_not_use_is_not_below():
+    few = sorted(batches(), key=lambda batch: int(batch[0, 0]) % 2)
+    few = [batch for pair in zip(few, few[::-1], strict=True) for batch in pair]
+    cut = choose_cut(make(kind=TwoTasks), loss_of, few)
+    assert set(cut.at(0).frozen) == set(BELOW)
+
+
+class Skips(Model):
+    """The output of every block is read above the blocks too, as in a U-Net."""
+
+    def through_blocks(self, x):
+        outputs = []
+        for layer in self.layers:
+            outputs.append(x := layer(x))
+        return sum(outputs)
+
+
+def test_a_cache_is_not_silent_where_a_lower_block_is_read_elsewhere():
+    model = make(kind=Skips)
+    cache = cached(model)
+    losses = []
+    for _ in range(2):
+        with cache.rows(range(8)):
+            losses.append(loss_of(model, batches()[0]).item())
+    assert math.isfinite(losses[0]) and math.isnan(losses[1])
+
+
+def test_a_cache_goes_through_the_hooks_of_its_blocks_once():
+    model = make()
+    model.layers[1].register_forward_hook(lambda *_: _[-1] + 1.0)
+    cache = cached(model)
+    losses = []
+    for _ in range(2):
+        with cache.rows(range(8)):
+            losses.append(loss_of(model, batches()[0]).item())
+    assert losses[0] == losses[1] == loss_of(model, batches()[0]).item()
+    with pytest.raises(ValueError, match="runs twice"), cache.rows(range(8)):
+        loss_of(model, batches()[0])
+        loss_of(model, batches()[1])
+
+
+def test_a_cut_of_another_depth_is_refused():
+    cut = cut_of(make(n=3)).at(2)
+    model = make(n=4)
+    with pytest.raises(ValueError, match=r"with 3 blocks in 'layers'; Model has 4"):
+        cut.apply(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Direct(Model):
+    def through_blocks(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+
+def test_blocks_that_are_not_called_as_modules_are_refused():
+    model = make(kind=Direct)
+    before = bits(model)
+    with pytest.raises(ValueError, match="not called as modules"):
+        cut_of(model)
+    assert differences(before, bits(model)) == []
+
+
+def test_a_model_that_is_compiled_in_place_has_the_same_tensors_below():
+    model = make()
+    model.compile(backend="eager")
+    assert cut_of(model, cost="time").segments[0] == cut_of(make()).segments[0]
+
+
+def test_a_trial_whose_loss_is_not_finite_leads_to_no_cut():
+    def loss(model, batch):
+        moved = (model.head.weight - start).abs().max() > 0
+        return loss_of(model, batch) * (math.nan if moved else 1.0)
+
+    model = make()
+    start = model.head.weight.detach().clone()
+    cut = choose_cut(model, loss, batches())
+    assert cut.k is None and "not finite" in cut.reason and "not finite" in str(cut)
+
+
+@pytest.mark.parametrize("wrong", [{"betas": (1.0, 0.999)}, {"eps": -1.0}])
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"Invalid {next(iter(wrong))}"):
+        cut_of(**wrong)
+
+
+def test_blocks_above_the_cut_stay_in_training_mode():
+    """Also those that train nothing, as with adapters in some layers alone."""
+    model = make(dropout=0.5)
+    model.layers[3].requires_grad_(False)
+    cut_of(model).at(1).apply(model, eval_frozen=True)
+    loss_of(model.train(), batches()[0])
+    assert [layer.training for layer in model.layers] == [False, True, True, True]

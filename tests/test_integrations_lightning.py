@@ -319,3 +319,23 @@ def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
 
 if __name__ == "__main__":
     train_one_rank(sys.argv[1])
+
+
+class Matrices(Regression):
+    """Only the matrices train, and each of them is monitored."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for p in self.parameters():
+            p.requires_grad_(p.dim() > 1)
+
+    def make_optimizer(self, steps):
+        return GradESAdamW(
+            [p for p in self.parameters() if p.requires_grad], lr=1e-2, grace_steps=2, tau=1e9
+        )
+
+
+def test_where_nothing_is_left_to_train_no_minimum_keeps_the_run_going(tmp_path):
+    """A backward pass without anything that needs a gradient is an error."""
+    trainer = fit(tmp_path, Matrices(), min_epochs=EPOCHS, min_steps=EPOCHS * BATCHES)
+    assert 3 <= trainer.global_step <= 5

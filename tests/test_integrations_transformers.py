@@ -215,6 +215,23 @@ def test_a_cut_above_all_blocks_trains_the_head_with_plain_adamw(tmp_path):
     }  # fmt: skip
 
 
+def test_checkpointing_of_adapters_does_not_reach_below_the_cut(tmp_path):
+    """train() enables checkpointing after the cut was applied, and inputs to need gradients."""
+    peft = pytest.importorskip("peft")
+    own = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def trainer():
+        model = peft.get_peft_model(deep_llama(), own)
+        return make_trainer(tmp_path, model=model, gradient_checkpointing=True, **NO_REENTRANT)
+
+    cut = add_grades(trainer(), cut="auto", **OPTIONS).cut.at(2)
+    trained = trainer()
+    train(trained, cut=cut, tau=0.0)
+    base = trained.model.get_base_model()
+    batch = next(iter(trained.get_train_dataloader()))["input_ids"]
+    assert not base.get_input_embeddings()(batch).requires_grad
+
+
 def test_options_of_the_choice(tmp_path):
     options = {"blocks": "model.layers", "cost": "time", "n_batches": 4}
     cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut=options, **OPTIONS).cut

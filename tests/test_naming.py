@@ -214,3 +214,18 @@ def test_lora_factors_are_one_unit(factors, adapter):
 )
 def test_layer_and_kind(unit, expected):
     assert layer_and_kind(unit) == expected
+
+
+def test_both_factors_of_an_adapter_on_a_gate_are_one_unit():
+    """The rank makes one narrow and the other wide, which says nothing about a router."""
+    names = [f"model.layers.0.mlp.gate.lora_{x}.default.weight" for x in "AB"]
+    units = {
+        unit_of(name, shape, torch.float32)
+        for name, shape in zip(names, [(2, 16), (4, 2)], strict=True)
+    }
+    assert units == {"model.layers.0.mlp.gate.lora.default"}
+
+
+def test_routers_of_several_layers_are_routers():
+    for name in ("layers.0.mlp.router_mlp.fc1.weight", "layers.0.router_gate.proj.weight"):
+        assert unit_of(name, (4, 8), torch.float32) is None

@@ -616,3 +616,23 @@ def test_a_frozen_tensor_that_is_no_leaf_keeps_its_flag():
         w.grad = torch.ones_like(w)
         opt.step()
     assert opt.frozen_units and w.requires_grad
+
+
+def test_released_tensors_stay_without_gradients():
+    """PEFT's `disable_adapter`, as in DPO, asks for the gradients of all adapters again."""
+    a, b = (nn.Parameter(torch.ones(4, 4)) for _ in "ab")
+    opt = GradESAdamW([{"params": [a], "tau": 1e9}, {"params": [b], "tau": 0.0}], grace_steps=0,
+                      statistic="norm")  # fmt: skip
+    opt.apply_freezes()
+    for _ in range(3):
+        for p in (a, b):
+            p.requires_grad_(True)
+            p.grad = torch.ones_like(p)
+        opt.step()
+        opt.apply_freezes()
+    assert len(opt.frozen_units) == 1 and not a.requires_grad and a.grad is None
+    assert b.requires_grad
+    opt.thaw()
+    opt.param_groups[0]["tau"] = 0.0
+    opt.step()
+    assert a.requires_grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def choose(
     foreach: bool | None = None,
     capturable: bool = False,
     units: Iterable[Sequence[Tensor]] = (),
+    shares_memory: bool = False,
 ) -> str:
     """The backend that serves these parameters: "triton", "native" or "reference".
 
@@ -37,6 +39,8 @@ def choose(
         differentiable, foreach, capturable: As in AdamW. `capturable` without units is served by
             torch's own operations, which a CUDA graph can capture.
         units: The tensors of each unit.
+        shares_memory: Whether some tensors of the optimizer lie in the same memory. Fused backends
+            update all at the same time, and would lose updates there.
 
     Raises:
         RuntimeError: If `fused` is True and no fused backend can serve them.
@@ -44,10 +48,11 @@ def choose(
     units = list(units)
     if fused is False or differentiable or foreach or not params or (capturable and not units):
         return "reference"
-    not_triton = why_not_triton(params, interpret=bool(fused), units=units)
+    shared = "two parameters share memory" if shares_memory else None
+    not_triton = why_not_triton(params, interpret=bool(fused), units=units) or shared
     if not_triton is None:
         return "triton"
-    not_native = why_not_native(params)
+    not_native = why_not_native(params) or shared
     if not_native is None:
         return "native"
     if fused:
@@ -83,6 +88,7 @@ def assign(
         RuntimeError: If `fused=True` is not possible.
         ValueError: If the monitored groups ask for Triton and for a backend that the host drives.
     """
+    shares_memory = share_memory([p for group in groups for p in group["params"]])
     names = []
     for group, units in zip(groups, group_units, strict=True):
         name = choose(
@@ -92,6 +98,7 @@ def assign(
             foreach=group["foreach"],
             capturable=group["capturable"],
             units=[members[unit] for unit in units],
+            shares_memory=shares_memory,
         )
         if name == "triton" and units and not triton_in_job:
             if group["fused"]:
@@ -185,6 +192,19 @@ def why_not_triton(
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def share_memory(params: Iterable[Tensor]) -> bool:
+    """Whether two plain tensors lie in the same stretch of memory, as those tied by `.data` do."""
+    plain = [x for x in map(local, params) if type(x) in (Tensor, torch.nn.Parameter) and x.numel()]
+    spans = []
+    for x in plain:
+        if x.layout == torch.strided and x.device.type != "meta":
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            start = x.data_ptr()
+            spans.append((str(x.device), start, start + (last + 1) * x.element_size()))
+    spans.sort()
+    return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(spans))
 
 
 def is_dense(p: Tensor) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -105,7 +106,7 @@ def _class_of(block: nn.Module) -> type[nn.Module]:
 
 
 def below_the_blocks(
-    model: nn.Module, stack: Stack, backward: Callable[[], Any]
+    model: nn.Module, stack: Stack, backward: Callable[[], Any], used: Container[str]
 ) -> tuple[list[nn.Module], list[str], list[str]]:
     """The blocks as they run, and tensors outside of them that act on the loss through them.
 
@@ -118,12 +119,23 @@ def below_the_blocks(
         model: The model.
         stack: Its blocks.
         backward: Computes the loss and all gradients anew, the same in every call.
+        used: Names of the tensors that get a gradient from it. Others may act on the loss of other
+            batches, as the head of a second task.
+
+    Raises:
+        ValueError: If no block is called.
     """
-    with _detached_inputs(stack.blocks) as order:
+    # Hooks that are set after `model.compile()` may not be seen by what was compiled before.
+    with _detached_inputs(stack.blocks) as order, torch.compiler.set_stance("force_eager"):
         backward()
+    if not order:
+        raise ValueError(
+            f"the blocks of {stack.name!r} are not called as modules, so that no cut can be found "
+            "between them. Name another stack with blocks=..."
+        )
     named, inside = trainable(model), stack.params
     outside = {name: p for name, p in named.items() if p not in inside}
-    below = [name for name, p in outside.items() if p.grad is None]
+    below = [name for name, p in outside.items() if p.grad is None and name in used]
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     detached = {name: p.grad for name, p in outside.items() if p.grad is not None and p in tables}
     if detached:

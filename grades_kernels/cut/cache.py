@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -56,9 +59,12 @@ class ActivationCache:
             raise _error(
                 "tensors below the cut still train. Call cut.apply(model, eval_frozen=True) first."
             )
-        self._versions = self._current_versions()
         self._blocks = blocks_of(model, cut.stack)
         self._k = cut.k
+        # The base weights of adapters too.
+        inside = (p for block in self._blocks[: cut.k] for p in block.parameters())
+        self._below = list(dict.fromkeys([*self._below, *inside]))
+        self._versions = self._current_versions()
         self._frozen: list[nn.Module] = []  # lowest first, as they ran
         self._rows: dict[Hashable, Tensor] = {}
         self._wrapped: dict[nn.Module, bool] = {}  # whether a block returns a tuple
@@ -82,18 +88,18 @@ class ActivationCache:
         keys = [key.item() if isinstance(key, Tensor) else key for key in ids]
         if self._current_versions() != self._versions:
             raise _error("weights below the cut have changed or train again. Make a new cache.")
+        ran: list[nn.Module] = []
         with ExitStack() as stack:
-            if keys and all(key in self._rows for key in keys):
-                self._skip(stack, keys)
-            else:
-                self._store(stack, keys)
+            skips = bool(keys) and all(key in self._rows for key in keys)
+            (self._skip if skips else self._store)(stack, keys, ran)
             yield
+        if skips and self._frozen[-1] not in ran:
+            raise _error("the highest frozen block did not run, for which rows are stored.")
 
     def _current_versions(self) -> list[tuple[int, bool]]:
         return [(p._version, p.requires_grad) for p in self._below]
 
-    def _store(self, stack: ExitStack, keys: list[Hashable]) -> None:
-        ran: list[nn.Module] = []
+    def _store(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
         device = self._below[0].device
         random_state = _random_state(device)
 
@@ -129,7 +135,7 @@ class ActivationCache:
                     "a tensor that trains acts on the frozen blocks, such as an embedding that is "
                     "also the head. Choose the cut with tied='freeze'."
                 )
-            if not all(map(torch.equal, random_state, _random_state(device))):
+            if random_state != _random_state(device):
                 raise _error(
                     "random numbers were drawn below the cut. Set the dropout between embeddings "
                     "and blocks to zero, and draw others before the context."
@@ -144,12 +150,20 @@ class ActivationCache:
             self._computed = hidden.dtype
 
         for block in self._blocks:
-            stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
+            # Before the block's own hooks, which are called with what is stored, too.
+            hook = block.register_forward_hook(note, with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
 
-    def _skip(self, stack: ExitStack, keys: list[Hashable]) -> None:
+    def _skip(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
         def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if block in ran:
+                raise _error("a frozen block runs twice. Use one context for each forward pass.")
+            ran.append(block)
+            # What reads a lower block, as a skip connection does, gets NaN: it is not stored.
             hidden = _hidden(args, kwargs)
-            if block is self._frozen[-1]:
+            if block is not self._frozen[-1]:
+                hidden = torch.full_like(hidden, math.nan)
+            else:
                 rows = [self._rows[key] for key in keys]
                 if any(row.shape != hidden.shape[1:] for row in rows) or len(rows) != len(hidden):
                     raise _error(
@@ -179,6 +193,11 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     return hidden
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
-    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
-    return [torch.get_rng_state(), *own]
+def _random_state(device: torch.device) -> list[Any]:
+    """The states of the generators of Python, NumPy, the CPU and `device`."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
+    of_numpy = [str(x) for x in numpy_random.get_state()] if numpy_random else []
+    return [random.getstate(), *of_numpy, *(state.numpy().tobytes() for state in states)]

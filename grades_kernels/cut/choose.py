@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import is_initialized
-from ..freezing.config import check_choice, check_integer
+from ..freezing.config import check_choice, check_integer, check_number
 from ..release import ReentrantDetector
 from ..report.tables import standard_error
 from ..state_tensors import local
@@ -92,6 +92,9 @@ def choose_cut(
     check_choice("tied", tied, ("train", "freeze"))
     check_choice("cost", cost, ("count", "time"))
     check_integer("n_batches", n_batches, 4)
+    for beta in betas:
+        check_number("betas", beta, "[0, 1)", lambda x: 0 <= x < 1)
+    check_number("eps", eps, "[0, inf)", lambda x: 0 <= x < math.inf)
     if not model.training:
         warnings.warn(
             "choose_cut: the model is in evaluation mode, as from_pretrained leaves it, so that "
@@ -101,7 +104,7 @@ def choose_cut(
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
     with _unchanged(inner) as repeat_random_numbers:
-        first, fresh, steps = _direction(model, loss, batches, n_batches, stack, betas, eps)
+        first, used, fresh, steps = _direction(model, loss, batches, n_batches, stack, betas, eps)
 
         def backward() -> None:
             inner.zero_grad()
@@ -109,7 +112,7 @@ def choose_cut(
             # A copy, as a loss may take its labels out of a batch.
             _loss_of(loss, inner, deepcopy(first), "the first batch").backward()
 
-        order, *found = below_the_blocks(inner, stack, backward)
+        order, *found = below_the_blocks(inner, stack, backward, used)
         below, shared = _of_rank_0(found)
         if len(order) == len(stack.blocks):  # layerdrop leaves out blocks at random
             stack = Stack(stack.name, tuple(order))
@@ -155,12 +158,16 @@ def _direction(
     stack: Stack,
     betas: tuple[float, float],
     eps: float,
-) -> tuple[Any, dict[int, Any], dict[str, Tensor]]:
-    """The first batch, those left for the trials by number, and AdamW's step per learning rate."""
+) -> tuple[Any, set[str], dict[int, Any], dict[str, Tensor]]:
+    """The first batch and what gets gradients from it; those left for the trials; AdamW's step.
+
+    The step is per learning rate.
+    """
     named = trainable(_unwrapped(model))
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     n_grads: Counter[str] = Counter()
     detector = ReentrantDetector(stack.params)
+    used: set[str] = set()
     first, fresh, n = None, {}, 0
     try:
         for n, batch in zip(range(1, n_batches + 1), batches, strict=False):
@@ -172,6 +179,7 @@ def _direction(
             _loss_of(loss, model, batch, f"batch {n}").backward()
             grads = {name: _real(p.grad) for name, p in named.items() if p.grad is not None}
             _check_gradients(grads, stack, n, detector)
+            used = used or set(grads)
             if not isinstance(model, DistributedDataParallel):
                 _average(grads.values())
             for name, grad in grads.items():
@@ -193,7 +201,7 @@ def _direction(
         exp_avg, exp_avg_sq = moments.pop(name)
         denominator = (exp_avg_sq.float() / (1 - betas[1] ** t)).sqrt_().add_(eps)
         steps[name] = (exp_avg / (1 - betas[0] ** t) / denominator).to(exp_avg.dtype)
-    return first, fresh, steps
+    return first, used, fresh, steps
 
 
 def _gains(
@@ -394,6 +402,8 @@ def _candidate(gains: dict[int | None, list[float]], k: int | None, cost: float)
 
 def _choice(candidates: Sequence[Candidate], gains: Sequence[float]) -> tuple[int | None, str]:
     """The best cut and the reason; `gains` are those of the step without a cut, by batch."""
+    if not all(map(math.isfinite, gains)):
+        return None, "the loss after a trial step is not finite; weights may be too narrow for it"
     if not fmean(gains) > standard_error(gains):
         return None, "the trial step gained nothing beyond its noise; more batches may show more"
     best = max(candidates, key=lambda x: x.ratio)

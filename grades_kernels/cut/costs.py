@@ -50,7 +50,7 @@ def step_costs(
             "them. Use cost='time'."
         )
     measured: dict[int, float] = {}
-    having = disable_input_grads(model)
+    redo = disable_input_grads(model)
     try:
         for k in spread(cuts, MEASURED_COSTS):
             for segment in segments[: k + 1]:
@@ -58,8 +58,7 @@ def step_costs(
                     params[name].requires_grad_(False)
             measured[k] = measure(backward, ())[0] / whole
     finally:
-        for module in having:
-            module.enable_input_require_grads()  # type: ignore[operator]
+        redo()
     size = list(accumulate(sizes, initial=0.0))  # of the blocks below a cut
     return {None: 1.0, **{k: between(measured, size, k) for k in cuts}}
 

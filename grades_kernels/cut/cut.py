@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..report.plot import picture_path
-from ..report.record import from_json, to_json
+from ..report.record import from_json, to_json, write_file
 from ..report.tables import Table, layout, shorten
 from .blocks import blocks_of, tensors_of
 
@@ -132,6 +132,12 @@ class Cut:
                     f"this cut was chosen for another model: {name!r} has shape {shape} there, in "
                     f"{type(model).__name__} it is {found}. Call choose_cut for this model."
                 )
+        blocks = blocks_of(model, self.stack)
+        if len(blocks) != self.n_blocks:
+            raise ValueError(
+                f"this cut was chosen for another model, with {self.n_blocks} blocks in "
+                f"{self.stack!r}; {type(model).__name__} has {len(blocks)}. Call choose_cut for it."
+            )
         if self.k is None:
             return []
         if any(_is_reentrant(module) for module in model.modules()):
@@ -141,7 +147,7 @@ class Cut:
             p.requires_grad_(False)
             p.grad = None
         disable_input_grads(model)
-        for module in list(_maximal(model, set(frozen), blocks_of(model, self.stack))):
+        for module in list(_maximal(model, set(frozen), blocks[: self.k])):
             for inner in module.modules():  # a ModuleList itself is never called
                 if eval_frozen:
                     inner.register_forward_pre_hook(_stay_in_eval)
@@ -188,10 +194,7 @@ class Cut:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the cut to a JSON file, from which a run can be resumed, and return its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-        return path
+        return write_file(path, json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cut:
@@ -247,12 +250,23 @@ class Cut:
         return path
 
 
-def disable_input_grads(model: nn.Module) -> list[nn.Module]:
-    """Undo `enable_input_require_grads` of transformers and PEFT; the modules that had it."""
-    having = [m for m in model.modules() if m.__dict__.get("_require_grads_hook") is not None]
-    for module in having:
-        module.disable_input_require_grads()  # type: ignore[operator]
-    return having
+def disable_input_grads(model: nn.Module) -> Callable[[], None]:
+    """Undo `enable_input_require_grads` of transformers and PEFT; returns what redoes it.
+
+    Both may have done it, each with a hook of its own of which the model remembers the last.
+    """
+    removed = []
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                removed.append((module, number, hook))
+                del module._forward_hooks[number]
+
+    def redo() -> None:
+        for module, number, hook in removed:
+            module._forward_hooks[number] = hook
+
+    return redo
 
 
 def _maximal(

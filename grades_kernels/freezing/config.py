@@ -51,6 +51,10 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         ValueError: For an impossible value, or a combination that cannot work.
     """
     tau, statistic = group["tau"], group["statistic"]
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            "decoupled_weight_decay=False is Adam's weight decay, not AdamW's: leave it out."
+        )
     check_choice("statistic", statistic, tuple(STATISTICS))
     if tau is None:
         return

@@ -124,9 +124,10 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         or (owner == "shared" and at_the_top)
         or (words[-1] in ("token", "tokens") and parts[-1] != "weight")
     )
-    narrows = len(shape) == 2 and shape[0] < shape[1]
+    # Both factors of a LoRA pair get one answer, whatever the rank makes of their shapes.
+    narrows = len(shape) == 2 and shape[0] < shape[1] and _factor_position(parts) is None
     router = (
-        any(_words(part)[-1] == "router" for part in named)
+        any("router" in _words(part) for part in named)
         or _EXPERT_GATE.fullmatch(owner)
         or (owner == "gate" and narrows and not any(map(_EXPERT.fullmatch, named)))
     )

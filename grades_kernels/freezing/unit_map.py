@@ -13,6 +13,7 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .naming import canonical_name, unit_of
 from .table import NEVER, Unit
@@ -145,6 +146,11 @@ def make_unit_map(
     for i, group in enumerate(groups):
         tau, names = _threshold(group), all_names[i]
         for j, p in enumerate(group["params"]):
+            if is_lazy(p) and tau is not None:
+                raise ValueError(
+                    f"parameter {j} of group {i} has no shape yet: take one forward pass of the "
+                    "lazy module before the optimizer is made."
+                )
             params.append(p)
             units.append(None)
             frozen = is_frozen(p)

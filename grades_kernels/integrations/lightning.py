@@ -37,10 +37,11 @@ class GradESCallback(Callback):
     """Logs the progress of freezing, stops training when all units are frozen, saves the report.
 
     It reads every GradESAdamW that `configure_optimizers` returns, and stops when all units of each
-    of them are frozen, but not before `min_epochs` and `min_steps` of the Trainer. Loggers get the
-    numbers of `grades_kernels.integrations.measurements` every `log_every_n_steps` steps. At the
-    end "grades_report.json" and "grades_report.png" are written to the folder of the first logger,
-    or to `default_root_dir`; with several optimizers, to "optimizer0", "optimizer1", ... in it.
+    of them are frozen, but not before `min_epochs` and `min_steps` of the Trainer while something
+    else trains. Loggers get the numbers of `grades_kernels.integrations.measurements` every
+    `log_every_n_steps` steps. At the end "grades_report.json" and "grades_report.png" are written
+    to the folder of the first logger, or to `default_root_dir`; with several optimizers, to
+    "optimizer0", "optimizer1", ... in it.
 
     Args:
         cut: "auto" chooses which of the lowest blocks not to train at all, with `choose_cut` and 12
@@ -105,6 +106,11 @@ class GradESCallback(Callback):
                 logger.log_metrics(numbers, step=step)
         if finished:
             trainer.should_stop = True
+            units = [own for x in found for own in x._freezer.unit_map.members.values()]
+            monitored = set(itertools.chain.from_iterable(units))
+            if not any(p.requires_grad and p not in monitored for p in pl_module.parameters()):
+                # They are about to be released; a backward pass would fail after that.
+                trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the report and its plot."""

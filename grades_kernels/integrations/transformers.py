@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..cut.choose import choose_cut
-from ..cut.cut import Cut
+from ..cut.cut import Cut, disable_input_grads
 from ..freezing.param_groups import grades_param_groups
 from ..optimizer import GradESAdamW
 from .shared import (
@@ -226,6 +226,8 @@ class GradESCallback(TrainerCallback):
         """Raise, before the first step, if the optimizer cannot freeze or train anything."""
         grades = unwrap_optimizer(kwargs["optimizer"])
         report = grades.report()
+        if self.cut is not None and self.cut.k is not None:
+            disable_input_grads(kwargs["model"])  # train() has enabled checkpointing since `apply`
         if self.cut is not None and args.should_save and args.output_dir is not None:
             self.cut.save(Path(args.output_dir) / "grades_cut.json")
         if not report.units and self.cut is not None and not self.cut.leaves_blocks:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import repeat
+from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -81,6 +84,19 @@ def frozen_over_time(units: Sequence[UnitReport], last_step: int) -> list[tuple[
         rows[unit.frozen_at] = n_units, n_elements
     rows[last_step] = n_units, n_elements
     return [(step, *row) for step, row in sorted(rows.items())]
+
+
+def write_file(path: str | os.PathLike[str], text: str) -> Path:
+    """Replace a file as a whole: after an error it is as before. Missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def to_json(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ..freezing.naming import layer_and_kind
 from ..freezing.table import FreezeEvent, FreezeTable
 from .plot import Picture, picture_path
-from .record import NO_MEMORY, Memory, UnitReport, from_json, frozen_over_time, to_json
+from .record import (
+    NO_MEMORY,
+    Memory,
+    UnitReport,
+    from_json,
+    frozen_over_time,
+    to_json,
+    write_file,
+)
 from .tables import layout, percent, report_tables, shorten
 
 if TYPE_CHECKING:
@@ -167,16 +174,7 @@ class FreezeReport:
 
         The file is replaced as a whole: after an error it is as before. Missing folders are made.
         """
-        path = Path(path)
-        text = json.dumps(self.to_dict(), allow_nan=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_file(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FreezeReport:
@@ -185,9 +183,8 @@ class FreezeReport:
         Raises:
             ValueError: The file is not a report; the message names it and the reason.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            return from_json(cls, json.loads(text))
+            return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a freeze report ({type(error).__name__}: {error}); "
