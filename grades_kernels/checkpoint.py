@@ -141,7 +141,7 @@ def saved(
                 entry[key] = full_shape(entry[key], p)
         entries[k] = entry
     for group in state_dict["param_groups"]:
-        if not isinstance(group["tau"], (str, type(None))):
+        if not isinstance(group.get("tau"), (str, type(None))):
             # `torch.load` would refuse NumPy's numbers, of which quantiles are one.
             group["tau"] = float(group["tau"])
     return state_dict

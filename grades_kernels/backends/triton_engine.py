@@ -104,7 +104,8 @@ class TritonEngine:
         self.steps = np.zeros(0, dtype=np.int64)
         if tensors.params:
             self.steps = torch.stack(tensors.state_steps).cpu().numpy().astype(np.int64)
-        self.zero, self.one = torch.tensor([0, 1], dtype=torch.float32, device=device)
+        self.zero = torch.zeros((), dtype=torch.float32, device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
         # Values and what ranks agree on, which go through one all-reduce; decisions; found_inf.
         n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
         size = n + n_agreed + n + 1
