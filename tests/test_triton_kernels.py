@@ -98,7 +98,7 @@ class Framed:
             self.inner[key].copy_(torch.rand(1, n, generator=generator))
         if poison:
             self.inner["prev_grad"].fill_(math.nan)
-        self.step = torch.ones((), device=tr.DEVICE)
+        self.step = torch.full((), 2.0, device=tr.DEVICE)  # as many as any statistic needs
         self.before = {key: x.clone() for key, x in self.inner.items()}
 
     def run(self, table, unit, fused=True, **options):
