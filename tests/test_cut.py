@@ -356,11 +356,14 @@ def test_a_forward_pass_that_replaces_buffers_changes_none():
 
 
 def test_a_loss_may_take_its_labels_out_of_the_batch():
+    """The training that follows finds the batches as they were."""
+
     def loss(model, batch):
         return F.cross_entropy(model(batch["tokens"]), batch.pop("labels"))
 
     given = [{"tokens": batch, "labels": batch.sum(1) % 3} for batch in batches()]
     assert choose_cut(make(), loss, given) == cut_of()
+    assert all(len(batch) == 2 for batch in given)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -176,7 +176,7 @@ def _direction(
                 continue
             first = deepcopy(batch) if n == 1 else first
             model.zero_grad()
-            _loss_of(loss, model, batch, f"batch {n}").backward()
+            _loss_of(loss, model, deepcopy(batch), f"batch {n}").backward()
             grads = {name: _real(p.grad) for name, p in named.items() if p.grad is not None}
             _check_gradients(grads, stack, n, detector)
             used = used or set(grads)
