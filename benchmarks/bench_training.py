@@ -280,7 +280,7 @@ def alternate(ours: Training, theirs: Training, repeats: int) -> list[list[tuple
     return times
 
 
-# The peer
+# A cut
 
 
 def cut_rows(name: str, size: Size, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
@@ -325,6 +325,9 @@ def cut_rows(name: str, size: Size, device: torch.device, repeats: int) -> Itera
             "cached_ratio": harness.rounded(harness.paired_ratio(cached, whole)),
             "repeats": repeats,
         }
+
+
+# The peer
 
 
 def peer_rows(

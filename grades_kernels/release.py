@@ -131,9 +131,7 @@ class Release:
                 for key in MOMENTS:
                     if key in own:
                         own[key] = placeholder(p, own[key].dtype)
-                if p.is_leaf:  # AdamW takes others too, with `retain_grad`
-                    p.requires_grad_(False)
-                p.grad = None
+                _stop_gradient(p)
                 self.released.add(p)
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
@@ -142,9 +140,8 @@ class Release:
     def stop_again(self) -> None:
         """Stop the gradients of released tensors again: PEFT's `disable_adapter` asks for them."""
         for p in self.released:
-            if p.requires_grad and p.is_leaf:
-                p.requires_grad_(False)
-                p.grad = None
+            if p.requires_grad:
+                _stop_gradient(p)
 
     def take_back(self, tensors: Iterable[Tensor]) -> None:
         """Let tensors need gradients again."""
@@ -283,6 +280,12 @@ def frozen_prefix(units: Sequence[Unit], unit_map: UnitMap) -> tuple[int, tuple[
         if is_below and p.requires_grad and (row is None or not row.is_frozen):
             below.append(name)
     return len(prefix), tuple(below)
+
+
+def _stop_gradient(p: Tensor) -> None:
+    if p.is_leaf:  # AdamW takes others too, with `retain_grad`
+        p.requires_grad_(False)
+    p.grad = None
 
 
 def _n_bytes(x: Tensor | None) -> int:

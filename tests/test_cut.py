@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import os
 import pickle
 import random
 import statistics
@@ -997,7 +998,6 @@ class TwoTasks(Model):
     def __init__(self):
         super().__init__()
         self.second = nn.Linear(12, 9, bias=False)
-        self.n_calls = 0
 
     def forward(self, tokens):
         x = self.norm(self.through_blocks(self.embed(tokens) + self.position)).mean(1)
@@ -1021,28 +1021,60 @@ class Skips(Model):
         return sum(outputs)
 
 
-def test_a_cache_is_not_silent_where_a_lower_block_is_read_elsewhere():
-    model = make(kind=Skips)
-    cache = cached(model)
+def two_epochs(model, cache):
+    """The losses of one batch in two epochs, the second from the cache."""
     losses = []
     for _ in range(2):
         with cache.rows(range(8)):
             losses.append(loss_of(model, batches()[0]).item())
-    assert math.isfinite(losses[0]) and math.isnan(losses[1])
+    return losses
+
+
+def test_a_cache_is_not_silent_where_a_lower_block_is_read_elsewhere():
+    model = make(kind=Skips)
+    first, second = two_epochs(model, cached(model))
+    assert math.isfinite(first) and math.isnan(second)
 
 
 def test_a_cache_goes_through_the_hooks_of_its_blocks_once():
     model = make()
-    model.layers[1].register_forward_hook(lambda *_: _[-1] + 1.0)
+    model.layers[1].register_forward_hook(lambda block, args, output: output + 1.0)
     cache = cached(model)
-    losses = []
-    for _ in range(2):
-        with cache.rows(range(8)):
-            losses.append(loss_of(model, batches()[0]).item())
-    assert losses[0] == losses[1] == loss_of(model, batches()[0]).item()
+    first, second = two_epochs(model, cache)
+    assert first == second == loss_of(model, batches()[0]).item()
     with pytest.raises(ValueError, match="runs twice"), cache.rows(range(8)):
         loss_of(model, batches()[0])
         loss_of(model, batches()[1])
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
+def test_a_cache_notices_random_numbers_of_other_generators(draw):
+    model = make()
+    model.embed.register_forward_hook(lambda module, args, output: output * (1.0 + draw()))
+    cache = cached(model)
+    with pytest.raises(ValueError, match="random numbers were drawn"), cache.rows(range(8)):
+        loss_of(model, batches()[0])
+
+
+def test_a_cache_notices_changed_base_weights():
+    """They are not among the tensors that a cut of adapters freezes."""
+    model = make()
+    model.layers[0].fc1.requires_grad_(False)
+    cache = cached(model)
+    two_epochs(model, cache)
+    with torch.no_grad():
+        model.layers[0].fc1.weight.add_(1.0)
+    with pytest.raises(ValueError, match="weights below the cut have changed"):
+        two_epochs(model, cache)
+
+
+def test_a_cut_that_cannot_be_written_leaves_the_former_file(tmp_path, monkeypatch):
+    cut = cut_of()
+    path = cut.save(tmp_path / "cut.json")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        cut.at(1).save(path)
+    assert Cut.load(path) == cut and [x.name for x in tmp_path.iterdir()] == ["cut.json"]
 
 
 def test_a_cut_of_another_depth_is_refused():

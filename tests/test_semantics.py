@@ -1036,3 +1036,17 @@ def test_an_error_in_step_leaves_everything_as_it_was(words, statistic, timing, 
             assert_same(snapshot(opt), before)
         feed(opt, g, g)
     assert_same(snapshot(opt), snapshot(untouched))
+
+
+def test_steps_of_tensors_decided_before_their_first_gradient_are_fp32():
+    """In bf16, a default dtype that torch's AdamW does not follow either, 256 + 1 is 256."""
+    p, q = (torch.nn.Parameter(torch.ones(2, 2)) for _ in "ab")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        opt = GradESAdamW([p, q], tau=1e9, grace_steps=0, statistic="norm", max_frozen=0.5)
+        for _ in range(3):
+            p.grad = torch.ones_like(p)
+            opt.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(opt.frozen_units) == 2 and opt.state[q]["step"].dtype == torch.float32

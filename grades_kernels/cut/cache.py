@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import blocks_of, tensors_of
 from .cut import Cut
+from .generators import generators
 
 
 class ActivationCache:
@@ -101,7 +100,7 @@ class ActivationCache:
 
     def _store(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
         device = self._below[0].device
-        random_state = _random_state(device)
+        random_states = _random_states(device)
 
         def note(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if block in ran[: self._k]:
@@ -135,7 +134,7 @@ class ActivationCache:
                     "a tensor that trains acts on the frozen blocks, such as an embedding that is "
                     "also the head. Choose the cut with tied='freeze'."
                 )
-            if random_state != _random_state(device):
+            if random_states != _random_states(device):
                 raise _error(
                     "random numbers were drawn below the cut. Set the dropout between embeddings "
                     "and blocks to zero, and draw others before the context."
@@ -193,11 +192,7 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     return hidden
 
 
-def _random_state(device: torch.device) -> list[Any]:
-    """The states of the generators of Python, NumPy, the CPU and `device`."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
-    of_numpy = [str(x) for x in numpy_random.get_state()] if numpy_random else []
-    return [random.getstate(), *of_numpy, *(state.numpy().tobytes() for state in states)]
+def _random_states(device: torch.device) -> list[Any]:
+    """The states of all generators, in a form that can be compared."""
+    states = [get() for get, _ in generators([device])]
+    return [x.tolist() if isinstance(x, Tensor) else repr(x) for x in states]

@@ -13,8 +13,6 @@ most per learning rate and are the first to overshoot.
 from __future__ import annotations
 
 import math
-import random
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +35,7 @@ from ..state_tensors import local
 from .blocks import Stack, below_the_blocks, find_stack, trainable
 from .costs import between, spread, step_costs
 from .cut import NO_REENTRANT, Candidate, Cut
+from .generators import generators
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -440,7 +439,12 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(b, b.detach().clone()) for b in model.buffers()]
-    set_back = _random_states({p.device for p, *_ in params})
+    random_states = [(put, get()) for get, put in generators({p.device for p, *_ in params})]
+
+    def set_back() -> None:
+        for put, state in random_states:
+            put(state)
+
     try:
         yield set_back
     finally:
@@ -454,22 +458,3 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
             with torch.no_grad(), suppress(RuntimeError):
                 buffer.copy_(before)
         set_back()
-
-
-def _random_states(devices: Iterable[torch.device]) -> Callable[[], None]:
-    """What brings the generators of Python, NumPy, the CPU and these devices to where they are."""
-    numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
-    python_state, numpy_state = random.getstate(), numpy_random and numpy_random.get_state()
-    cpu_state = torch.get_rng_state()
-    modules = {x: torch.get_device_module(x) for x in devices if x.type not in ("cpu", "meta")}
-    states = {x: module.get_rng_state(x) for x, module in modules.items()}
-
-    def set_back() -> None:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
-        torch.set_rng_state(cpu_state)
-        for device, state in states.items():
-            modules[device].set_rng_state(state, device)
-
-    return set_back
