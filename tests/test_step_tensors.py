@@ -16,7 +16,7 @@ from harness import Run, assert_same, noise
 from torch import nn
 
 from grades_kernels import freezer
-from grades_kernels.backends.step_tensors import Layout
+from grades_kernels.backends.step_tensors import Alike, Layout
 
 MONITORED = {
     "nothing monitored": {},
@@ -67,6 +67,26 @@ def strided_gradient(opt, params):
     params[1].grad = params[1].grad.t().contiguous().t()
 
 
+def other_order(opt, params):
+    params[1].data = params[1].data.t()  # at the same address
+
+
+def negated_gradient(opt, params):
+    params[1].grad = torch._neg_view(params[1].grad)
+
+
+def gradient_after_none_like_its_strided_moment(opt, params):
+    """Without a gradient, a moment in the transposed order stands for it; then a gradient like it.
+
+    The order in which gradients lie is noted in the first step, and must hold in the second.
+    """
+    grad, state = params[1].grad, opt.state[params[1]]
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+    params[1].grad = None
+    opt.step()
+    params[1].grad = grad.t().contiguous().t()
+
+
 def added_group(opt, params):
     params.append(nn.Parameter(torch.ones(4, 4)))
     opt.add_param_group({"params": params[-1:], "lr": 0.01})
@@ -92,6 +112,9 @@ DISTURBANCES = [
     one_without_gradient,
     all_without_gradient,
     strided_gradient,
+    other_order,
+    negated_gradient,
+    gradient_after_none_like_its_strided_moment,
     added_group,
     reloaded,
     swapped_parameters,
@@ -129,12 +152,34 @@ def disturbed(backend, disturb, options):
 
 @pytest.mark.parametrize("options", MONITORED.values(), ids=MONITORED)
 @pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", FUSED, indirect=True)
 def test_a_disturbed_run_equals_one_that_searches_in_every_step(
     backend, disturb, options, monkeypatch
 ):
     found_once = disturbed(backend, disturb, options)
     searched_anew(monkeypatch)
     assert_same(found_once, disturbed(backend, disturb, options))
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", FUSED, indirect=True)
+def test_a_torch_without_guards_gives_the_same_result(backend, disturb, monkeypatch):
+    options = MONITORED["freezing"]
+    with_guards = disturbed(backend, disturb, options)
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    assert_same(with_guards, disturbed(backend, disturb, options))
+
+
+@pytest.mark.parametrize(
+    "disturb", [strided_gradient, other_order, gradient_after_none_like_its_strided_moment]
+)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_guards_that_never_look_are_noticed(backend, disturb, monkeypatch):
+    """Negative control: the Triton kernels walk through memory in the order of the parameter."""
+    right = disturbed(backend, disturb, {})
+    monkeypatch.setattr(Alike, "fits", lambda alike, tensors: True)
+    with pytest.raises(AssertionError):
+        assert_same(right, disturbed(backend, disturb, {}))
 
 
 @pytest.mark.parametrize("disturb", [replaced_moment, replaced_step, cleared_state])

@@ -101,7 +101,7 @@ TABLE_FAULTS = {
     ),
     "steps = steps_taken + 1 -> steps = steps_taken + 2": variant(),
     "= lr * weight_decay -> = 0": variant(),
-    "lr * np.array(lr_factors) -> lr": option("cooldown"),
+    "lr * np.fromiter(lr_factors, np.float64, len(lr_factors)) -> lr": option("cooldown"),
     "np.where(is_summed, -> np.where(True,": partial(
         with_patch, kernels.test_a_tensor_is_divided_among_programs
     ),

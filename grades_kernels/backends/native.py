@@ -99,7 +99,7 @@ def run_tasks(
     positive = grads
     # The op reads memory, in which a lazily negated tensor (such as the imaginary part of a
     # conjugate) has the other sign.
-    if any(map(Tensor.is_neg, grads)):
+    if tensors.unordered != [] and any(map(Tensor.is_neg, grads)):
         positive = [g.resolve_neg() for g in grads]
     own_tasks = chosen if everything else [task for task in chosen if task]
     sums = torch.empty((len(own_tasks), 3), dtype=torch.float64, device="cpu")

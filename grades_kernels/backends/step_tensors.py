@@ -8,7 +8,7 @@ whether they are still right.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,6 @@ from .tasks import KEEP, UPDATE, GroupOptions, StepTensors
 Groups = Sequence[dict[str, Any]]
 State = Mapping[Tensor, dict[str, Any]]
 Units = Sequence[Unit | None]
-
-_form, _kind = attrgetter("shape", "dtype", "layout"), attrgetter("shape", "dtype", "device")
 
 
 class Outcome(NamedTuple):
@@ -43,6 +41,31 @@ class Outcome(NamedTuple):
     kept: list[Unit]
     ranks_agree: bool
     must_join: bool = False
+
+
+class Alike:
+    """Compares tensors with an earlier list of them in one call, `fits(tensors)`.
+
+    It is true where types, dtypes, devices, shapes, strides and signs are the same. False means
+    "look": something differs, or this torch has no such guards. torch.compile asks the same before
+    it uses compiled code again; asking 300 tensors from Python takes ten times as long.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._check: Callable[..., bool] | None = None
+        guards = getattr(torch._C._dynamo, "guards", None)
+        plain = [
+            type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided for x in tensors
+        ]
+        if tensors and all(plain) and guards is not None and hasattr(guards, "TensorGuards"):
+            self._check = guards.TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(x.shape) for x in tensors],
+                dynamic_dims_strides=[list(x.stride()) for x in tensors],
+            ).check
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return self._check is not None and self._check(*tensors)
 
 
 class Layout:
@@ -85,7 +108,8 @@ class Layout:
         self.gradients = [(p.shape, gradient_dtype(p.grad, p), torch.strided) for p in self.params]
         self.comparing = [u if u and u.statistic == "change" else None for u in self.units]
         self.compares = any(unit is not None for unit in self.comparing)
-        self.kinds = list(map(_kind, self.params))
+        self.kinds, self.like_params = list(map(_kind, self.params)), Alike(self.params)
+        self.like_grads, self.unordered = Alike(()), list[int]()  # the first step looks
         self.is_cacheable = not any(group["differentiable"] for group in groups)
 
     def is_valid(self, groups: Groups, state: State) -> bool:
@@ -96,11 +120,31 @@ class Layout:
         return (
             self.is_cacheable
             and self.flags == _flags(groups)
-            and self.kinds == list(map(_kind, self.params))
+            and self._has_same_params()
             and len(state) == len(self.keys)
             and all(map(is_, state, self.keys))
             and all([p.grad is None for p in self.without_state])
         )
+
+    def _has_same_params(self) -> bool:
+        if not self.like_params.fits(self.params):
+            if self.kinds != list(map(_kind, self.params)):
+                return False
+            self.like_params = Alike(self.params)
+        return True
+
+    def _has_gradients_like(self, like: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """Whether the gradients have the expected form, which the tensors `like` them show too."""
+        if not self.like_grads.fits(like):
+            if not all(
+                [
+                    g is None or (g.shape, g.dtype, g.layout) == form
+                    for g, form in zip(grads, self.gradients, strict=True)
+                ]
+            ):
+                return False
+            self.like_grads, self.unordered = Alike(like), _unordered(like, self.params)
+        return True
 
     def collect(self, groups: Groups, state: State, *, prev_grads: bool) -> StepTensors | None:
         """The tensors of the next step; None where one is missing or does not fit.
@@ -110,14 +154,15 @@ class Layout:
         """
         states = list(state.values())
         own = [states[k] for k in self.positions]
-        grads = [p.grad for p in self.params]
-        if not all(
-            [g is None or _form(g) == form for g, form in zip(grads, self.gradients, strict=True)]
-        ):
-            return None
         none: list[Any] = [None] * len(own)
         maxima = previous = none
         try:
+            exp_avgs = [s["exp_avg"] for s in own]
+            grads = [p.grad for p in self.params]
+            # The moment of a tensor without a gradient is like one.
+            like = [m if g is None else g for g, m in zip(grads, exp_avgs, strict=True)]
+            if not self._has_gradients_like(like, grads):
+                return None
             if any(group["amsgrad"] for group in groups):
                 amsgrads = [
                     g["amsgrad"] for g, n in zip(groups, self.sizes, strict=True) for _ in range(n)
@@ -134,17 +179,20 @@ class Layout:
             tensors = StepTensors(
                 list(self.params),
                 grads,
-                [s["exp_avg"] for s in own],
+                exp_avgs,
                 [s["exp_avg_sq"] for s in own],
                 maxima,
                 previous,
                 [s["step"] for s in own],
                 [(GroupOptions.of(group), n) for group, n in zip(groups, self.sizes, strict=True)],
+                unordered=None if self.dtensors else self.unordered,
             )
         except KeyError:
             return None
-        if prev_grads and self.compares and not all(map(_fits, previous, grads)):
-            return None
+        if prev_grads and self.compares:
+            buffers = [g if x is None else x for x, g in zip(previous, like, strict=True)]
+            if not self.like_grads.fits(buffers) and not all(map(_fits, previous, grads)):
+                return None
         return with_local_shards(tensors, self.dtensors) if self.dtensors else tensors
 
 
@@ -175,12 +223,12 @@ def with_local_shards(tensors: StepTensors, positions: Sequence[int]) -> StepTen
 
 
 def with_local_gradients(tensors: StepTensors) -> StepTensors:
-    """The tensors of a step that is taken, with the local shards of all gradients.
+    """The tensors of a step that is taken, with the local shards of all gradients, and their order.
 
     A gradient that is placed otherwise than its parameter is redistributed, which all ranks of its
     mesh do together: once a step, whatever else a rank has to look up.
     """
-    if not tensors.dtensors:
+    if tensors.unordered is not None:
         return tensors
     grads: list[Any] = list(tensors.grads)
     for i, p in tensors.dtensors:
@@ -191,7 +239,7 @@ def with_local_gradients(tensors: StepTensors) -> StepTensors:
             g = g.redistribute(p.device_mesh, p.placements)
         shard = g._local_tensor
         grads[i] = shard if type(shard) is Tensor else local(g)
-    return tensors._replace(grads=grads)
+    return tensors._replace(grads=grads, unordered=_unordered(grads, tensors.params))
 
 
 def prepare_state(
@@ -393,6 +441,16 @@ def _flags(groups: Groups) -> list[Any]:
         (g["amsgrad"], g["capturable"], g["foreach"], g["fused"], isinstance(g["lr"], Tensor))
         for g in groups
     ]
+
+
+def _kind(p: Tensor) -> tuple[Any, ...]:
+    return p.shape, p.dtype, p.device, p.stride() if p.layout == torch.strided else None
+
+
+def _unordered(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[int]:
+    """The positions of gradients that are negated, or whose elements may lie in another order."""
+    pairs = enumerate(zip(grads, params, strict=True))
+    return [n for n, (g, p) in pairs if g is not None and (g.is_neg() or g.stride() != p.stride())]
 
 
 def _fits(previous: Tensor | None, grad: Tensor | None) -> bool:

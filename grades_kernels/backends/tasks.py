@@ -52,6 +52,9 @@ class StepTensors(NamedTuple):
     previous gradient, `max_exp_avg_sqs[i]` without amsgrad. `groups` has the options of each group
     and the number of its tensors. All are plain tensors: in place of a DTensor stands its local
     shard, and `dtensors` has the positions and the DTensors of such parameters.
+
+    `unordered` has the positions of the gradients that are lazily negated or may lie in another
+    order than their parameters; None: nobody has looked yet.
     """
 
     params: list[Tensor]
@@ -63,6 +66,7 @@ class StepTensors(NamedTuple):
     state_steps: list[Tensor]
     groups: list[tuple[GroupOptions, int]]
     dtensors: Sequence[tuple[int, Any]] = ()
+    unordered: list[int] | None = None
 
 
 RunTasks = Callable[[StepTensors, list[int], list[float], Tensor | None], Tensor | None]

@@ -93,7 +93,6 @@ class TritonEngine:
         self.layout, self.device, self.cuda = layout, device, device.type == "cuda"
         self.tables = DeviceTables(tensors, units, device, own_units)
         self.addresses, self.lacks_prev_grads = _addresses(tensors), _lacks_prev_grads(tensors)
-        self.strided = [n for n, p in enumerate(tensors.params) if not p.is_contiguous()]
         self.options = launch_options("cpu")
         if self.cuda:
             warp_size = torch.cuda.get_device_properties(device).warp_size
@@ -142,9 +141,6 @@ class TritonEngine:
         may belong to somebody else by now.
         """
         if self.step_versions != [step._version for step in tensors.state_steps]:
-            return False
-        # At the same address a parameter may lie in another order: `p.data = p.data.t()`.
-        if self.strided != [n for n, p in enumerate(tensors.params) if not p.is_contiguous()]:
             return False
         addresses = _addresses(tensors)
         if addresses != self.addresses:
@@ -246,14 +242,15 @@ class TritonEngine:
     ) -> tuple[np.ndarray, list[float], list[Unit]]:
         """Tasks and learning-rate factors of the step, and the units whose gradients it stores."""
         updates, lr_factors = update_tasks(tensors, self.tables.units, table)
-        tasks = np.array(updates, dtype=np.int64)
+        tasks = np.fromiter(updates, np.int64, len(updates))
         kept: list[Unit] = []
         if self.tables.own_units and table.config.is_check(table.t + 1):
-            keeps = np.array(keep_tasks(tensors, self.tables.units), dtype=np.int64)
+            keeps = np.fromiter(keep_tasks(tensors, self.tables.units), np.int64, len(tasks))
             tasks |= keeps
             kept = self.tables.complete_units(keeps != 0)
         if is_check:
-            measured = np.array(measure_tasks(tensors, self.tables.units, table), dtype=np.int64)
+            codes = measure_tasks(tensors, self.tables.units, table)
+            measured = np.fromiter(codes, np.int64, len(tasks))
             measured[self.steps < self.tables.least_steps] = 0
             tasks |= measured
             if table.config.freeze_timing == "same_step":
@@ -269,12 +266,8 @@ class TritonEngine:
         They walk through memory, in which a gradient may have other strides than its parameter, or
         the other sign (a lazily negated tensor, as the imaginary part of a conjugate).
         """
-        grads = list(tensors.grads)
-        odd: Sequence[int] = self.strided
-        if not all([g is None or (g.is_contiguous() and not g.is_neg()) for g in grads]):
-            odd = range(len(grads))
-        copies = []
-        for n in odd:
+        grads, copies = list(tensors.grads), []
+        for n in tensors.unordered or ():
             g, p = grads[n], tensors.params[n]
             if g is not None and (g.is_neg() or not same_memory_order(g, p)):
                 grads[n] = copy = torch.empty_like(p, dtype=g.dtype).copy_(g)

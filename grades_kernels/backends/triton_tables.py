@@ -287,7 +287,7 @@ class DeviceTables:
             ]
         )[self.group_of]
         lr, beta1, beta2, eps, weight_decay, sign = columns.T
-        lr = lr * np.array(lr_factors)
+        lr = lr * np.fromiter(lr_factors, np.float64, len(lr_factors))
         steps = steps_taken + 1
         out = staging.coefficients
         out["step_size"] = lr / (1 - beta1**steps)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -58,22 +60,19 @@ class UnitMap:
         return (
             self.has_tensors_of(groups)
             and not any([p.requires_grad for p in self.untrained])
-            and all(
-                [
-                    unit is None or p.requires_grad or unit.frozen_at != NEVER
-                    for p, unit in zip(self.params, self.units, strict=True)
-                ]
-            )
+            and all([p.requires_grad or unit.frozen_at != NEVER for p, unit in self.monitored])
         )
+
+    @cached_property
+    def monitored(self) -> list[tuple[Tensor, Unit]]:
+        """The tensors of this rank that belong to a unit, with their unit."""
+        pairs = zip(self.params, self.units, strict=True)
+        return [(p, unit) for p, unit in pairs if unit is not None]
 
     def has_tensors_of(self, groups: Groups) -> bool:
         """Whether the groups have the tensors and settings that the map was made for."""
-        params = [p for group in groups for p in group["params"]]
-        return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and _settings(groups) == self.settings
-        )
+        params = chain.from_iterable([group["params"] for group in groups])
+        return _settings(groups) == self.settings and all(map(is_, params, self.params))
 
     def by_group(self) -> Iterator[tuple[int, list[tuple[Tensor, Unit | None]]]]:
         """The number of each group, with its tensors and their units."""
