@@ -7,6 +7,7 @@ whether they are still right.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -52,12 +53,12 @@ class Alike:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._check: Callable[..., bool] | None = None
-        guards = getattr(torch._C._dynamo, "guards", None)
-        plain = [
-            type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided for x in tensors
-        ]
-        if tensors and all(plain) and guards is not None and hasattr(guards, "TensorGuards"):
+        self._check: Callable[..., bool] = lambda *tensors: False
+        if not tensors:
+            return
+        # They are no public interface: another torch may lack them. A sparse tensor has no strides.
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+            guards: Any = torch._C._dynamo.guards
             self._check = guards.TensorGuards(
                 *tensors,
                 dynamic_dims_sizes=[list(x.shape) for x in tensors],
@@ -65,7 +66,7 @@ class Alike:
             ).check
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return self._check is not None and self._check(*tensors)
+        return self._check(*tensors)
 
 
 class Layout:
