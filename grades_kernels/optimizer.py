@@ -210,7 +210,8 @@ class GradESAdamW(AdamW):
         """Call `hook(optimizer, events)` after a step that froze units.
 
         Where a device decides, or FSDP2's ranks with "next_step", it is called at the start of the
-        next step, or with an exact reading before. An exception leaves that step untaken.
+        next step, or with an exact reading before. An exception leaves that step untaken, and hooks
+        that were registered later are not called for these events.
 
         Returns:
             A handle; its `remove()` removes the hook.
