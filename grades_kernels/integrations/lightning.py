@@ -17,6 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut
@@ -76,7 +77,10 @@ class GradESCallback(Callback):
                 release_under_ddp(optimizer, lambda: trainer.strategy.model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError, before the first step, if no optimizer monitors a unit."""
+        """Raise ValueError, before the first step, if no optimizer monitors a unit.
+
+        A run in which all units were frozen when it was saved ends without a step.
+        """
         self._logged_at = trainer.global_step
         leaves_blocks = not isinstance(self.cut, Cut) or self.cut.leaves_blocks
         if not _optimizers(trainer) and leaves_blocks:
@@ -85,14 +89,15 @@ class GradESCallback(Callback):
                 "no optimizer of configure_optimizers is a GradESAdamW that monitors a unit, but "
                 f"{found}. Return a GradESAdamW with tau, or remove GradESCallback."
             )
+        if _are_finished(trainer):
+            _stop(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the measurements, and stop when all units are frozen."""
         found = _optimizers(trainer)
-        # A list, so that every rank calls is_finished for every optimizer.
-        finished = all([is_finished(optimizer) for optimizer in found])
+        finished = _are_finished(trainer)
         every, step = getattr(trainer, "log_every_n_steps", 0), trainer.global_step
         # Batches whose gradients are accumulated see the step of the batch before.
         if every and step != self._logged_at and (finished or step % every == 0):
@@ -105,12 +110,7 @@ class GradESCallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=step)
         if finished:
-            trainer.should_stop = True
-            units = [own for x in found for own in x._freezer.unit_map.members.values()]
-            monitored = set(itertools.chain.from_iterable(units))
-            if not any(p.requires_grad and p not in monitored for p in pl_module.parameters()):
-                # They are about to be released; a backward pass would fail after that.
-                trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+            _stop(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the report and its plot."""
@@ -148,10 +148,33 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
     pl_module.__dict__.update(silent)
     try:
         return choose_cut(pl_module, loss, repeated(loader), **options)
+    except ValueError as error:
+        if "no repeated blocks" in str(error) and is_overridden("configure_model", pl_module):
+            raise ValueError(
+                f"{error} Lightning calls configure_model after the callbacks' setup: make the "
+                "blocks in __init__, and only shard them there."
+            ) from error
+        raise
     finally:
         for name in silent:
             del pl_module.__dict__[name]
         pl_module.train(training)
+
+
+def _are_finished(trainer: Trainer) -> bool:
+    """Whether all units of all optimizers are frozen."""
+    # A list, so that every rank calls is_finished for every optimizer.
+    finished = [is_finished(optimizer) for optimizer in _optimizers(trainer)]
+    return bool(finished) and all(finished)
+
+
+def _stop(trainer: Trainer, pl_module: LightningModule) -> None:
+    trainer.should_stop = True
+    units = [own for x in _optimizers(trainer) for own in x._freezer.unit_map.members.values()]
+    monitored = set(itertools.chain.from_iterable(units))
+    if not any(p.requires_grad and p not in monitored for p in pl_module.parameters()):
+        # They are released, or about to be; a backward pass would fail after that.
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
 
 def _optimizers(trainer: Trainer) -> list[GradESAdamW]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut, disable_input_grads
+from ..freezing.config import exact_grace_steps
 from ..freezing.param_groups import grades_param_groups
 from ..optimizer import GradESAdamW
 from .shared import (
@@ -88,6 +90,7 @@ def add_grades(
                 f"add_grades: this trainer already has an optimizer: pass {sorted(options)} to it, "
                 "or build the Trainer without `optimizers`."
             )
+        alpha = None
     elif trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
             "add_grades: optimizer_cls_and_kwargs is set already, by another call of add_grades or "
@@ -107,9 +110,10 @@ def add_grades(
                 "adam_epsilon and weight_decay in TrainingArguments."
             )
         optim = trainer.args.optim
-        if not str(getattr(optim, "value", optim)).startswith("adamw_torch"):
+        if getattr(optim, "value", optim) not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
-                f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW. Remove optim."
+                f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW whose moments have "
+                "the dtype of the parameters. Remove optim."
             )
         of_groups = ("taus", "verbose", "fused")  # the tensors decide about the last one
         own = {name: value for name, value in options.items() if name not in of_groups}
@@ -121,10 +125,13 @@ def add_grades(
                 print(cut)
             model: Any = trainer.model
             cut.apply(model)
+        alpha = options.get("alpha", (GradESAdamW.__init__.__kwdefaults__ or {})["alpha"])
+        if options.get("total_steps") is not None or options.get("grace_steps") is not None:
+            alpha = None
         factory: Any = GradESFactory  # annotated as an optimizer class, but any callable works
         options |= {"trainer": trainer, "cut": cut}
         trainer.optimizer_cls_and_kwargs = (factory, options)
-    callback = GradESCallback(cut if isinstance(cut, Cut) else None)
+    callback = GradESCallback(cut if isinstance(cut, Cut) else None, alpha=alpha)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
 
@@ -175,20 +182,24 @@ class GradESFactory:
         """Return a GradESAdamW with parameter names, the Trainer's weight decay and its length.
 
         `tau`, `taus` and `verbose` are those of `grades_param_groups`, `options` of GradESAdamW,
-        `cut` is the cut that was applied to the model; `total_steps` or `grace_steps` replaces the
-        planned steps.
+        `cut` is the cut that was applied to the model, and is applied to the one that `train()`
+        makes with `model_init`; `total_steps` or `grace_steps` replaces the planned steps.
 
         Raises:
             ValueError: If no matrix can be monitored, or if the Trainer plans no number of steps.
         """
         args = trainer.args
         if options.get("total_steps") is None and options.get("grace_steps") is None:
-            if trainer.state.max_steps < 1:
+            # The second, where the optimizer is made before train().
+            planned = max(trainer.state.max_steps, args.max_steps)
+            if planned < 1:
                 raise ValueError(
                     "the Trainer plans no number of steps: set max_steps in TrainingArguments, or "
                     "pass total_steps or grace_steps to add_grades."
                 )
-            options["total_steps"] = trainer.state.max_steps
+            options["total_steps"] = planned
+        if cut is not None and trainer.model_init is not None:
+            cut.apply(model)
         decayed = set(trainer.get_decay_parameter_names(model))
         groups: dict[Any, dict[str, Any]] = {}
         found: Any = [{"params": [x for x in model.named_parameters() if x[1].requires_grad]}]
@@ -215,16 +226,24 @@ class GradESCallback(TrainerCallback):
 
     Args:
         cut: The cut that was applied to the model; it is written to "grades_cut.json".
+        alpha: That of the optimizer, where the Trainer has planned its steps: it gives the grace
+            period of another plan (`auto_find_batch_size`) before the first step. Else None.
     """
 
-    def __init__(self, cut: Cut | None = None) -> None:
-        self.cut = cut
+    def __init__(self, cut: Cut | None = None, *, alpha: float | None = None) -> None:
+        self.cut, self.alpha = cut, alpha
+        self._finished_at: tuple[int, float] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise, before the first step, if the optimizer cannot freeze or train anything."""
         grades = unwrap_optimizer(kwargs["optimizer"])
+        freezer, planned = grades._freezer, state.max_steps
+        if self.alpha is not None and freezer.table.t == 0:
+            config, grace_steps = freezer.config, exact_grace_steps(self.alpha, planned)
+            config = replace(config, total_steps=planned, grace_steps=grace_steps)
+            freezer.config = freezer.table.config = config
         report = grades.report()
         if self.cut is not None and self.cut.k is not None:
             disable_input_grads(kwargs["model"])  # train() has enabled checkpointing since `apply`
@@ -234,10 +253,10 @@ class GradESCallback(TrainerCallback):
             return  # the head alone trains
         if not report.units:
             raise ValueError("the optimizer monitors no unit: set tau or remove GradESCallback")
-        if report.total_steps not in (None, state.max_steps):
+        if report.total_steps not in (None, planned):
             warnings.warn(
                 f"the optimizer was planned for {report.total_steps} steps, the Trainer plans "
-                f"{state.max_steps}: the grace period stays {report.grace_steps} steps.",
+                f"{planned}: the grace period stays {report.grace_steps} steps.",
                 stacklevel=2,
             )
         if grades.all_frozen and not any(p.requires_grad for p in kwargs["model"].parameters()):
@@ -245,12 +264,24 @@ class GradESCallback(TrainerCallback):
                 f"all {len(report.units)} units were frozen when this run was saved, and no other "
                 "parameter can be trained: the run had finished. Use its model as it is."
             )
+        if is_finished(grades):
+            self._finished_at = state.global_step, state.epoch or 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave all as it is if the run had finished: the Trainer can stop only after a step."""
+        if self._finished_at is not None:
+            kwargs["model"].zero_grad()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop when all units are frozen."""
-        if is_finished(unwrap_optimizer(kwargs["optimizer"])):
+        if self._finished_at is not None:
+            state.global_step, state.epoch = self._finished_at
+            control.should_training_stop = True
+        elif is_finished(unwrap_optimizer(kwargs["optimizer"])):
             logger.warning("step %d: all units are frozen, training stops", state.global_step)
             control.should_training_stop = True
             control.should_log |= args.logging_strategy != IntervalStrategy.NO
