@@ -111,6 +111,30 @@ def test_a_chosen_cut_leaves_no_trace_but_frozen_tensors(tmp_path):
         GradESCallback(cut="half")
 
 
+class Late(Deep):
+    def configure_model(self):
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        del self.blocks
+
+
+def test_blocks_that_configure_model_makes_come_too_late_for_a_cut(tmp_path):
+    with pytest.raises(ValueError, match=r"no repeated blocks.*make the blocks in __init__"):
+        fit(tmp_path, Late(), callbacks=[GradESCallback(cut="auto")])
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path):
+    first, second = Regression(max_frozen=0.5), Regression(max_frozen=0.5)
+    trainer = fit(tmp_path / "a", first)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert 0 < trainer.global_step < EPOCHS * BATCHES
+    resumed = fit(tmp_path / "b", second, resume=tmp_path / "last.ckpt")
+    assert resumed.global_step == trainer.global_step
+    assert_same_weights(first, second)
+
+
 def plain_loop(*, accumulate=1, clip=None, **options):
     model = Regression(**options)
     optimizer = model.make_optimizer(EPOCHS * BATCHES // accumulate)

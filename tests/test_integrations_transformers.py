@@ -232,6 +232,19 @@ def test_checkpointing_of_adapters_does_not_reach_below_the_cut(tmp_path):
     assert not base.get_input_embeddings()(batch).requires_grad
 
 
+def test_a_model_that_train_makes_has_the_cut_too(tmp_path):
+    cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut="auto", **OPTIONS).cut.at(2)
+    arguments = transformers.TrainingArguments(str(tmp_path), **TRAINER)
+    trainer = transformers.Trainer(
+        args=arguments, train_dataset=sentences(), data_collator=Recorder(), model_init=deep_llama
+    )
+    train(trainer, cut=cut)
+    transformers.set_seed(arguments.seed)  # as the Trainer does
+    start = dict(deep_llama().named_parameters())
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, start[name]) == (name in cut.frozen)
+
+
 def test_options_of_the_choice(tmp_path):
     options = {"blocks": "model.layers", "cost": "time", "n_batches": 4}
     cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut=options, **OPTIONS).cut
@@ -317,12 +330,32 @@ def test_length_is_that_of_the_trainer_unless_options_set_it(tmp_path, changes, 
     assert (report.total_steps, report.grace_steps) == steps
 
 
-def test_a_trainer_without_a_planned_length_is_refused(tmp_path):
-    """Before `train()` the Trainer has planned no number of steps."""
-    trainer = make_trainer(tmp_path)
+def test_before_train_the_length_is_that_of_max_steps(tmp_path):
+    """Without it the Trainer has planned no number of steps."""
+    trainer = make_trainer(tmp_path, max_steps=-1)
     add_grades(trainer, **OPTIONS)
     with pytest.raises(ValueError, match=r"plans no number of steps.*grace_steps"):
         trainer.create_optimizer()
+    trainer = make_trainer(tmp_path, max_steps=5)
+    add_grades(trainer, **OPTIONS)
+    assert trainer.create_optimizer()._freezer.config.total_steps == 5
+
+
+def test_the_grace_period_follows_the_plan_of_another_batch_size(tmp_path, monkeypatch):
+    """The Trainer keeps the optimizer from the first batch size, which did not fit."""
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1, auto_find_batch_size=True)
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda *args, **kwargs: None)
+    forward = trainer.model.forward
+
+    def out_of_memory(input_ids=None, **inputs):
+        if len(input_ids) > 1:
+            raise RuntimeError("CUDA out of memory.")
+        return forward(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(trainer.model, "forward", out_of_memory)
+    report = train(trainer, tau=0.0).report()
+    assert trainer.state.max_steps == 32 and trainer._train_batch_size == 1
+    assert (report.total_steps, report.grace_steps) == (32, 8)
 
 
 def test_own_optimizer_is_kept(tmp_path):
@@ -380,10 +413,11 @@ def test_flattened_parameters_are_refused_before_the_first_step(tmp_path, monkey
         ({}, {"tau": 1.0, "lr": 1e-3}, "lr=0.001.*learning_rate"),
         ({}, {"tau": 1.0, "weight_decay": 0.0}, "weight_decay=0.0"),
         ({"optim": "adafactor"}, {"tau": 1.0}, "adafactor"),
+        ({"optim": "adamw_torch_8bit"}, {"tau": 1.0}, "adamw_torch_8bit"),
         ({}, {"tau": 1.0, "statistic": "signl", "cut": "auto"}, "Invalid statistic: 'signl'"),
         ({}, {"tau": 1.0, "patiance": 2, "cut": "auto"}, "patiance"),
     ],
-    ids=["no-tau", "lr", "weight-decay", "optim", "statistic", "unknown"],
+    ids=["no-tau", "lr", "weight-decay", "optim", "8 bit", "statistic", "unknown"],
 )
 def test_missing_and_misplaced_options_are_refused(tmp_path, changes, options, message):
     """At once, before a cut is chosen."""
@@ -396,6 +430,21 @@ def test_adding_twice_is_refused(tmp_path):
     add_grades(trainer, tau=1.0)
     with pytest.raises(ValueError, match="set already"):
         add_grades(trainer, tau=1.0)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    """The Trainer cannot stop before a step; that one changes nothing."""
+    runs = [make_trainer(tmp_path, save_strategy="steps", save_steps=100) for _ in range(2)]
+    for trainer, resume in zip(runs, (None, True), strict=True):
+        train(trainer, resume, max_frozen=0.5)
+    first, second = runs
+    assert 0 < first.state.global_step < STEPS
+    assert_same_weights(first.model, second.model)
+    for name in ("global_step", "epoch"):
+        assert getattr(first.state, name) == getattr(second.state, name)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [
+        f"checkpoint-{first.state.global_step}"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:total_steps=4 is exceeded")
