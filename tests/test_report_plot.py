@@ -18,8 +18,7 @@ pytest.importorskip("matplotlib")
 
 def drawn(case):
     """The picture of a report, laid out, as a figure."""
-    run = (case.step, case.total_steps, case.grace_steps, case.units, case.history)
-    figure = plot.Picture(*run, case.n_trainable).draw()
+    figure = plot.Picture(case).draw()
     figure.draw_without_rendering()
     return figure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..report.plot import picture_path
-from ..report.record import from_json, to_json, write_file
+from ..report.record import load_json, save_json, to_json
 from ..report.tables import Table, layout, shorten
 from .blocks import blocks_of, tensors_of
 
@@ -194,7 +193,7 @@ class Cut:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the cut to a JSON file, from which a run can be resumed, and return its path."""
-        return write_file(path, json.dumps(self.to_dict()) + "\n")
+        return save_json(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cut:
@@ -203,13 +202,7 @@ class Cut:
         Raises:
             ValueError: If it is not such a file; the message names it and the reason.
         """
-        try:
-            return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is not a cut ({type(error).__name__}: {error}); give a file "
-                "that Cut.save() wrote"
-            ) from error
+        return load_json(cls, path, "a cut")
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw gain by block, gain and cost left by cut, and their ratio with its standard error.

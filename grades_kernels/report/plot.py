@@ -6,7 +6,6 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,24 +57,16 @@ def set_share_axis(axis: Axes) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-@dataclass
 class Picture:
     """The four panels of `FreezeReport.plot`; every kind has one colour in all of them.
 
-    The method of each panel returns the remark below its title. The attributes are those of the
-    report.
+    The method of each panel returns the remark below its title.
     """
 
-    step: int
-    total_steps: int | None
-    grace_steps: int | None
-    units: Sequence[UnitReport]
-    history: Sequence[tuple[int, Sequence[float]]]
-    n_trainable: int
-
-    def __post_init__(self) -> None:
+    def __init__(self, report: Any) -> None:
         from matplotlib import rcParams
 
+        self.report, self.step, self.units = report, report.step, report.units
         self.kinds = units_by_kind(self.units)
         # With more kinds than hues, the hues are used again with another line style.
         styles = cycle(product(("solid", "dashdot", "dotted"), KIND_COLOURS))
@@ -84,7 +75,7 @@ class Picture:
             for kind, (line, colour) in zip(self.kinds, styles, strict=False)
         }
         # The planned rest is shown unless it is longer than the run.
-        total = self.total_steps or 0
+        total = report.total_steps or 0
         self.end = max(1, total if total <= 2 * self.step else 0, self.step)
         self.foreground: str = rcParams["text.color"]  # the user's style may be a dark one
 
@@ -113,11 +104,12 @@ class Picture:
         return figure
 
     def summary(self) -> str:
-        planned = "" if self.total_steps is None else f" of {self.total_steps:,} planned"
+        total = self.report.total_steps
+        planned = "" if total is None else f" of {total:,} planned"
         _, n_frozen, elements = frozen_over_time(self.units, self.step)[-1]
         return (
             f"{n_frozen:,} of {len(self.units):,} units frozen after {self.step:,}{planned} steps: "
-            f"{percent(elements, self.n_trainable)} of all elements are no longer trained"
+            f"{percent(elements, self.report.n_trainable)} of all elements are no longer trained"
         )
 
     def draw_steps(self, axis: Axes) -> None:
@@ -127,7 +119,7 @@ class Picture:
         axis.set_xlabel("optimizer step", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8.5, which="both")
-        grace = self.grace_steps
+        grace = self.report.grace_steps
         if grace is not None and grace <= self.end:
             style: Any = {"color": self.foreground, "linestyle": "dotted"}
             axis.axvline(grace, label="grace period ends", **style)
@@ -171,14 +163,14 @@ class Picture:
     def draw_curves(self, axis: Axes) -> str:
         import numpy
 
-        values: Any = numpy.ma.masked_invalid([row for _, row in self.history])
+        values: Any = numpy.ma.masked_invalid([row for _, row in self.report.history])
         if not values.count():
             axis.set_yticks([])
             return "no statistic was measured"
         log, has_zeros = bool(values.max() > 0), values.min() <= 0
         if log:
             values = numpy.ma.masked_less_equal(values, 0)
-        steps = [step for step, _ in self.history]
+        steps = [step for step, _ in self.report.history]
         columns = {unit.name: k for k, unit in enumerate(self.units)}
         single = len(self.units) <= LABELLED_ROWS
         for kind, members in self.kinds.items():
@@ -228,11 +220,10 @@ class Picture:
     def draw_elements(self, axis: Axes) -> str:
         from matplotlib.ticker import EngFormatter
 
-        steps, _, frozen = zip(*frozen_over_time(self.units, self.step), strict=True)
-        trained = [self.n_trainable - n for n in frozen]
+        steps, trained = zip(*self.report.trainable_elements(), strict=True)
         axis.fill_between(steps, trained, step="post", color="0.6", alpha=0.7, linewidth=0)
         axis.step(steps, trained, where="post", linewidth=1.5, color=self.foreground)
-        axis.set_ylim(0, 1.05 * max(1, self.n_trainable))
+        axis.set_ylim(0, 1.05 * max(1, self.report.n_trainable))
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
         return "of all tensors in the optimizer"
 

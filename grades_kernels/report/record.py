@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import uuid
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 
 class Memory(NamedTuple):
@@ -86,9 +89,9 @@ def frozen_over_time(units: Sequence[UnitReport], last_step: int) -> list[tuple[
     return [(step, *row) for step, row in sorted(rows.items())]
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> Path:
-    """Replace a file as a whole: after an error it is as before. Missing folders are made."""
-    path = Path(path)
+def save_json(path: str | os.PathLike[str], data: Any) -> Path:
+    """Write a dataclass to a file, replaced as a whole: after an error it is as before."""
+    path, text = Path(path), json.dumps(to_json(data), allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -97,6 +100,17 @@ def write_file(path: str | os.PathLike[str], text: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def load_json(cls: type[T], path: str | os.PathLike[str], what: str) -> T:
+    """Read what `save_json` wrote; ValueError, which names `what`, if it is no such file."""
+    try:
+        return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not {what} ({type(error).__name__}: {error}); give a file "
+            f"that {cls.__name__}.save() wrote"
+        ) from error
 
 
 def to_json(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from .record import (
     NO_MEMORY,
     Memory,
     UnitReport,
-    from_json,
     frozen_over_time,
+    load_json,
+    save_json,
     to_json,
-    write_file,
 )
 from .tables import layout, percent, report_tables, shorten
 
@@ -174,7 +173,7 @@ class FreezeReport:
 
         The file is replaced as a whole: after an error it is as before. Missing folders are made.
         """
-        return write_file(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
+        return save_json(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FreezeReport:
@@ -183,13 +182,7 @@ class FreezeReport:
         Raises:
             ValueError: The file is not a report; the message names it and the reason.
         """
-        try:
-            return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is not a freeze report ({type(error).__name__}: {error}); "
-                "give a file that FreezeReport.save() wrote"
-            ) from error
+        return load_json(cls, path, "a freeze report")
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw four panels: timeline of the units, statistics, frozen share, trained elements.
@@ -201,6 +194,5 @@ class FreezeReport:
             ImportError: matplotlib is missing; the message says how to install it.
         """
         path = picture_path(path, "FreezeReport.plot()")
-        run = (self.step, self.total_steps, self.grace_steps, self.units, self.history)
-        Picture(*run, self.n_trainable).draw().savefig(path, dpi=150)
+        Picture(self).draw().savefig(path, dpi=150)
         return path
