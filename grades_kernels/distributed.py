@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .freezing.table import NEVER, FreezeTable, Unit
 from .rank_errors import DIFFERENT_MODELS, check_same, raise_if_absent, reports
+from .state_tensors import local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -429,8 +430,7 @@ def _with_rows(rows: Rows, parts: Parts, own: Iterable[Sequence[float]]) -> Rows
 
 def _bit_sum(p: Tensor) -> Tensor:
     """The bits of this rank's part of a tensor, summed as integers: exact in any order."""
-    p = p.detach()
-    p = p.to_local() if hasattr(p, "to_local") else p
+    p = local(p.detach())
     if p.is_complex():
         p = torch.view_as_real(p)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -13,12 +13,10 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
@@ -35,14 +33,11 @@ from .freezing.unit_map import (
     thresholds,
 )
 from .rank_errors import naming_absent_ranks
-from .release import Release, rewrap
+from .release import Release
 
 
 class Freezer:
     """Freezes the units of one optimizer, which every method takes as its first argument.
-
-    Args:
-        config: When checks take place and what they lead to.
 
     Attributes:
         table: The freeze table.
@@ -83,13 +78,11 @@ class Freezer:
             return self.ranks.n_elements
         return sum(p.numel() for p in self.unit_map.params)
 
-    def backends(self, optimizer: Optimizer, *, allow_meta: bool = False) -> list[str]:
+    def backends(self, optimizer: Any, *, allow_meta: bool = False) -> list[str]:
         """The backend of every parameter group.
 
-        Args:
-            optimizer: The optimizer.
-            allow_meta: Leave out tensors of the meta device (deferred initialisation), whose device
-                is known at the first step.
+        `allow_meta` leaves out tensors of the meta device (deferred initialisation), whose device
+        is known at the first step.
 
         Raises:
             RuntimeError, ValueError: See `select.assign`.
@@ -106,7 +99,7 @@ class Freezer:
             triton_in_job=self.ranks is None or self.ranks.on_device,
         )
 
-    def backend_of_units(self, optimizer: Optimizer) -> str:
+    def backend_of_units(self, optimizer: Any) -> str:
         """The backend that serves the monitored units, or without units the first group."""
         names, unit_map = self.backends(optimizer, allow_meta=True), self.unit_map
         groups = list(zip(names, unit_map.group_units, unit_map.settings, strict=False))
@@ -114,7 +107,7 @@ class Freezer:
         with_tensors = [name for name, _, (n, *_) in groups if n]
         return next(iter([*monitored, *with_tensors, "reference"]))
 
-    def sync(self, optimizer: Optimizer) -> list[FreezeEvent]:
+    def sync(self, optimizer: Any) -> list[FreezeEvent]:
         """Read back what a device has decided; returns the freezes not returned before."""
         read_back(self.engines, self.table, self.ranks)
         if self.unit_map.is_current(optimizer.param_groups):
@@ -124,7 +117,7 @@ class Freezer:
     # A step
 
     @no_threads_after_fork()
-    def begin_step(self, optimizer: Optimizer) -> list[FreezeEvent]:
+    def begin_step(self, optimizer: Any) -> list[FreezeEvent]:
         """Act on changes of the groups; returns the freezes not returned before.
 
         Raises:
@@ -143,13 +136,13 @@ class Freezer:
         elif ranks is not None and ranks.must_join:
             self.unit_map = replace(self.unit_map, job=None)
         self._follow_taus(optimizer)
-        job = (is_initialized(), _process_group(optimizer))
+        job = (is_initialized(), optimizer.process_group)
         if self.unit_map.job != job:
             self._join_ranks(optimizer, job)
         return self._publish(optimizer)
 
     @no_threads_after_fork()
-    def take_step(self, optimizer: Optimizer) -> list[FreezeEvent]:
+    def take_step(self, optimizer: Any) -> list[FreezeEvent]:
         """Count a step and take it; returns its freezes, as far as they are known already.
 
         Raises:
@@ -161,7 +154,7 @@ class Freezer:
             raise ValueError(nothing_is_monitored(groups, self.unit_map))
         if table.t == 0 and (unused := unused_options(self.config, groups)):
             self.warn_once(unused)
-        self.release.begin_run(self.unit_map, _process_group(optimizer), self.ranks)
+        self.release.begin_run(self.unit_map, optimizer.process_group, self.ranks)
         total_steps = self.config.total_steps
         if total_steps is not None and table.t >= total_steps:
             self.warn_once(
@@ -181,7 +174,7 @@ class Freezer:
             self.engines = _make_engines(optimizer, names, self.unit_map, table, on_device)
         exchange: Any = contextlib.nullcontext()
         if self.ranks is not None:
-            exchange = naming_absent_ranks(_process_group(optimizer), table.t + 1)
+            exchange = naming_absent_ranks(optimizer.process_group, table.t + 1)
         with exchange:
             if self.ranks is not None and found_inf is not None:
                 found_inf = self.ranks.found_anywhere(found_inf)
@@ -200,7 +193,7 @@ class Freezer:
         table = self.table
         return self.ranks is None and table.all_frozen() and None not in self.unit_map.units
 
-    def _publish(self, optimizer: Optimizer) -> list[FreezeEvent]:
+    def _publish(self, optimizer: Any) -> list[FreezeEvent]:
         """Write what was decided into the state; returns the freezes not returned before."""
         if not self.table.has_changes:
             return []
@@ -209,7 +202,7 @@ class Freezer:
                 self._write_unit(optimizer, unit)
         return self.table.unpublished_events()
 
-    def release_batch(self, optimizer: Optimizer) -> None:
+    def release_batch(self, optimizer: Any) -> None:
         """Release the frozen units that may be released now, where that is safe.
 
         Called at the start of the step after a decision: a fixed lag, the same on every device and
@@ -220,7 +213,7 @@ class Freezer:
             self._release_where_safe(optimizer, self.table.release_batch())
             self.table.has_changes = False
 
-    def _release_where_safe(self, optimizer: Optimizer, units: list[Unit]) -> None:
+    def _release_where_safe(self, optimizer: Any, units: list[Unit]) -> None:
         if not units or self.config.stop_grad is False:
             return
         automatic = self.config.stop_grad == "auto"
@@ -231,23 +224,16 @@ class Freezer:
             chosen = {p for unit in units for p in self.unit_map.members[unit]}
             if ddp is None or any(p.requires_grad and p not in chosen for p in ddp.parameters()):
                 self._release_units(optimizer, units)
-                self._rewrap()
+                self.release.rewrap(ddp)
         else:
             self.warn_once(f"frozen matrices go on receiving gradients: {reason}")
 
-    def _rewrap(self) -> None:
-        """Initialise the DDP wrapper of the loop anew, where that is needed."""
-        ddp = self.release.ddp
-        if ddp is not None and self.release.rewrap_ddp:
-            self.release.rewrap_ddp = False
-            rewrap(ddp)
-
-    def _release_units(self, optimizer: Optimizer, units: list[Unit]) -> None:
+    def _release_units(self, optimizer: Any, units: list[Unit]) -> None:
         self.release.release(units, self.unit_map, optimizer.state, self.table.t)
         for unit in units:
             self._write_unit(optimizer, unit)
 
-    def release_all(self, optimizer: Optimizer, *, within_ddp: bool) -> None:
+    def release_all(self, optimizer: Any, *, within_ddp: bool) -> None:
         """Release all frozen units now.
 
         Raises:
@@ -258,12 +244,12 @@ class Freezer:
             raise RuntimeError(f"apply_freezes(model): {reason}")
         self._release_units(optimizer, self.table.unreleased)
 
-    def _why_not_release(self, optimizer: Optimizer, **circumstances: bool) -> str | None:
+    def _why_not_release(self, optimizer: Any, **circumstances: bool) -> str | None:
         """The reason why nothing can be released safely, or None; see `Release.why_not`."""
-        group = _process_group(optimizer)
+        group = optimizer.process_group
         return self.release.why_not(self.unit_map, group, self.ranks, **circumstances)
 
-    def thaw(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
+    def thaw(self, optimizer: Any, units: Iterable[Unit]) -> None:
         """Let these units train again."""
         self.engines = []
         for unit in units:
@@ -275,7 +261,7 @@ class Freezer:
             if unit.is_decided:
                 unit.thaw()
                 self._write_unit(optimizer, unit)
-        self._rewrap()
+        self.release.rewrap(self.release.ddp)
         if self.release.rewrap_ddp and self._why_not_release(optimizer):
             self.warn_once(
                 "DistributedDataParallel does not know of the tensors that thaw() let train again "
@@ -285,12 +271,10 @@ class Freezer:
 
     # Units, and the other ranks
 
-    def map_units(self, optimizer: Optimizer, attached: list[list[str]] | None = None) -> None:
+    def map_units(self, optimizer: Any, attached: list[list[str]] | None = None) -> None:
         """Make the units from the groups as they are now, and their rows from the state.
 
-        Args:
-            optimizer: The optimizer.
-            attached: Names of the tensors of each group; None: those attached before.
+        `attached` has names of the tensors of each group; None: those attached before.
         """
         groups, state, old = optimizer.param_groups, optimizer.state, self.table.units
         for group in groups:
@@ -319,7 +303,7 @@ class Freezer:
         self.unit_map = unit_map
         self.engines = []
 
-    def _follow_taus(self, optimizer: Optimizer) -> None:
+    def _follow_taus(self, optimizer: Any) -> None:
         """Read the thresholds, as lr is read, once all decisions with the former ones are known."""
         groups = optimizer.param_groups
         if thresholds(groups) != self.unit_map.taus:
@@ -327,9 +311,9 @@ class Freezer:
                 check_group(self.config, group)
             self.unit_map = self.unit_map.with_taus(groups)
 
-    def _join_ranks(self, optimizer: Optimizer, job: Any) -> None:
+    def _join_ranks(self, optimizer: Any, job: Any) -> None:
         """Exchange units with the other ranks of the job, after every change of the units."""
-        unit_map, group = self.unit_map, _process_group(optimizer)
+        unit_map, group = self.unit_map, optimizer.process_group
         monitors = any(g["tau"] is not None for g in optimizer.param_groups)
         in_job = (monitors or self.ranks is not None) and in_a_job(group, unit_map.params)
         if self.ranks is not None and not in_job:  # the job has ended
@@ -358,13 +342,13 @@ class Freezer:
             unit, self.unit_map, optimizer.state, optimizer.param_groups, self.table.t
         )
 
-    def write_state(self, optimizer: Optimizer) -> None:
+    def write_state(self, optimizer: Any) -> None:
         """Copy the whole table into the state."""
         self._adopt_state(optimizer)
         for unit in self.unit_map.members:
             self._write_unit(optimizer, unit)
 
-    def _adopt_state(self, optimizer: Optimizer) -> None:
+    def _adopt_state(self, optimizer: Any) -> None:
         """Read the table from a state that was put in place without `load_state_dict`.
 
         ZeroRedundancyOptimizer loads a checkpoint that way.
@@ -374,9 +358,9 @@ class Freezer:
             prev_grads = {n: x["prev_grad"] for n, x in own.items() if "prev_grad" in x}
             self._read_state(optimizer, prev_grads)
 
-    def restore(self, optimizer: Optimizer, prev_grads: dict[int, Tensor]) -> None:
+    def restore(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:
         """Rebuild the table from the state that a checkpoint has just replaced."""
-        self.release.take_all_back()
+        self.release.take_back(set(self.release.released))
         self._read_state(optimizer, prev_grads)
 
     def _read_state(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:
@@ -389,7 +373,7 @@ class Freezer:
             unit.is_published = unit.is_frozen  # before the checkpoint was written
         released = [unit for unit in self.table.units if unit.is_released]
         self._release_where_safe(optimizer, released)
-        self._rewrap()  # for what the checkpoint lets train again
+        self.release.rewrap(self.release.ddp)  # for what the checkpoint lets train again
         for unit in released:
             if not self.release.released.issuperset(self.unit_map.members[unit]):
                 unit.released_at = NEVER  # it is not safe in this run
@@ -415,7 +399,7 @@ class Freezer:
         return {"table": self.table, "attached": self.unit_map.attached}
 
     @classmethod
-    def from_pickle(cls, optimizer: Optimizer, saved: dict[str, Any]) -> Freezer:
+    def from_pickle(cls, optimizer: Any, saved: dict[str, Any]) -> Freezer:
         """The freezer of an unpickled or copied optimizer, from what `pickled` gave."""
         freezer = cls(saved["table"].config)
         freezer.table = saved["table"]
@@ -432,8 +416,8 @@ class Freezer:
         """Warn of something once in a run, at the line that called the optimizer."""
         if message not in self._warned:
             self._warned.add(message)
-            level, frame = 1, sys._getframe()
-            while frame.f_back and _package(frame) in ("grades_kernels", "torch", "contextlib"):
+            level, frame, own = 1, sys._getframe(), ("grades_kernels", "torch", "contextlib")
+            while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
                 level, frame = level + 1, frame.f_back
             warnings.warn(message, stacklevel=level)
 
@@ -447,14 +431,6 @@ def _check_not_captured(groups: Sequence[dict[str, Any]]) -> None:
             "computes every gradient, so freezing would save nothing. Capture with tau=None, "
             "or run the steps outside of the graph."
         )
-
-
-def _package(frame: FrameType) -> str:
-    return frame.f_globals.get("__name__", "").partition(".")[0]
-
-
-def _process_group(optimizer: Any) -> Any:
-    return optimizer.process_group
 
 
 def _make_engines(

@@ -19,7 +19,7 @@ from .freezer import Freezer
 from .freezing.config import check_group, make_config
 from .freezing.table import FreezeEvent
 from .freezing.unit_map import names_from_model, names_of
-from .release import frozen_prefix, memory_of, rewrap
+from .release import frozen_prefix, memory_of
 from .report.report import FreezeReport
 
 if TYPE_CHECKING:
@@ -268,10 +268,7 @@ class GradESAdamW(AdamW):
         freezer = self._exact()
         ddp = model if isinstance(model, DistributedDataParallel) else freezer.release.ddp
         freezer.release_all(self, within_ddp=ddp is not None)
-        if ddp is None or not freezer.release.rewrap_ddp:
-            return model
-        freezer.release.rewrap_ddp = False
-        fitting = rewrap(ddp)
+        fitting = freezer.release.rewrap(ddp)
         return fitting if model is ddp else model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

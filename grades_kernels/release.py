@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain, takewhile
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from .freezing.naming import is_embedding, layer_and_kind, stack_of
 from .freezing.table import NEVER, Unit
 from .freezing.unit_map import UnitMap
 from .report.record import Memory
-from .state_tensors import MOMENTS, gradient_dtype, placeholder
+from .state_tensors import MOMENTS, gradient_dtype, local, placeholder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,9 +80,7 @@ class Release:
         """The reason why gradients cannot be stopped safely, or None.
 
         Args:
-            unit_map: The units.
-            group: The optimizer's `process_group`.
-            ranks: The other processes, once they have joined.
+            unit_map, group, ranks: The optimizer's, `ranks` once they have joined.
             within_ddp: Whether the DistributedDataParallel wrapper will be initialised anew, as the
                 one of `find_wrapper` always is.
             automatic: Whether nobody has asked for it. A job of a single process may use DDP too.
@@ -117,14 +116,7 @@ class Release:
             raise RuntimeError(f"stop_grad=True: {reason} Or use stop_grad='auto' or False.")
 
     def release(self, units: Iterable[Unit], unit_map: UnitMap, state: State, t: int) -> None:
-        """Release frozen units: no gradients, no moments.
-
-        Args:
-            units: The units.
-            unit_map: Their tensors.
-            state: The optimizer's state.
-            t: The number of steps that have happened.
-        """
+        """Release frozen units after `t` steps: no gradients, no moments."""
         for unit in units:
             for p in unit_map.members[unit]:
                 own = state.get(p, {})
@@ -151,9 +143,12 @@ class Release:
                 self.released.discard(p)
                 self.rewrap_ddp = True
 
-    def take_all_back(self) -> None:
-        """Let all released tensors need gradients again: a checkpoint replaces the state."""
-        self.take_back(set(self.released))
+    def rewrap(self, ddp: DistributedDataParallel | None) -> nn.Module | None:
+        """Initialise the wrapper anew if tensors were released or taken back; see `rewrap`."""
+        if ddp is None or not self.rewrap_ddp:
+            return ddp
+        self.rewrap_ddp = False
+        return rewrap(ddp)
 
 
 class ReentrantDetector:
@@ -177,7 +172,9 @@ class ReentrantDetector:
         self._handles: dict[Tensor, RemovableHandle] = {}
         for p in tensors:
             if p.requires_grad:
-                self._handles[p] = p.register_hook(self._hook_of(p))
+                # A copy or pickle of the tensor goes without it, and need not warn about that.
+                hook = unserializable_hook(partial(self._look, p))
+                self._handles[p] = p.register_hook(hook)
 
     def stop(self) -> None:
         """Observe nothing any more."""
@@ -185,11 +182,7 @@ class ReentrantDetector:
             handle.remove()
         self._handles.clear()
 
-    def _hook_of(self, p: Tensor) -> Callable[[Tensor], None]:
-        # A copy or pickle of the tensor goes without it, and need not warn about that.
-        return unserializable_hook(lambda grad: self._look(p))
-
-    def _look(self, p: Tensor) -> None:
+    def _look(self, p: Tensor, grad: Tensor) -> None:
         self._handles.pop(p).remove()
         frame: FrameType | None = sys._getframe()
         while frame is not None and not self.found:
@@ -234,10 +227,7 @@ def rewrap(ddp: DistributedDataParallel) -> nn.Module:
 def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Memory:
     """Bytes of an optimizer's tensors on this process, and those given back.
 
-    Args:
-        unit_map: All tensors, and those of each unit.
-        state: The optimizer's state.
-        released: The tensors that have given up gradient and moments.
+    `released` are the tensors that have given up gradient and moments.
     """
     states = [state[p] for p in unit_map.params if state.get(p)]
     given_up, given_back = set(released), 0
@@ -290,7 +280,4 @@ def _stop_gradient(p: Tensor) -> None:
 
 def _n_bytes(x: Tensor | None) -> int:
     """Bytes of a tensor on this process; of a DTensor, those of its local shard."""
-    if x is None:
-        return 0
-    x = x.to_local() if hasattr(x, "to_local") else x
-    return x.numel() * x.element_size()
+    return 0 if x is None else local(x).numel() * x.element_size()

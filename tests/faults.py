@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from grades_kernels import checkpoint, distributed, freezer, optimizer, release
+from grades_kernels import checkpoint, distributed, freezer, release
 from grades_kernels.backends import host_step, reference, select, step_tensors
 from grades_kernels.backends.tasks import STATISTIC_BITS
 from grades_kernels.freezing import config, table
@@ -459,10 +459,10 @@ def _(real):
 
 @wrapping("reentrant checkpointing is not noticed", release.ReentrantDetector, "_look", RELEASE)
 def _(real):
-    return lambda self, p: self._handles.pop(p).remove()
+    return lambda self, p, grad: self._handles.pop(p).remove()
 
 
-@wrapping("DDP is not initialised anew for the released", optimizer, "rewrap", RELEASE)
+@wrapping("DDP is not initialised anew for the released", release, "rewrap", RELEASE)
 def _(real):
     return lambda ddp: ddp
 

@@ -23,11 +23,11 @@ from ..backends.native import why_not_native
 from ..backends.select import choose, why_not_triton
 from ..optimizer import GradESAdamW
 from ..report.tables import Table, layout
+from ..state_tensors import MOMENTS
 from .problems import Problem, draw_problem
 
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # Bound on the roundings of an AdamW step in the computing dtype, of which ours have about ten; and
 # of a sum, relative to it, when thousands of terms are added in blocks or lanes.
