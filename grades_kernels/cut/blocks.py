@@ -56,9 +56,7 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     A stack is a list of two or more modules of one class, outside of any other stack; a ModuleList
     may have a few classes, as in models that alternate attention with something else.
 
-    Args:
-        model: The model.
-        name: Path of the stack, where a model has several; None: there is one.
+    `name` is the path of the stack, where a model has several; None: there is one.
 
     Raises:
         ValueError: If there is none, or several and `name` is None; the message names them.
@@ -116,8 +114,6 @@ def below_the_blocks(
     used elsewhere, as a tied head: their gradient changes then.
 
     Args:
-        model: The model.
-        stack: Its blocks.
         backward: Computes the loss and all gradients anew, the same in every call.
         used: Names of the tensors that get a gradient from it. Others may act on the loss of other
             batches, as the head of a second task.

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -119,7 +120,7 @@ def choose_cut(
         if tied == "freeze":
             below += shared
         segments = _segments(stack, below, names)
-        places = _places(segments, len(names))
+        cuts = _cuts(segments, len(names))
 
         def losses() -> Tensor:
             repeat_random_numbers()
@@ -130,9 +131,9 @@ def choose_cut(
                 ]
             )
 
-        gains = _gains(inner, losses, steps, segments, places)
-        costs = _of_rank_0(step_costs(inner, stack, backward, segments, places, cost))
-    candidates = tuple(_candidate(gains, k, costs[k]) for k in places)
+        gains = _gains(inner, losses, steps, segments, cuts)
+        costs = _of_rank_0(step_costs(inner, stack, backward, segments, cuts, cost))
+    candidates = tuple(_candidate(gains, k, costs[k]) for k in [None, *cuts])
     k, reason = _choice(candidates, gains[None])
     return Cut(
         k=k,
@@ -208,19 +209,18 @@ def _gains(
     losses: Callable[[], Tensor],
     steps: dict[str, Tensor],
     segments: Sequence[Sequence[str]],
-    places: Sequence[int | None],
+    cuts: Sequence[int],
 ) -> dict[int | None, list[float]]:
-    """What a trial step with every cut takes from the loss of each fresh batch; same on all ranks.
+    """What a trial step with every cut, or None, takes from the loss of each fresh batch.
 
-    All have one learning rate: it is doubled as long as that makes the gain without a cut half as
-    large again, which ends at 0.4 to 0.8 of the best one where the loss is a parabola.
+    It is the same on all ranks. All have one learning rate: it is doubled as long as that makes
+    the gain without a cut half as large again, which ends at 0.4 to 0.8 of the best one where the
+    loss is a parabola.
 
     Args:
-        model: The model; its weights are afterwards what they were.
         losses: Returns the losses of the fresh batches, the same for the same weights.
         steps: The step of every tensor that has one, per learning rate.
         segments: Names of the tensors below the blocks and of every block.
-        places: The cuts to compare, None among them.
     """
     _reshard(model)
     params = {name: _real(p.detach()) for name, p in trainable(model).items()}
@@ -261,7 +261,6 @@ def _gains(
             exponent += 1
         while exponent > -16 and not doubling_pays(exponent - 1):
             exponent -= 1
-        cuts = [k for k in places if k is not None]
         measured = {k: gain(exponent, k) for k in spread(cuts, MEASURED_GAINS)}
         gains: dict[int | None, list[float]] = {None: gain(exponent)}
     finally:
@@ -372,15 +371,11 @@ def _segments(
     )
 
 
-def _places(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int | None]:
-    """The cuts that freeze something and leave something to train, and None."""
-    places: list[int | None] = [None]
-    n_frozen = 0
-    for k, segment in enumerate(segments):
-        n_frozen += len(segment)
-        if segment and n_frozen < n_tensors:
-            places.append(k)
-    return places
+def _cuts(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int]:
+    """The cuts that freeze something and leave something to train."""
+    n_frozen = accumulate(map(len, segments))
+    pairs = enumerate(zip(segments, n_frozen, strict=True))
+    return [k for k, (segment, n) in pairs if segment and n < n_tensors]
 
 
 def _candidate(gains: dict[int | None, list[float]], k: int | None, cost: float) -> Candidate:

@@ -24,23 +24,20 @@ def step_costs(
     stack: Stack,
     backward: Callable[[], None],
     segments: Sequence[Sequence[str]],
-    places: Sequence[int | None],
+    cuts: Sequence[int],
     kind: str,
 ) -> dict[int | None, float]:
     """The cost of forward and backward pass with every cut, relative to none.
 
     Args:
         model: The model; what needs gradients is not restored.
-        stack: Its blocks.
         backward: Computes the loss and all gradients anew, the same in every call.
         segments: Names of the tensors below the blocks and of every block.
-        places: The cuts to compare, None among them.
         kind: "count" or "time".
 
     Raises:
         ValueError: If there is nothing to count.
     """
-    cuts = [k for k in places if k is not None]
     params = trainable(model)
     measure = _multiply_adds if kind == "count" else _seconds
     whole, sizes = measure(backward, stack.blocks)
