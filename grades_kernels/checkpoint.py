@@ -171,11 +171,9 @@ def prepared(
     """A checked copy of an incoming state dict, without `prev_grad`, which torch would cast.
 
     Args:
-        incoming: The state dict to be loaded.
         prev_grads: Receives them, by the position of their parameter among all.
-        groups: The live parameter groups.
-        names: Per live group the names of its tensors, or None.
-        state: The live state.
+        groups, state: Those of the optimizer.
+        names: Per group the names of its tensors, or None.
 
     Raises:
         ValueError: If parameters were renamed, reordered or reshaped; with both names. If they were
@@ -253,11 +251,7 @@ def complete_loaded_state(
 ) -> None:
     """Finish what torch's casting left undone, before the units are read.
 
-    Args:
-        params: All tensors of the optimizer.
-        state: The loaded state.
-        groups: The loaded parameter groups.
-        prev_grads: As `prepared` took them out.
+    `state` and `groups` are the loaded ones, `prev_grads` as `prepared` took them out.
     """
     amsgrad = {p: group["amsgrad"] for group in groups for p in group["params"]}
     for n, p in enumerate(params):

@@ -31,13 +31,7 @@ from .step_tensors import (
     uses_prev_grads,
     with_local_gradients,
 )
-from .tasks import (
-    STATISTIC_BITS,
-    UNSCALE,
-    UPDATE,
-    RunTasks,
-    StepTensors,
-)
+from .tasks import STATISTIC_BITS, UNSCALE, UPDATE, RunTasks, StepTensors
 
 _PROCESS = os.getpid()  # that imported the package, perhaps the parent of this one
 
@@ -70,8 +64,7 @@ class HostEngine:
     """An engine for the backends that the host drives.
 
     Args:
-        run_tasks: The backend.
-        tensors: The tensors of the first step.
+        run_tasks, tensors: The backend, and the tensors of the first step.
         units: The unit of each of them, None where it is not monitored.
         layout: The positions of the tensors; None where a single step is taken.
         decides: Whether the units of the freeze table are measured here.

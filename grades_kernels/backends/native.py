@@ -19,14 +19,7 @@ from torch import Tensor
 
 from ..freezing.table import STATISTICS
 from ..state_tensors import local
-from .tasks import (
-    KEEP,
-    STATISTIC_BITS,
-    UNSCALE,
-    UPDATE,
-    GroupOptions,
-    StepTensors,
-)
+from .tasks import KEEP, STATISTIC_BITS, UNSCALE, UPDATE, GroupOptions, StepTensors
 
 _AMSGRAD = 64  # a flag of the op alone: the groups' options have it
 

@@ -76,13 +76,8 @@ def assign(
 
     The units of one freeze table are decided either on a device or by the host. Where the monitored
     groups would need both, those that asked for nothing (`fused=None`) use a backend that the host
-    drives.
-
-    Args:
-        groups: The parameter groups.
-        group_units: Per group its units.
-        members: Unit -> its tensors.
-        triton_in_job: Whether the Triton kernels can serve every rank of the job.
+    drives. `members` has the tensors of each unit; `triton_in_job` is whether the Triton kernels
+    can serve every rank of the job.
 
     Raises:
         RuntimeError: If `fused=True` is not possible.
@@ -161,10 +156,8 @@ def why_not_triton(
 ) -> str | None:
     """The reason why the Triton kernels cannot serve these parameters, or None.
 
-    Args:
-        params: The parameters.
-        interpret: Whether CPU tensors may go through Triton's interpreter (TRITON_INTERPRET=1).
-        units: The tensors of each unit.
+    `interpret` is whether CPU tensors may go through Triton's interpreter (TRITON_INTERPRET=1),
+    `units` are the tensors of each unit.
     """
     devices = {p.device for p in params}
     if len({device.type for device in devices}) > 1:
@@ -209,14 +202,5 @@ def share_memory(params: Iterable[Tensor]) -> bool:
 
 def is_dense(p: Tensor) -> bool:
     """Whether a plain tensor fills its stretch of memory without gaps or overlaps."""
-    if not isinstance(p, Tensor) or type(p) not in (Tensor, torch.nn.Parameter):
-        return False
-    expected = 1
-    if p.numel() == 0:
-        return True
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    is_plain = type(p) in (Tensor, torch.nn.Parameter)
+    return is_plain and (not p.numel() or torch.ops.aten.is_non_overlapping_and_dense(p))

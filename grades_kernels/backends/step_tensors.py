@@ -76,8 +76,7 @@ class Layout:
     memory back; so does a release.
 
     Args:
-        groups: The parameter groups.
-        state: The optimizer's state; tensors with state are part of the step.
+        groups, state: The optimizer's; tensors with state are part of the step.
         chosen: The parameters that this layout is for, with their units, per group.
     """
 
@@ -150,8 +149,7 @@ class Layout:
     def collect(self, groups: Groups, state: State, *, prev_grads: bool) -> StepTensors | None:
         """The tensors of the next step; None where one is missing or does not fit.
 
-        Args:
-            prev_grads: Whether the step reads or writes previous gradients.
+        `prev_grads` is whether the step reads or writes previous gradients.
         """
         states = list(state.values())
         own = [states[k] for k in self.positions]
@@ -218,8 +216,7 @@ def with_local_shards(tensors: StepTensors, positions: Sequence[int]) -> StepTen
                 continue  # a placeholder
             if x._spec.placements != p._spec.placements:
                 return None
-            shard = x._local_tensor
-            column[i] = shard if type(shard) is Tensor else local(x)
+            column[i] = local(x)
     return tensors._replace(**columns, dtensors=dtensors)
 
 
@@ -238,8 +235,7 @@ def with_local_gradients(tensors: StepTensors) -> StepTensors:
             continue
         if g._spec.placements != p._spec.placements:
             g = g.redistribute(p.device_mesh, p.placements)
-        shard = g._local_tensor
-        grads[i] = shard if type(shard) is Tensor else local(g)
+        grads[i] = local(g)
     return tensors._replace(grads=grads, unordered=_unordered(grads, tensors.params))
 
 
@@ -313,11 +309,7 @@ def fit_state(state: State, chosen: Sequence[Sequence[tuple[Tensor, Unit | None]
     """Bring the state of tensors into the form that the Triton kernels read.
 
     Steps become fp32 on the parameter's device, moments and previous gradients get its strides,
-    previous gradients the dtype of the gradient.
-
-    Args:
-        state: The optimizer's state.
-        chosen: The parameters, with their units, per group.
+    previous gradients the dtype of the gradient. `chosen` are parameters and units, per group.
     """
     for p, unit in (pair for pairs in chosen for pair in pairs):
         own = state.get(p)
@@ -349,21 +341,16 @@ def check_gradients(groups: Groups) -> None:
                 raise RuntimeError(
                     "Adam does not support sparse gradients, please consider SparseAdam instead"
                 )
+            found = ""
             if grad.shape != p.shape:
-                raise ValueError(
-                    f"the gradient of parameter {j} of group {i} has shape "
-                    f"{tuple(grad.shape)}, the parameter {tuple(p.shape)}."
-                )
-            if grad.device != p.device:
-                raise ValueError(
-                    f"the gradient of parameter {j} of group {i} is on {grad.device}, the "
-                    f"parameter on {p.device}: it was moved after backward()."
-                )
-            if hasattr(p, "_spec") != hasattr(grad, "_spec"):
-                raise ValueError(
-                    f"the gradient of parameter {j} of group {i} is a {type(grad).__name__}, the "
-                    f"parameter a {type(p).__name__}."
-                )
+                found = f"has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}."
+            elif grad.device != p.device:
+                found = f"is on {grad.device}, the parameter on {p.device}: it was moved after "
+                found += "backward()."
+            elif hasattr(p, "_spec") != hasattr(grad, "_spec"):
+                found = f"is a {type(grad).__name__}, the parameter a {type(p).__name__}."
+            if found:
+                raise ValueError(f"the gradient of parameter {j} of group {i} {found}")
             if group["capturable"]:
                 check_capturable(p)
 

@@ -174,14 +174,8 @@ class Unit:
         self.is_published = False
 
     def event(self) -> FreezeEvent:
-        return FreezeEvent(
-            step=self.frozen_at,
-            unit=self.name,
-            statistic=self.decided_value,
-            tau=self.decided_tau,
-            n_elements=self.n_elements,
-            decided_at=self.decided_at,
-        )
+        decision = self.decided_value, self.decided_tau, self.n_elements, self.decided_at
+        return FreezeEvent(self.frozen_at, self.name, *decision)
 
 
 @dataclass(eq=False)
@@ -250,8 +244,8 @@ class FreezeTable:
         frozen_at = [unit.frozen_at for unit in self.units] or [NEVER]
         return min(frozen_at) > NEVER and max(frozen_at) <= (self.t if t is None else t)
 
-    def begin_step(self) -> int:
-        """Count a step and apply what earlier decisions lead to; returns the step `t`."""
+    def begin_step(self) -> None:
+        """Count a step and apply what earlier decisions lead to."""
         self.t += 1
         n = len(self.units)
         n_decided = n - [unit.decided_at for unit in self.units].count(NEVER)
@@ -261,7 +255,6 @@ class FreezeTable:
                     unit.decide(self.t, math.nan)
         if n_decided:
             self._freeze_cooled()
-        return self.t
 
     def undo_begin_step(self) -> None:
         """Take `begin_step` back: the step turned out not to have happened (GradScaler)."""

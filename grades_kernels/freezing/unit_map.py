@@ -136,7 +136,7 @@ def make_unit_map(
     """
     params: list[Tensor] = []
     units: list[Unit | None] = []
-    members: dict[str, list[Tensor]] = {}
+    members: dict[Unit, list[Tensor]] = {}
     by_name: dict[str, Unit] = {}
     untrained: list[Tensor] = []
     all_names = names_of(groups, attached)
@@ -151,9 +151,7 @@ def make_unit_map(
                     "lazy module before the optimizer is made."
                 )
             params.append(p)
-            units.append(None)
-            frozen = is_frozen(p)
-            name = None
+            frozen, name, unit = is_frozen(p), None, None
             if tau is not None and (p.requires_grad or frozen):
                 name = _unit_name(
                     p,
@@ -163,33 +161,30 @@ def make_unit_map(
                 )
             elif tau is not None:
                 untrained.append(p)
-            if tau is None or name is None:
-                if frozen:
+            if tau is not None and name is not None:
+                full_name = canonical_name(names[j]) if names else name
+                if full_name in seen:
                     raise ValueError(
-                        f"parameter {j} of group {i} is frozen but belongs to no monitored unit "
-                        f"(tau={tau}). Set its group's tau back, call thaw(), then take the tau "
-                        "away."
+                        f"two parameters are called {full_name!r}: units need names of their own."
                     )
-                continue
-            full_name = canonical_name(names[j]) if names else name
-            if full_name in seen:
+                seen.add(full_name)
+                unit = by_name.setdefault(name, Unit(name, group["statistic"], tau, 0, 0))
+                _check_alike(unit, (unit.tau, unit.statistic), (tau, group["statistic"]))
+                unit.n_elements += p.numel()
+                unit.n_tensors += 1
+                members.setdefault(unit, []).append(p)
+            elif frozen:
                 raise ValueError(
-                    f"two parameters are called {full_name!r}: units need names of their own."
+                    f"parameter {j} of group {i} is frozen but belongs to no monitored unit "
+                    f"(tau={tau}). Set its group's tau back, call thaw(), then take the tau away."
                 )
-            seen.add(full_name)
-            statistic = group["statistic"]
-            unit = by_name.setdefault(name, Unit(name, statistic, tau, 0, 0))
-            _check_alike(unit, (unit.tau, unit.statistic), (tau, statistic))
-            unit.n_elements += p.numel()
-            unit.n_tensors += 1
-            units[-1] = unit
-            members.setdefault(name, []).append(p)
+            units.append(unit)
         own = units[len(units) - len(group["params"]) :]
         group_units.append(tuple(dict.fromkeys(unit for unit in own if unit is not None)))
     return UnitMap(
         params=tuple(params),
         units=tuple(units),
-        members={unit: tuple(members[name]) for name, unit in by_name.items()},
+        members={unit: tuple(own) for unit, own in members.items()},
         group_units=tuple(group_units),
         settings=_settings(groups),
         taus=thresholds(groups),
