@@ -132,7 +132,7 @@ ENGINE_FAULTS = {
     "if happened: -> if True:": partial(
         scaling.test_a_run_with_overflows_equals_one_without, (3,), "next_step", False
     ),
-    "not (pending.scaled and results[-1] != 0) -> True": OVERFLOW,
+    "not (scaled and results[-1] != 0) -> True": OVERFLOW,
 }
 FAULTS = {
     edit: (file, check)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..freezing.table import STATISTICS
 from ..state_tensors import local
-from .tasks import KEEP, STATISTIC_BITS, UNSCALE, UPDATE, GroupOptions, StepTensors
+from .tasks import KEEP, STATISTIC_BITS, UNSCALE, UPDATE, StepTensors
 
 _AMSGRAD = 64  # a flag of the op alone: the groups' options have it
 
@@ -150,16 +150,11 @@ def _chosen(
         else:
             rows += [n_rows + kinds.index(factor) for factor in factors]
         n_rows += len(kinds)
+        # In the op's order; as Python floats, since fp32 would change 1 - beta2.
+        lr, *others = map(float, options[:5])
         for factor in kinds:
-            hypers += _hyper(options, factor)
+            hypers += [lr * factor, *others, -1.0 if options.maximize else 1.0]
     return chosen, rows, hypers
-
-
-def _hyper(options: GroupOptions, factor: float) -> list[float]:
-    """In the op's order; as Python floats, since fp32 would change 1 - beta2."""
-    numbers = (options.lr, options.beta1, options.beta2, options.eps, options.weight_decay)
-    lr, *others = map(float, numbers)
-    return [lr * factor, *others, -1.0 if options.maximize else 1.0]
 
 
 def _uses_prev_grad(task: int) -> bool:

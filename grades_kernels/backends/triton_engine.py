@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,24 +41,6 @@ from .triton_tables import DEPENDS, FIELDS, FREEZES, DeviceTables
 
 _logger = logging.getLogger(__name__)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class _Pending(NamedTuple):
-    """A step whose results the host has not read yet.
-
-    Attributes:
-        updated: Per tensor 1 if it was updated, provided that the step happened.
-        kept: The units of which all gradients were stored, if it happened.
-        decides: Whether values and decisions were computed.
-        agreed: Whether all ranks took part.
-        scaled: Whether the device knows if the step happened.
-    """
-
-    updated: np.ndarray
-    kept: list[Unit]
-    decides: bool
-    agreed: bool
-    scaled: bool
 
 
 class TritonEngine:
@@ -116,7 +98,7 @@ class TritonEngine:
         self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
         self.position = {p: n for n, p in tensors.dtensors}
         self.shards: list[Any] | None = None  # of `Ranks.shard_rows`
-        self.pending: Any = None  # a `_Pending`
+        self.pending: Any = None  # the arguments of `_outcome`
         self.is_compiled, self.only_compiles = layout is None, False
         self.stream = torch.cuda.current_stream(device) if self.cuda else None
 
@@ -208,34 +190,44 @@ class TritonEngine:
                     self.mirrored.record()
         for g, copy in copies if scaled else ():
             g.copy_(copy)
-        agreed = decides and ranks is not None
-        self.pending = _Pending(
-            (tasks & UPDATE) // UPDATE, kept, decides, agreed, scaled=found is not None
-        )
+        updated, agreed = (tasks & UPDATE) // UPDATE, decides and ranks is not None
+        self.pending = updated, kept, decides, agreed, found is not None
 
     def sync(self) -> Outcome | None:
         pending, self.pending = self.pending, None
-        if pending is None:
-            return None
+        return self._outcome(*pending) if pending else None
+
+    def _outcome(
+        self, updated: np.ndarray, kept: list[Unit], decides: bool, agreed: bool, scaled: bool
+    ) -> Outcome:
+        """What the device did in the last step, once it has.
+
+        Args:
+            updated: Per tensor 1 if it was updated, provided that the step happened.
+            kept: The units of which all gradients were stored, if it happened.
+            decides: Whether values and decisions were computed.
+            agreed: Whether all ranks took part.
+            scaled: Whether the device knows if the step happened.
+        """
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
         own_units, n = self.tables.own_units, len(self.tables.own_units)
         happened, ranks_agree, must_join = True, True, False
-        if pending.decides or pending.scaled:
+        if decides or scaled:
             if self.mirrored is not None:
                 self.mirrored.synchronize()
             results = self.mirror.numpy()
-            happened = not (pending.scaled and results[-1] != 0)
-            if pending.decides:
+            happened = not (scaled and results[-1] != 0)
+            if decides:
                 pairs = zip(own_units, results[:n].tolist(), strict=True)
                 values = {unit: value for unit, value in pairs if value < math.inf}
                 decided = {own_units[k] for k in np.flatnonzero(results[-1 - n : -1])}
-            if pending.agreed:
+            if agreed:
                 ranks_agree = self.tables.adopt_agreed(results[n : -1 - n])
                 must_join = bool(results[-2 - n])
         if happened:
-            self.steps += pending.updated
-        return Outcome(happened, values, decided, pending.kept, ranks_agree, must_join)
+            self.steps += updated
+        return Outcome(happened, values, decided, kept, ranks_agree, must_join)
 
     def _tasks(
         self, tensors: StepTensors, table: FreezeTable, is_check: bool

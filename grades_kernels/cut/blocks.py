@@ -142,12 +142,9 @@ def below_the_blocks(
 
 def _differ(a: Tensor, b: Any) -> bool:
     """Whether two gradients differ by more than the rounding of another order of sums."""
-    difference, size = (_whole(x.float().norm()).item() for x in (a - b, b))
+    norms: list[Any] = [x.float().norm() for x in (a - b, b)]
+    difference, size = ((x.full_tensor() if hasattr(x, "full_tensor") else x).item() for x in norms)
     return difference > 1e-3 * size
-
-
-def _whole(x: Any) -> Tensor:
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @contextmanager

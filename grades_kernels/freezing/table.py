@@ -244,8 +244,8 @@ class FreezeTable:
         frozen_at = [unit.frozen_at for unit in self.units] or [NEVER]
         return min(frozen_at) > NEVER and max(frozen_at) <= (self.t if t is None else t)
 
-    def begin_step(self) -> None:
-        """Count a step and apply what earlier decisions lead to."""
+    def begin_step(self) -> int:
+        """Count a step and apply what earlier decisions lead to; returns the step `t`."""
         self.t += 1
         n = len(self.units)
         n_decided = n - [unit.decided_at for unit in self.units].count(NEVER)
@@ -255,6 +255,7 @@ class FreezeTable:
                     unit.decide(self.t, math.nan)
         if n_decided:
             self._freeze_cooled()
+        return self.t
 
     def undo_begin_step(self) -> None:
         """Take `begin_step` back: the step turned out not to have happened (GradScaler)."""

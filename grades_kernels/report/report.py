@@ -106,14 +106,13 @@ class FreezeReport:
         return f"FreezeReport(step={self.step}, {counts})"
 
     def __str__(self) -> str:
-        tables = map(layout, report_tables(self.units, self.events, self.history))
-        return "\n\n".join(["\n".join(self._headline()), *tables])
-
-    def _headline(self) -> list[str]:
         planned = "" if self.total_steps is None else f" of {self.total_steps:,} planned"
         lines = [f"Freeze report after {self.step:,}{planned} steps ({self.backend} backend)"]
         lines += self._counts() if self.units else ["No unit is monitored: nothing can freeze."]
-        return [*lines, f"Before the first step: {self.cut}"] if self.cut else lines
+        if self.cut:
+            lines.append(f"Before the first step: {self.cut}")
+        tables = map(layout, report_tables(self.units, self.events, self.history))
+        return "\n\n".join(["\n".join(lines), *tables])
 
     def _counts(self) -> list[str]:
         units, grace = self.units, self.grace_steps
