@@ -57,7 +57,7 @@ DEFAULT_STATE: dict[str, int | float] = {
 
 def is_frozen(state: Mapping[str, Any] | None) -> bool:
     """Whether the state of a tensor says that it is frozen."""
-    return bool(state) and state.get("grades_frozen_at", NEVER) != NEVER  # type: ignore[union-attr]
+    return (state or {}).get("grades_frozen_at", NEVER) != NEVER
 
 
 def write_unit(unit: Unit, unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:

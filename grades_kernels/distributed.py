@@ -345,10 +345,6 @@ class Ranks:
                 decisive[unit] = value
         return decisive
 
-    def found_anywhere(self, found_inf: Tensor | float) -> Tensor:
-        """GradScaler's `found_inf`, not zero where any rank has found one: all skip the step."""
-        return self.largest(torch.as_tensor(found_inf, dtype=torch.float32))
-
     def largest(self, x: Tensor) -> Tensor:
         """Of every element the largest over all ranks, on the device of `x`."""
         largest = x.to(_device(self.group, x.device), copy=True)

@@ -123,7 +123,16 @@ class Freezer:
         Raises:
             RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
         """
-        _check_not_captured(optimizer.param_groups)  # reading back is not possible in one
+        if (
+            torch.cuda.is_available()
+            and torch.cuda.is_current_stream_capturing()
+            and any([group["tau"] is not None for group in optimizer.param_groups])
+        ):
+            raise RuntimeError(
+                "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
+                "computes every gradient, so freezing would save nothing. Capture with tau=None, "
+                "or run the steps outside of the graph."
+            )
         read_back(self.engines, self.table, self.ranks)
         self._adopt_state(optimizer)
         groups, ranks = optimizer.param_groups, self.ranks
@@ -163,7 +172,9 @@ class Freezer:
             )
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None and self._is_at_rest():
+        # Where every tensor is frozen and no other rank takes part, a step only counts.
+        at_rest = self.ranks is None and table.all_frozen() and None not in self.unit_map.units
+        if found_inf is None and at_rest:
             table.begin_step()
             return []
         if not self.engines or not all(
@@ -177,7 +188,8 @@ class Freezer:
             exchange = naming_absent_ranks(optimizer.process_group, table.t + 1)
         with exchange:
             if self.ranks is not None and found_inf is not None:
-                found_inf = self.ranks.found_anywhere(found_inf)
+                # All skip the step where any has found one.
+                found_inf = self.ranks.largest(torch.as_tensor(found_inf, dtype=torch.float32))
             step_engines(self.engines, table, self.ranks, grad_scale, found_inf)
         if any(engine.pending is not None for engine in self.engines):
             return []
@@ -187,11 +199,6 @@ class Freezer:
         """Whether the Triton kernels serve every group that has units, and at least one group."""
         groups = zip(names, self.unit_map.group_units, strict=True)
         return "triton" in names and all(name == "triton" for name, units in groups if units)
-
-    def _is_at_rest(self) -> bool:
-        """Whether every tensor is frozen and no other rank takes part: a step only counts."""
-        table = self.table
-        return self.ranks is None and table.all_frozen() and None not in self.unit_map.units
 
     def _publish(self, optimizer: Any) -> list[FreezeEvent]:
         """Write what was decided into the state; returns the freezes not returned before."""
@@ -420,17 +427,6 @@ class Freezer:
             while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
                 level, frame = level + 1, frame.f_back
             warnings.warn(message, stacklevel=level)
-
-
-def _check_not_captured(groups: Sequence[dict[str, Any]]) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        if all([group["tau"] is None for group in groups]):
-            return
-        raise RuntimeError(
-            "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
-            "computes every gradient, so freezing would save nothing. Capture with tau=None, "
-            "or run the steps outside of the graph."
-        )
 
 
 def _make_engines(

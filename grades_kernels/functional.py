@@ -71,29 +71,20 @@ def grades_adamw(
                     f"unit {unit.name!r} is no row of the table: pass a FreezeTable with every "
                     "unit in it, or None in place of the unit."
                 )
-            _check_unit(unit, prev_grad, table.config)
+            if unit.statistic == "change" and prev_grad is None:
+                raise ValueError(
+                    f"unit {unit.name!r} measures 'change' but has no prev_grads buffer: pass a "
+                    "tensor of the gradient's shape and dtype, or use 'norm' or 'momentum'."
+                )
+            if STATISTICS[unit.statistic].of_update and table.config.freeze_timing != "next_step":
+                raise ValueError(
+                    f"unit {unit.name!r} measures {unit.statistic!r}, which needs a table whose "
+                    "config has freeze_timing='next_step'."
+                )
             members.setdefault(unit, []).append(p)
     if capturable:
         for p in params:
             check_capturable(p)
-    backend = choose(
-        params,
-        fused,
-        differentiable=differentiable,
-        foreach=foreach,
-        capturable=capturable,
-        units=members.values(),
-        shares_memory=share_memory(params),
-    )
-    devices = {p.device for p in params}
-    if backend == "triton" and len(devices) > 1:
-        if fused:
-            raise RuntimeError(
-                "fused=True is not possible: the parameters are on several devices, "
-                f"{sorted(map(str, devices))}. Use GradESAdamW, which has an engine for each, or "
-                "fused=None."
-            )
-        backend = "reference"
     options = GroupOptions(
         lr,
         beta1,
@@ -107,6 +98,17 @@ def grades_adamw(
         differentiable,
         fused,
     )
+    shared = share_memory(params)
+    backend = choose(params, fused, options, units=members.values(), shares_memory=shared)
+    devices = {p.device for p in params}
+    if backend == "triton" and len(devices) > 1:
+        if fused:
+            raise RuntimeError(
+                "fused=True is not possible: the parameters are on several devices, "
+                f"{sorted(map(str, devices))}. Use GradESAdamW, which has an engine for each, or "
+                "fused=None."
+            )
+        backend = "reference"
     tensors = StepTensors(
         params,
         list(grads),
@@ -139,16 +141,3 @@ def grades_adamw(
     with no_threads_after_fork():
         step_engines([engine], table, None, grad_scale, found_inf)
         read_back([engine], table, None)
-
-
-def _check_unit(unit: Unit, prev_grad: Tensor | None, config: FreezeConfig) -> None:
-    if unit.statistic == "change" and prev_grad is None:
-        raise ValueError(
-            f"unit {unit.name!r} measures 'change' but has no prev_grads buffer: pass a tensor of "
-            "the gradient's shape and dtype, or use 'norm' or 'momentum'."
-        )
-    if STATISTICS[unit.statistic].of_update and config.freeze_timing != "next_step":
-        raise ValueError(
-            f"unit {unit.name!r} measures {unit.statistic!r}, which needs a table whose config has "
-            "freeze_timing='next_step'."
-        )

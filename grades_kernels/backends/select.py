@@ -15,7 +15,7 @@ from ..freezing.table import Unit
 from ..state_tensors import local
 from . import native, reference
 from .native import why_not_native
-from .tasks import RunTasks, StepTensors
+from .tasks import GroupOptions, RunTasks, StepTensors
 
 RUN_TASKS: dict[str, RunTasks] = {"native": native.run_tasks, "reference": reference.run_tasks}
 """The backends that the host drives."""
@@ -24,10 +24,8 @@ RUN_TASKS: dict[str, RunTasks] = {"native": native.run_tasks, "reference": refer
 def choose(
     params: Sequence[Tensor],
     fused: bool | None,
+    options: GroupOptions | None = None,
     *,
-    differentiable: bool = False,
-    foreach: bool | None = None,
-    capturable: bool = False,
     units: Iterable[Sequence[Tensor]] = (),
     shares_memory: bool = False,
 ) -> str:
@@ -36,7 +34,7 @@ def choose(
     Args:
         params: The parameters of a group.
         fused: As in `GradESAdamW`.
-        differentiable, foreach, capturable: As in AdamW. `capturable` without units is served by
+        options: Those of the group; None: the defaults. `capturable` without units is served by
             torch's own operations, which a CUDA graph can capture.
         units: The tensors of each unit.
         shares_memory: Whether some tensors of the optimizer lie in the same memory. Fused backends
@@ -46,7 +44,11 @@ def choose(
         RuntimeError: If `fused` is True and no fused backend can serve them.
     """
     units = list(units)
-    if fused is False or differentiable or foreach or not params or (capturable and not units):
+    if fused is False or not params:
+        return "reference"
+    if options and (options.differentiable or options.foreach):
+        return "reference"
+    if options and options.capturable and not units:
         return "reference"
     shared = "two parameters share memory" if shares_memory else None
     not_triton = why_not_triton(params, interpret=bool(fused), units=units) or shared
@@ -89,9 +91,7 @@ def assign(
         name = choose(
             group["params"],
             group["fused"],
-            differentiable=group["differentiable"],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
+            GroupOptions.of(group),
             units=[members[unit] for unit in units],
             shares_memory=shares_memory,
         )

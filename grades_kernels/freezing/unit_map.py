@@ -152,17 +152,16 @@ def make_unit_map(
                 )
             params.append(p)
             frozen, name, unit = is_frozen(p), None, None
+            full_name = canonical_name(names[j]) if names else f"{prefix}group{i}.param{j}"
             if tau is not None and (p.requires_grad or frozen):
-                name = _unit_name(
-                    p,
-                    names[j] if names else None,
-                    f"{prefix}group{i}.param{j}",
-                    everything=bool(group.get("monitor_all")),
-                )
+                if names:
+                    name = unit_of(full_name, p.shape, p.dtype)
+                by_shape = group.get("monitor_all") or (not names and p.dim() >= 2)
+                if name is None and by_shape and p.is_floating_point() and p.numel() > 0:
+                    name = full_name
             elif tau is not None:
                 untrained.append(p)
             if tau is not None and name is not None:
-                full_name = canonical_name(names[j]) if names else name
                 if full_name in seen:
                     raise ValueError(
                         f"two parameters are called {full_name!r}: units need names of their own."
@@ -286,14 +285,6 @@ def _settings(groups: Groups) -> list[tuple[int, bool, str, bool]]:
         )
         for group in groups
     ]
-
-
-def _unit_name(p: Tensor, name: str | None, nameless: str, *, everything: bool) -> str | None:
-    unit = None if name is None else unit_of(name, p.shape, p.dtype)
-    is_matrix = name is None and p.dim() >= 2
-    if unit is None and (everything or is_matrix) and p.is_floating_point() and p.numel() > 0:
-        unit = nameless if name is None else canonical_name(name)
-    return unit
 
 
 def _check_alike(unit: Unit, one: tuple[float, str], other: tuple[float, str]) -> None:
