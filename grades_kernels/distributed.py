@@ -148,15 +148,6 @@ class Ranks:
                 if shards := _shards(p):
                     self._shards.setdefault(shards, []).append((unit, k))
 
-    @property
-    def may_join(self) -> bool:
-        """Whether a rank whose `requires_grad` flags change may exchange its units at once.
-
-        Where ranks have units of their own the others do not see it: the next check tells them, and
-        until then steps take the units as they were.
-        """
-        return self.everywhere or self.must_join
-
     @classmethod
     def join(
         cls,

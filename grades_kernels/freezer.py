@@ -1,9 +1,9 @@
 """What an optimizer remembers of its freezing, and the order of what happens in a step.
 
 A `Freezer` joins the freeze table, the units, the other ranks, the engines and the release of
-frozen tensors. Two of them say for what they were made: the unit map for the parameter groups and
-the job, an engine for the devices, dtypes, addresses and flags of its tensors. Each is made anew
-when its answer no longer holds, and nothing else is cached.
+frozen tensors. Two of them say for what they were made: the unit map for the parameter groups, an
+engine for the devices, dtypes, addresses and flags of its tensors. Each is made anew when its
+answer no longer holds, as the units are exchanged anew for another job; nothing else is cached.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Freezer:
         self.ranks: Ranks | None = None
         self.engines: list[Engine] = []
         self.release = Release(config.stop_grad)
+        self._job: Any = None  # the units have been exchanged for this one
         self._warned: set[str] = set()
 
     # Readings, none of which makes anything anew
@@ -137,17 +138,21 @@ class Freezer:
         self._adopt_state(optimizer)
         groups, ranks = optimizer.param_groups, self.ranks
         if not self.unit_map.is_current(groups):
-            if ranks is None or ranks.may_join or not self.unit_map.has_tensors_of(groups):
+            # Where ranks have units of their own, the others do not see that `requires_grad` has
+            # changed: the next check tells them, and until then units stay as they were.
+            may_join = ranks is None or ranks.everywhere or ranks.must_join
+            if may_join or not self.unit_map.has_tensors_of(groups):
                 self.write_state(optimizer)
                 self.map_units(optimizer)
-            else:
+            elif ranks is not None:
                 ranks.asks_to_join = True
         elif ranks is not None and ranks.must_join:
-            self.unit_map = replace(self.unit_map, job=None)
+            self._job = None
         self._follow_taus(optimizer)
         job = (is_initialized(), optimizer.process_group)
-        if self.unit_map.job != job:
-            self._join_ranks(optimizer, job)
+        if self._job != job:
+            self._join_ranks(optimizer)
+            self._job = job
         return self._publish(optimizer)
 
     @no_threads_after_fork()
@@ -307,8 +312,7 @@ class Freezer:
                 unit_map, members={**unit_map.members, **dict.fromkeys(elsewhere, ())}
             )
         self.table = self.table.successor(list(unit_map.members), former)
-        self.unit_map = unit_map
-        self.engines = []
+        self.unit_map, self.engines, self._job = unit_map, [], None
 
     def _follow_taus(self, optimizer: Any) -> None:
         """Read the thresholds, as lr is read, once all decisions with the former ones are known."""
@@ -318,7 +322,7 @@ class Freezer:
                 check_group(self.config, group)
             self.unit_map = self.unit_map.with_taus(groups)
 
-    def _join_ranks(self, optimizer: Any, job: Any) -> None:
+    def _join_ranks(self, optimizer: Any) -> None:
         """Exchange units with the other ranks of the job, after every change of the units."""
         unit_map, group = self.unit_map, optimizer.process_group
         monitors = any(g["tau"] is not None for g in optimizer.param_groups)
@@ -326,7 +330,6 @@ class Freezer:
         if self.ranks is not None and not in_job:  # the job has ended
             self.ranks = None
             self.map_units(optimizer)
-            unit_map = self.unit_map
         elif monitors and in_job:
             self.ranks = None
             on_device = len({p.device for p in unit_map.params}) == 1 and self._decides_on_device(
@@ -338,9 +341,7 @@ class Freezer:
                 )
             self.table = self.table.successor(units)
             members = {unit: unit_map.members.get(unit, ()) for unit in units}
-            unit_map = replace(unit_map, members=members)
-            self.engines = []
-        self.unit_map = replace(unit_map, job=job)
+            self.unit_map, self.engines = replace(unit_map, members=members), []
 
     # State and checkpoints
 

@@ -110,11 +110,7 @@ class DeviceTables:
     """The tensors of one device, laid out for the kernels.
 
     Args:
-        tensors: The tensors, whether they have a gradient or not.
-        units: The unit of each of them, None where it is not monitored.
-        device: Their device.
-        own_units: The units, in the order of their rows, also those that only other ranks have
-            tensors of; None: those of the tensors.
+        tensors, units, device, own_units: As in `TritonEngine`. `own_units` is the order of rows.
 
     Attributes:
         grad_dtypes: The dtype that the kernels expect of each gradient.

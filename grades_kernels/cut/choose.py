@@ -215,12 +215,8 @@ def _gains(
 
     It is the same on all ranks. All have one learning rate: it is doubled as long as that makes
     the gain without a cut half as large again, which ends at 0.4 to 0.8 of the best one where the
-    loss is a parabola.
-
-    Args:
-        losses: Returns the losses of the fresh batches, the same for the same weights.
-        steps: The step of every tensor that has one, per learning rate.
-        segments: Names of the tensors below the blocks and of every block.
+    loss is a parabola. `losses` returns those of the fresh batches, the same for the same weights;
+    `steps` has the step of every tensor that has one, per learning rate.
     """
     _reshard(model)
     params = {name: _real(p.detach()) for name, p in trainable(model).items()}

@@ -31,8 +31,8 @@ def step_costs(
 
     Args:
         model: The model; what needs gradients is not restored.
-        backward: Computes the loss and all gradients anew, the same in every call.
-        segments: Names of the tensors below the blocks and of every block.
+        backward: As in `below_the_blocks`.
+        segments: As in `Cut`.
         kind: "count" or "time".
 
     Raises:

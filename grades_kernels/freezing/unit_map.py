@@ -41,7 +41,6 @@ class UnitMap:
         untrained: Tensors of monitored groups that need no gradient and so belong to no unit.
         names: Per group the names of its tensors, or None.
         attached: The names that `attach(model)` gave, or None.
-        job: What the units were last exchanged for with other ranks; None: not yet.
     """
 
     params: tuple[Tensor, ...]
@@ -53,7 +52,6 @@ class UnitMap:
     untrained: tuple[Tensor, ...]
     names: list[list[str] | None]
     attached: list[list[str]] | None = None
-    job: Any = None
 
     def is_current(self, groups: Groups) -> bool:
         """Whether a map made now would be the same."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Sequence
 from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,18 +98,17 @@ class Picture:
             above = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (0, 6)}
             axis.annotate(remark, (0, 1), **above, fontsize=8.5, alpha=0.7, parse_math=False)
             self.draw_steps(axis)
-        figure.suptitle(self.summary(), fontsize=13, fontweight="bold")
-        self.draw_legends(figure)
-        return figure
-
-    def summary(self) -> str:
         total = self.report.total_steps
         planned = "" if total is None else f" of {total:,} planned"
         _, n_frozen, elements = frozen_over_time(self.units, self.step)[-1]
-        return (
+        figure.suptitle(
             f"{n_frozen:,} of {len(self.units):,} units frozen after {self.step:,}{planned} steps: "
-            f"{percent(elements, self.report.n_trainable)} of all elements are no longer trained"
+            f"{percent(elements, self.report.n_trainable)} of all elements are no longer trained",
+            fontsize=13,
+            fontweight="bold",
         )
+        self.draw_legends(figure)
+        return figure
 
     def draw_steps(self, axis: Axes) -> None:
         """Draw the parts of every panel: axis of steps, grace step, end of the run."""
@@ -147,7 +145,12 @@ class Picture:
         axis.set_ylim(len(rows) - 1 + margin, -margin)
         axis.tick_params(axis="y", length=0)
         if few:
-            axis.set_yticks(range(len(rows)), _row_labels(rows), parse_math=False)
+            # Kind and layer where these are unique, else the names.
+            names = [x.kind if x.layer is None else f"{x.kind} {x.layer}" for x in rows]
+            if len(set(names)) < len(names):
+                names = [unit.name.removesuffix(".weight") for unit in rows]
+            names = [shorten(name, 28) for name in names]
+            axis.set_yticks(range(len(rows)), names, parse_math=False)
             return "one row per unit"
         labels: dict[float, str] = {}
         first = 0
@@ -261,11 +264,3 @@ def spans(unit: UnitReport, last_step: int) -> list[tuple[str, int, int]]:
     found = [("active", 0, decided_at), ("cooling", decided_at, frozen_at)]
     found += [("frozen", frozen_at, last_step)]
     return [(state, start, end) for state, start, end in found if start < end]
-
-
-def _row_labels(units: Sequence[UnitReport]) -> list[str]:
-    """Kind and layer where these are unique, else the names."""
-    labels = [unit.kind if unit.layer is None else f"{unit.kind} {unit.layer}" for unit in units]
-    if len(set(labels)) < len(labels):
-        labels = [unit.name.removesuffix(".weight") for unit in units]
-    return [shorten(label, 28) for label in labels]
