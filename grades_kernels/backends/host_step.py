@@ -136,9 +136,7 @@ class HostEngine:
         if check and not same_step:
             values = _measured(table, ranks, units, measured, sums)
             if ranks is not None and ranks.one_mesh:
-                self.pending = lambda: Outcome(
-                    happened=True, values=values(), decided=None, kept=kept, ranks_agree=True
-                )
+                self.pending = lambda: Outcome(values(), kept)
                 return
             table.decide(values())
         _set_kept(table, kept)

@@ -28,19 +28,19 @@ class Outcome(NamedTuple):
     """What a step did that the host did not wait for, read back.
 
     Attributes:
-        happened: False where GradScaler had found an infinity, and nothing was written.
         values: The measured statistics, without the void ones.
-        decided: The units that the device decided; None where the host alone decides.
         kept: The units of which all gradients were stored.
+        decided: The units that the device decided; None where the host alone decides.
+        happened: False where GradScaler had found an infinity, and nothing was written.
         ranks_agree: Whether all ranks took this step with the same freeze table.
         must_join: Whether some rank needs another exchange of units.
     """
 
-    happened: bool
     values: dict[Unit, float]
-    decided: set[Unit] | None
     kept: list[Unit]
-    ranks_agree: bool
+    decided: set[Unit] | None = None
+    happened: bool = True
+    ranks_agree: bool = True
     must_join: bool = False
 
 

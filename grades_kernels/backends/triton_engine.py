@@ -227,7 +227,7 @@ class TritonEngine:
                 must_join = bool(results[-2 - n])
         if happened:
             self.steps += updated
-        return Outcome(happened, values, decided, kept, ranks_agree, must_join)
+        return Outcome(values, kept, decided, happened, ranks_agree, must_join)
 
     def _tasks(
         self, tensors: StepTensors, table: FreezeTable, is_check: bool

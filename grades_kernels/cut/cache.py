@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import blocks_of, tensors_of
 from .cut import Cut
-from .generators import generators
+from .generators import random_states
 
 
 class ActivationCache:
@@ -100,7 +100,7 @@ class ActivationCache:
 
     def _store(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
         device = self._below[0].device
-        random_states = _random_states(device)
+        states_before = _random_states(device)
 
         def note(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if block in ran[: self._k]:
@@ -134,7 +134,7 @@ class ActivationCache:
                     "a tensor that trains acts on the frozen blocks, such as an embedding that is "
                     "also the head. Choose the cut with tied='freeze'."
                 )
-            if random_states != _random_states(device):
+            if states_before != _random_states(device):
                 raise _error(
                     "random numbers were drawn below the cut. Set the dropout between embeddings "
                     "and blocks to zero, and draw others before the context."
@@ -194,5 +194,5 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
 
 def _random_states(device: torch.device) -> list[Any]:
     """The states of all generators, in a form that can be compared."""
-    states = [get() for get, _ in generators([device])]
-    return [x.tolist() if isinstance(x, Tensor) else repr(x) for x in states]
+    states = random_states([device])
+    return [x.tolist() if isinstance(x, Tensor) else repr(x) for x, _ in states]

@@ -36,7 +36,7 @@ from ..state_tensors import local
 from .blocks import Stack, below_the_blocks, find_stack, trainable
 from .costs import between, spread, step_costs
 from .cut import NO_REENTRANT, Candidate, Cut
-from .generators import generators
+from .generators import random_states
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -430,10 +430,10 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(b, b.detach().clone()) for b in model.buffers()]
-    random_states = [(put, get()) for get, put in generators({p.device for p, *_ in params})]
+    states = random_states({p.device for p, *_ in params})
 
     def set_back() -> None:
-        for put, state in random_states:
+        for state, put in states:
             put(state)
 
     try:

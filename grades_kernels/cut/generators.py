@@ -10,21 +10,18 @@ from typing import Any
 
 import torch
 
-Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
 
-
-def generators(devices: Iterable[torch.device]) -> list[Generator]:
-    """What reads and what sets the state of each: Python's, NumPy's, the CPU's, the devices'."""
-    found: list[Generator] = [
-        (random.getstate, random.setstate),
-        (torch.get_rng_state, torch.set_rng_state),
+def random_states(devices: Iterable[torch.device]) -> list[tuple[Any, Callable[[Any], Any]]]:
+    """The state of each and what sets it: Python's, NumPy's, the CPU's, the devices'."""
+    found: list[tuple[Any, Callable[[Any], Any]]] = [
+        (random.getstate(), random.setstate),
+        (torch.get_rng_state(), torch.set_rng_state),
     ]
     numpy_random: Any = getattr(sys.modules.get("numpy"), "random", None)
     if numpy_random is not None:
-        found.append((numpy_random.get_state, numpy_random.set_state))
+        found.append((numpy_random.get_state(), numpy_random.set_state))
     for device in devices:
         if device.type not in ("cpu", "meta"):
             own = torch.get_device_module(device)
-            setter = partial(own.set_rng_state, device=device)
-            found.append((partial(own.get_rng_state, device), setter))
+            found.append((own.get_rng_state(device), partial(own.set_rng_state, device=device)))
     return found

@@ -58,15 +58,17 @@ class GradESCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise ValueError under a strategy that flattens the parameters."""
-        if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
             raise ValueError(
                 f"{type(trainer.strategy).__name__} flattens the parameters, so that no matrix can "
                 "be measured or frozen. Use ModelParallelStrategy (FSDP2) or DDPStrategy."
             )
         options = choice_options(self.cut)
-        if stage == "fit" and options is not None:
+        if options is not None:
             self.cut = _chosen_cut(trainer, pl_module, options)
-        if stage == "fit" and isinstance(self.cut, Cut):
+        if isinstance(self.cut, Cut):
             rank_zero_info(str(self.cut))
             self.cut.apply(pl_module)
 
