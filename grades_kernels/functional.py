@@ -85,19 +85,8 @@ def grades_adamw(
     if capturable:
         for p in params:
             check_capturable(p)
-    options = GroupOptions(
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        amsgrad,
-        maximize,
-        foreach,
-        capturable,
-        differentiable,
-        fused,
-    )
+    flags = amsgrad, maximize, foreach, capturable, differentiable, fused
+    options = GroupOptions(lr, beta1, beta2, eps, weight_decay, *flags)
     shared = share_memory(params)
     backend = choose(params, fused, options, units=members.values(), shares_memory=shared)
     devices = {p.device for p in params}

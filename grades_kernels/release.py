@@ -200,19 +200,11 @@ def rewrap(ddp: DistributedDataParallel) -> nn.Module:
     hooks, module, training = list(getattr(ddp, "_comm_hooks", ())), ddp.module, ddp.training
     renamed = hasattr(ddp, "forward_sync_buffers")  # in torch 2.13, where the old name warns
     buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
-    settings: dict[str, Any] = {
-        "device_ids": ddp.device_ids,
-        "output_device": ddp.output_device,
-        "dim": ddp.dim,
-        buffers: getattr(ddp, buffers),
-        "init_sync": False,  # the ranks have the same weights already
-        "process_group": ddp.process_group,
-        "bucket_cap_mb": ddp.bucket_bytes_cap / 2**20,
-        "find_unused_parameters": ddp.find_unused_parameters,
-        "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
-        "static_graph": ddp.static_graph,
-        "mixed_precision": ddp.mixed_precision,
-    }
+    names = ["device_ids", "output_device", "dim", "process_group", "static_graph", buffers]
+    names += ["find_unused_parameters", "gradient_as_bucket_view", "mixed_precision"]
+    settings = {name: getattr(ddp, name) for name in names}
+    settings["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
+    settings["init_sync"] = False  # the ranks have the same weights already
     # They have hooks on the gradients, of which there must not be two kinds.
     del ddp.reducer, ddp.logger
     if not any(p.requires_grad for p in module.parameters()):
