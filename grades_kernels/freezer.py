@@ -124,7 +124,7 @@ class Freezer:
         Raises:
             RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
         """
-        if (
+        if (  # reading back is not possible in a graph
             torch.cuda.is_available()
             and torch.cuda.is_current_stream_capturing()
             and any([group["tau"] is not None for group in optimizer.param_groups])
