@@ -216,7 +216,8 @@ def with_local_shards(tensors: StepTensors, positions: Sequence[int]) -> StepTen
                 continue  # a placeholder
             if x._spec.placements != p._spec.placements:
                 return None
-            column[i] = local(x)
+            shard = x._local_tensor  # in place of a call of `local` for each
+            column[i] = shard if type(shard) is Tensor else local(x)
     return tensors._replace(**columns, dtensors=dtensors)
 
 
@@ -235,7 +236,8 @@ def with_local_gradients(tensors: StepTensors) -> StepTensors:
             continue
         if g._spec.placements != p._spec.placements:
             g = g.redistribute(p.device_mesh, p.placements)
-        grads[i] = local(g)
+        shard = g._local_tensor
+        grads[i] = shard if type(shard) is Tensor else local(g)
     return tensors._replace(grads=grads, unordered=_unordered(grads, tensors.params))
 
 
