@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
-
-T = TypeVar("T")
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 
 class Memory(NamedTuple):
@@ -102,7 +100,7 @@ def save_json(path: str | os.PathLike[str], data: Any) -> Path:
     return path
 
 
-def load_json(cls: type[T], path: str | os.PathLike[str], what: str) -> T:
+def load_json(cls: type, path: str | os.PathLike[str], what: str) -> Any:
     """Read what `save_json` wrote; ValueError, which names `what`, if it is no such file."""
     try:
         return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
