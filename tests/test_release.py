@@ -337,29 +337,12 @@ def test_nothing_is_released_under_reentrant_checkpointing(stop_grad):
     """A warning where it would happen by itself, an error of apply_freezes."""
     model, opt = build(reentrant=True, stop_grad=stop_grad)
     freeze(opt, UP)
-    train(model, opt, 1)
     warned = pytest.warns(UserWarning, match="reentrant.*use_reentrant=False")
     with warned if stop_grad else contextlib.nullcontext():
-        train(model, opt, 2, first=1)
+        train(model, opt, 3)
     with pytest.raises(RuntimeError, match=r"apply_freezes.*use_reentrant=False"):
         opt.apply_freezes()
     assert stopped(model) == []
-
-
-def reentrant_ddp():
-    model, opt = build(reentrant=True)
-    ddp = DistributedDataParallel(model)
-    freeze(opt, UP)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train(ddp, opt, 2)
-    with pytest.raises(RuntimeError, match=r"apply_freezes.*use_reentrant=False"):
-        opt.apply_freezes(ddp)
-    return stopped(model)
-
-
-def test_apply_freezes_refuses_reentrant_checkpointing_under_ddp():
-    assert ranks.run(2, reentrant_ddp) == [[], []]
 
 
 def test_reentrant_checkpointing_with_stop_grad_true_is_an_error():
@@ -438,9 +421,7 @@ def test_of_two_stacks_none_is_the_lowest():
     opt = GradESAdamW(stacks.named_parameters(), tau=0.0, grace_steps=0, statistic="norm")
     for unit in opt._freezer.table.units[:2]:
         unit.decide(0, 0.0)
-    for p in stacks.parameters():
-        p.grad = torch.ones_like(p)
-    opt.step()
+    feed(opt, *[1.0] * 4)
     assert opt.frozen_units == ["encoder.0.weight", "encoder.1.weight"]
     assert opt.report().frozen_blocks == 0
 
@@ -535,8 +516,20 @@ def test_release_under_ddp_follows_thaws_and_checkpoints():
     assert seen == [[], [], [UP], [], [UP], [UP], [], []]
 
 
-def ddp_without_other_tensors():
-    """What is released where nothing but units is trained and all of them freeze."""
+def apply_freezes_is_refused_under_reentrant_checkpointing():
+    model, opt = build(reentrant=True)
+    ddp = DistributedDataParallel(model)
+    freeze(opt, UP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(ddp, opt, 2)
+    with pytest.raises(RuntimeError, match=r"apply_freezes.*use_reentrant=False"):
+        opt.apply_freezes(ddp)
+    assert stopped(model) == []
+
+
+def the_last_tensors_are_not_released():
+    """DDP refuses to wrap a model without any tensor that needs a gradient."""
     model, opt = build()
     for name, p in model.named_parameters():
         p.requires_grad_(name in opt.monitored_units)
@@ -545,32 +538,23 @@ def ddp_without_other_tensors():
     before = stopped(model)
     freeze(opt, *opt.monitored_units)
     train(ddp, opt, 3)
-    return opt.all_frozen, stopped(model) == before
+    assert opt.all_frozen and stopped(model) == before
 
 
-def test_the_last_tensors_are_not_released_under_ddp():
-    """DDP refuses to wrap a model without any tensor that needs a gradient."""
-    assert ranks.run(2, ddp_without_other_tensors) == [(True, True)] * 2
-
-
-def ddp_of_one_rank():
+def a_job_of_one_rank_only_masks():
+    """The wrapper would go on waiting for the gradient there too."""
     group = torch.distributed.new_group([0])
     if torch.distributed.get_rank() == 1:
-        return []
+        return
     model, opt = build()
     opt.process_group = group
     freeze(opt, UP)
     with pytest.warns(UserWarning, match="release_under_ddp"):
         train(DistributedDataParallel(model, process_group=group), opt, 4)
-    return stopped(model)
+    assert stopped(model) == []
 
 
-def test_a_job_of_one_rank_may_use_ddp_too():
-    """It only masks, as the wrapper would go on waiting for the gradient."""
-    assert ranks.run(2, ddp_of_one_rank) == [[], []]
-
-
-def ddp_warns():
+def freezing_only_masks_and_warns_how_to_release():
     model, opt = build()
     ddp = DistributedDataParallel(model)
     freeze(opt, UP)
@@ -582,27 +566,39 @@ def ddp_warns():
     model, opt = build(stop_grad=True)
     with pytest.raises(RuntimeError, match=r"stop_grad=True: DistributedDataParallel"):
         train(DistributedDataParallel(model), opt, 1)
-    return True
 
 
-def test_ddp_only_masks_and_warns_how_to_release():
-    assert ranks.run(2, ddp_warns) == [True, True]
+@pytest.mark.parametrize(
+    "checked_on_a_rank",
+    [
+        apply_freezes_is_refused_under_reentrant_checkpointing,
+        the_last_tensors_are_not_released,
+        a_job_of_one_rank_only_masks,
+        freezing_only_masks_and_warns_how_to_release,
+    ],
+)
+def test_under_ddp(checked_on_a_rank):
+    ranks.run(2, checked_on_a_rank)
+
+
+def matrices(*taus):
+    """Matrices of ones with these thresholds, and their optimizer; the norm of ones is 16."""
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in taus]
+    groups = [{"params": [p], "tau": tau} for p, tau in zip(params, taus, strict=True)]
+    return *params, GradESAdamW(groups, grace_steps=0, statistic="norm", fused=False)
 
 
 def test_moments_of_a_thaw_in_an_evaluation_can_be_updated():
     """What `torch.inference_mode` makes could not."""
-    w = nn.Parameter(torch.ones(4, 4))
-    opt = GradESAdamW([w], tau=1e9, grace_steps=0, statistic="norm", fused=False)
-    for _ in range(2):
-        w.grad = torch.ones_like(w)
-        opt.step()
+    w, opt = matrices(1e9)
+    feed(opt, 1.0)
+    feed(opt, 1.0)
     assert opt.frozen_units and not w.requires_grad
     opt.param_groups[0]["tau"] = 0.0
     with torch.inference_mode():
         opt.thaw()
-    before = w.detach().clone()
-    w.grad = torch.ones_like(w)
-    opt.step()
+    (before,) = values(opt)
+    feed(opt, 1.0)
     assert not torch.equal(w, before)
 
 
@@ -613,22 +609,18 @@ def test_a_frozen_tensor_that_is_no_leaf_keeps_its_flag():
     w.retain_grad()
     opt = GradESAdamW([w], tau=1e9, grace_steps=0, statistic="norm")
     for _ in range(3):
-        w.grad = torch.ones_like(w)
-        opt.step()
+        feed(opt, 1.0)
     assert opt.frozen_units and w.requires_grad
 
 
 def test_released_tensors_stay_without_gradients():
     """PEFT's `disable_adapter`, as in DPO, asks for the gradients of all adapters again."""
-    a, b = (nn.Parameter(torch.ones(4, 4)) for _ in "ab")
-    opt = GradESAdamW([{"params": [a], "tau": 1e9}, {"params": [b], "tau": 0.0}], grace_steps=0,
-                      statistic="norm")  # fmt: skip
+    a, b, opt = matrices(1e9, 0.0)
     opt.apply_freezes()
     for _ in range(3):
         for p in (a, b):
             p.requires_grad_(True)
-            p.grad = torch.ones_like(p)
-        opt.step()
+        feed(opt, 1.0, 1.0)
         opt.apply_freezes()
     assert len(opt.frozen_units) == 1 and not a.requires_grad and a.grad is None
     assert b.requires_grad
