@@ -108,15 +108,13 @@ wrapping("next_step decides before the update", HostEngine, "step")(with_timing(
 
 # When a check takes place
 
+wrapping("floor of alpha * total_steps", config, "exact_grace_steps")(
+    lambda real: lambda alpha, total_steps: max(0, real(alpha, total_steps) - 1)
+)
 
-@wrapping("floor of alpha * total_steps", config, "exact_grace_steps")
-def _(real):
-    return lambda alpha, total_steps: max(0, real(alpha, total_steps) - 1)
-
-
-@wrapping("floating-point alpha * total_steps", config, "exact_grace_steps", SEMANTICS)
-def _(real):
-    return lambda alpha, total_steps: math.ceil(alpha * total_steps)
+wrapping("floating-point alpha * total_steps", config, "exact_grace_steps", SEMANTICS)(
+    lambda real: lambda alpha, total_steps: math.ceil(alpha * total_steps)
+)
 
 
 def since_grace(test):
@@ -195,10 +193,9 @@ measuring(
     ),
 )
 
-
-@wrapping("differences are rounded to bf16", reference, "_widened", SEMANTICS)
-def _(real):
-    return lambda x: x
+wrapping("differences are rounded to bf16", reference, "_widened", SEMANTICS)(
+    lambda real: lambda x: x
+)
 
 
 @wrapping(
@@ -341,9 +338,9 @@ def _(real):
     return decide
 
 
-@wrapping("cooldown factor is one step ahead", FreezeConfig, "cooldown_factor")
-def _(real):
-    return lambda self, t, decided_at: real(self, t + 1, decided_at)
+wrapping("cooldown factor is one step ahead", FreezeConfig, "cooldown_factor")(
+    lambda real: lambda self, t, decided_at: real(self, t + 1, decided_at)
+)
 
 
 @wrapping("cooldown freezes one step late", FreezeTable, "_freeze_cooled")
@@ -356,24 +353,20 @@ def _(real):
     return freeze_cooled
 
 
-@wrapping("unmonitored tensors ignore the cooldown", FreezeTable, "lr_factor")
-def _(real):
-    return lambda self, unit: 1.0 if unit is None else real(self, unit)
-
-
-@wrapping(
-    "hooks are called for a freeze again and again", FreezeTable, "unpublished_events", SEMANTICS
+wrapping("unmonitored tensors ignore the cooldown", FreezeTable, "lr_factor")(
+    lambda real: lambda self, unit: 1.0 if unit is None else real(self, unit)
 )
-def _(real):
-    return lambda self: self.events
+
+wrapping(
+    "hooks are called for a freeze again and again", FreezeTable, "unpublished_events", SEMANTICS
+)(lambda real: lambda self: self.events)
 
 
 # The tensors of a step
 
-
-@wrapping("gradients are not checked before the step", step_tensors, "check_gradients", SEMANTICS)
-def _(real):
-    return lambda groups: None
+wrapping("gradients are not checked before the step", step_tensors, "check_gradients", SEMANTICS)(
+    lambda real: lambda groups: None
+)
 
 
 @wrapping(
@@ -390,11 +383,9 @@ def _(real):
     return is_valid
 
 
-@wrapping(
+wrapping(
     "a step does not ask whether it can keep its gradient", step_tensors, "_fits", STEP_TENSORS
-)
-def _(real):
-    return lambda previous, grad: True
+)(lambda real: lambda previous, grad: True)
 
 
 @wrapping(
@@ -418,10 +409,9 @@ def _(real):
 
 # Checkpoints, thaw and release
 
-
-@wrapping("thaw keeps the moments of a frozen unit", checkpoint, "forget_moments")
-def _(real):
-    return lambda p, state: None
+wrapping("thaw keeps the moments of a frozen unit", checkpoint, "forget_moments")(
+    lambda real: lambda p, state: None
+)
 
 
 @wrapping("previous gradients are cast on load", checkpoint, "complete_loaded_state", CHECKPOINT)
@@ -457,24 +447,20 @@ def _(real):
     return keep_moments
 
 
-@wrapping("reentrant checkpointing is not noticed", release.ReentrantDetector, "_look", RELEASE)
-def _(real):
-    return lambda self, p, grad: self._handles.pop(p).remove()
+wrapping("reentrant checkpointing is not noticed", release.ReentrantDetector, "_look", RELEASE)(
+    lambda real: lambda self, p, grad: self._handles.pop(p).remove()
+)
 
+wrapping("DDP is not initialised anew for the released", release, "rewrap", RELEASE)(
+    lambda real: lambda ddp: ddp
+)
 
-@wrapping("DDP is not initialised anew for the released", release, "rewrap", RELEASE)
-def _(real):
-    return lambda ddp: ddp
-
-
-@wrapping(
+wrapping(
     "ranks do not agree on the largest statistic",
     distributed.Ranks,
     "largest",
     "tests/test_distributed.py",
-)
-def _(real):
-    return lambda self, x: -real(self, -x)
+)(lambda real: lambda self, x: -real(self, -x))
 
 
 def apply_from_environment():

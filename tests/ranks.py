@@ -6,6 +6,8 @@ the pool is closed, when a rank fails or exceeds the time limit, and when the pa
 
 import atexit
 import concurrent.futures
+import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -79,6 +81,36 @@ def run(size, function, *args):
     if size not in _POOLS:
         _POOLS[size] = Pool(size)
     return _POOLS[size].run(function, *args)
+
+
+def on_ranks(size, expected=None):
+    """Makes a test of a function that every rank of a pool calls, with its results by rank.
+
+    Args:
+        expected: The results; by default None on every rank, of a function that asserts by itself.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def test(**arguments):
+            results = run(size, _undecorated, function.__module__, function.__name__, arguments)
+            if results != (expected or [None] * size):
+                raise RankError(f"the results by rank are {results} instead of {expected}")
+
+        return test
+
+    return decorate
+
+
+def gathered(value):
+    """The values that all ranks pass, by rank; called on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _undecorated(module, name, arguments):
+    return getattr(importlib.import_module(module), name).__wrapped__(**arguments)
 
 
 def run_in_new_process(function, *args):

@@ -29,7 +29,17 @@ import pytest
 import ranks
 import torch
 import torch.distributed.checkpoint as dcp
-from harness import Run, assert_same, differences, exact, tensors_of, values
+from harness import (
+    Run,
+    assert_same,
+    differences,
+    exact,
+    feed,
+    parameters,
+    tensors_of,
+    train,
+    values,
+)
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -547,7 +557,7 @@ def test_going_back_through_dcp_needs_a_thaw_first(flat):
 
 
 def without(*keys):
-    return lambda state: [state.pop(key, None) for key in keys] and None
+    return lambda state: [state.pop(key, None) for key in keys]
 
 
 def changed(key, change):
@@ -1086,27 +1096,18 @@ def test_a_checkpoint_is_of_the_groups_as_they_are(options):
     """Tensors replaced (pruning does) and groups removed since the last step, as under AdamW."""
     saved = []
     for optimizer, own in ((torch.optim.AdamW, {}), (GradESAdamW, options)):
-        torch.manual_seed(0)
-        pairs = [(name, nn.Parameter(torch.randn(n, 3))) for name, n in (("a", 6), ("b", 4))]
-        opt = optimizer([{"params": [pair]} for pair in pairs], **own)
-        for _, p in pairs:
-            p.grad = torch.randn_like(p)
-        opt.step()
-        (_, old), state = pairs[0], opt.state.pop(pairs[0][1])
-        pruned = nn.Parameter(old.data[:3])
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = state[key][:3]
-        opt.param_groups[0]["params"][0], opt.state[pruned] = pruned, state
-        saved.append(copy.deepcopy(opt.state_dict()["state"]))
-        opt.load_state_dict(opt.state_dict())
-        del opt.param_groups[0], opt.state[pruned]
-        saved.append(copy.deepcopy(opt.state_dict()["state"]))
-        opt.load_state_dict(opt.state_dict())
-    for theirs, ours in zip(saved[:2], saved[2:], strict=True):
-        assert theirs.keys() == ours.keys()
-        for k, state in theirs.items():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                assert torch.equal(state[key], ours[k][key])
+        old, other = parameters((6, 3), (4, 3))
+        opt = train(optimizer([{"params": [("a", old)]}, {"params": [("b", other)]}], **own))
+        pruned, state = nn.Parameter(old.data[:3]), opt.state.pop(old)
+        opt.param_groups[0]["params"][0] = pruned
+        opt.state[pruned] = state | {key: state[key][:3] for key in MOMENTS}
+        for removed in (False, True):
+            if removed:
+                del opt.param_groups[0], opt.state[pruned]
+            states = copy.deepcopy(opt.state_dict()["state"])
+            saved.append({i: {k: s[k] for k in ("step", *MOMENTS)} for i, s in states.items()})
+            opt.load_state_dict(opt.state_dict())
+    assert_same(saved[2:], saved[:2])
 
 
 def test_names_that_were_attached_do_not_move_to_other_tensors():
@@ -1125,31 +1126,24 @@ def test_names_that_were_attached_do_not_move_to_other_tensors():
 def test_a_unit_stays_the_same_under_another_name():
     """Hooks are not called again, and its statistics go on; also those of nameless units."""
     model, seen = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in "abc"}), []
-    opt = GradESAdamW(
-        [{"params": [p], "tau": 0.0} for p in model.parameters()],
-        statistic="norm",
-        grace_steps=0,
-        stop_grad=False,
-    )
+
+    def optimizer():
+        groups = [{"params": [p], "tau": 0.0} for p in model.parameters()]
+        return GradESAdamW(groups, statistic="norm", grace_steps=0, stop_grad=False)
+
+    opt = optimizer()
     opt.param_groups[0]["tau"] = 1e9
     opt.register_freeze_hook(lambda _, events: seen.extend(event.unit for event in events))
-
-    def step():
-        for k, p in enumerate(model.parameters()):
-            p.grad = torch.full_like(p, k + 1.0)
-        opt.step()
-
-    step()
+    feed(opt, 1.0, 2.0, 3.0)
     assert seen == ["group0.param0"]
     opt.attach(model)
-    step()
+    feed(opt, 1.0, 2.0, 3.0)
     assert opt.frozen_units == ["a.weight"] and seen == ["group0.param0"]
     assert opt.report().history[0][1] == (16.0, 32.0, 48.0)
-    opt = GradESAdamW([{"params": [p]} for p in model.parameters()], tau=0.0, grace_steps=0,
-                      statistic="norm")  # fmt: skip
-    step()
+    opt = optimizer()
+    feed(opt, 1.0, 2.0, 3.0)
     del opt.param_groups[0]
-    step()
+    feed(opt, 2.0, 3.0)
     assert opt.monitored_units == ["group0.param0", "group1.param0"]
     assert [row for _, row in opt.report().history] == [(32.0, 48.0)] * 2
 
@@ -1160,16 +1154,15 @@ def test_no_tensor_joins_a_frozen_unit(stop_grad, way):
     """Neither would the frozen one stay as it is, nor the other one be trained."""
     model = nn.ModuleDict({f"lora_{x}": nn.Linear(4, 4, bias=False) for x in "AB"})
     a, b = model.parameters()
-    names = [f"layers.0.q.lora_{x}.weight" for x in "AB"]
+    params = [a, b]
     if way == "requires_grad":
+        params = [(f"layers.0.q.lora_{x}.weight", p) for x, p in zip("AB", params, strict=True)]
         b.requires_grad_(False)
-    opt = GradESAdamW([a, b] if way == "attach" else [(names[0], a), (names[1], b)], tau=20.0,
-                      grace_steps=0, statistic="norm", stop_grad=stop_grad)  # fmt: skip
+    options = {"grace_steps": 0, "statistic": "norm", "stop_grad": stop_grad}
+    opt = GradESAdamW(params, tau=20.0, **options)
 
     def step():
-        for p, size in ((a, 1.0), (b, 100.0)):
-            p.grad = torch.full_like(p, size) if p.requires_grad else None
-        opt.step()
+        feed(opt, *(g if p.requires_grad else None for p, g in ((a, 1.0), (b, 100.0))))
 
     def join():
         if way == "attach":
@@ -1179,8 +1172,7 @@ def test_no_tensor_joins_a_frozen_unit(stop_grad, way):
 
     step()
     step()
-    frozen = opt.frozen_units
-    before = a.detach().clone()
+    frozen, before = opt.frozen_units, a.detach().clone()
     with pytest.raises(ValueError, match=r"'layers.0.q.lora' would have tensors that are frozen"):
         join()
         step()
@@ -1215,8 +1207,7 @@ def test_a_threshold_of_another_number_type_can_be_saved(number, tmp_path):
     """`np.quantile` gives one; torch.load and json take Python's own numbers alone."""
     w = nn.Parameter(torch.ones(4, 4))
     opt = GradESAdamW([w], tau=number(1.5), grace_steps=0, statistic="norm")
-    w.grad = torch.full_like(w, 0.01)
-    opt.step()
+    feed(opt, 0.01)
     assert opt.frozen_units
     opt.report().save(tmp_path / "report.json")
     torch.save(opt.state_dict(), tmp_path / "opt.pt")

@@ -166,6 +166,11 @@ def same_on_all(results):
     return all(repr(one) == repr(results[0]) for one in results)
 
 
+def assert_same_here(value):
+    """Called on every rank: all have the same value, bit for bit."""
+    assert same_on_all(ranks.gathered(value))
+
+
 def dividing_tau(seed, own):
     """A threshold in the widest gap between the statistics of the middle of a run."""
     run = train("alone", seed, {**own, "tau": 0.0, "cooldown": 0, "max_frozen": 1.0})
@@ -347,28 +352,28 @@ def test_a_rank_one_ulp_above_tau():
     assert "blocks.0.up.weight" not in decisions(second)
 
 
-def without_evidence_on_rank_1(value):
+@pytest.mark.parametrize("value", [math.nan, None, 0.0], ids=["nan", "no gradient", "zero"])
+@ranks.on_ranks(2)
+def test_no_evidence_on_one_rank_is_none_on_any(value):
+    """A void check for one rank is void for all: nobody counts a hit, nobody waits for ever."""
+
     def act(p, optimizer):
         p.grad = None if value is None else torch.full_like(p, value)
 
     own = {**CHANGE, "tau": 1e9, "patience": 4}
-    return train("ddp", 1, own, steps=6, disturb=on_rank_1(6, act))
-
-
-@pytest.mark.parametrize("value", [math.nan, None, 0.0], ids=["nan", "no gradient", "zero"])
-def test_no_evidence_on_one_rank_is_none_on_any(value):
-    """A void check for one rank is void for all: nobody counts a hit, nobody waits for ever."""
-    results = ranks.run(2, without_evidence_on_rank_1, value)
-    tables = [{k: v for k, v in run.items() if k != "values"} for run in results]
-    assert same_on_all(tables)
-    names = list(tables[0]["statistics"])
-    assert set(tables[0]["frozen"]) == set(names) - {UNIT}
-    assert tables[0]["hits"][names.index(UNIT)] == 3
-    _, row = tables[0]["history"][-1]
+    run = train("ddp", 1, own, steps=6, disturb=on_rank_1(6, act))
+    del run["values"]
+    assert_same_here(run)
+    names = list(run["statistics"])
+    assert set(run["frozen"]) == set(names) - {UNIT}
+    assert run["hits"][names.index(UNIT)] == 3
+    _, row = run["history"][-1]
     assert [math.isnan(x) for x in row] == [name == UNIT for name in names]
 
 
-def hook_that_fails_on_rank_1():
+@ranks.on_ranks(2)
+def test_exception_in_a_freeze_hook_of_one_rank():
+    """Hooks run when step and decision are complete: who catches the exception goes on in step."""
     caught = []
 
     def fail(optimizer, events):
@@ -384,15 +389,9 @@ def hook_that_fails_on_rank_1():
             optimizer.step()
         except OSError:
             caught.append(step)
-    return caught, result(optimizer, net)
-
-
-def test_exception_in_a_freeze_hook_of_one_rank():
-    """Hooks run when step and decision are complete: who catches the exception goes on in step."""
-    (quiet, first), (caught, second) = ranks.run(2, hook_that_fails_on_rank_1)
-    assert not quiet
-    assert caught == sorted({event.step for event in first["events"]})
-    assert same_on_all([first, second])
+    frozen_at = sorted({event.step for event in optimizer.freeze_events})
+    assert caught == (frozen_at if dist.get_rank() else [])
+    assert_same_here(result(optimizer, net))
 
 
 def tables_apart(tau, kind="ddp"):
@@ -456,8 +455,13 @@ def zero_without_any_matrix():
     return error_of(optimizer_of(net, {**CHANGE, "tau": 1.0}, "zero", names=False).step)
 
 
-def switched_by_its_owner(backend):
-    """The units of a run in which the gradient of one that rank 1 alone has is switched."""
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@ranks.on_ranks(2)
+def test_a_rank_whose_units_change_is_joined_by_the_others(backend):
+    """Rank 1 switches the gradient of a unit that it alone has.
+
+    The others learn it in the next check; until then the units are as they were.
+    """
     p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     own = {"statistic": "norm", "grace_steps": 0, "tau": 1.0, "stop_grad": False}
     own |= {"freeze_timing": "next_step", "fused": backend == "triton"}
@@ -475,18 +479,10 @@ def switched_by_its_owner(backend):
             optimizer.param_groups[0]["tau"] = 100.0
         optimizer.step()
         units.append(len(optimizer.monitored_units))
-    return optimizer.backend, units, optimizer.frozen_units
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_rank_whose_units_change_is_joined_by_the_others(backend):
-    """The others learn it in the next check; until then the units are as they were."""
-    first, second = ranks.run(2, switched_by_its_owner, backend)
-    assert first == second
-    name, units, frozen = first
-    assert name == backend
+    assert optimizer.backend == backend
     assert units == [4, 4, 4, 3, 3, 3, 4, 4]
-    assert len(frozen) == 4
+    assert len(optimizer.frozen_units) == 4
+    assert_same_here(optimizer.frozen_units)
 
 
 def flat_parameters(use_orig_params):
@@ -568,8 +564,9 @@ def absent_ranks():
         yield str(error)
 
 
-def units_of_one_rank_change():
-    """The error of a rank that waits in a check, and of one that waits in the exchange of units."""
+@ranks.on_ranks(2)
+def test_ranks_in_different_collectives_name_each_other():
+    """One waits in a check, the other in the exchange of units."""
     own = dist.new_group(timeout=datetime.timedelta(seconds=2))
     p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     settings = {"statistic": "norm", "grace_steps": 0, "stop_grad": False}
@@ -582,17 +579,14 @@ def units_of_one_rank_change():
     p.grad = q.grad = torch.ones(4, 4)
     dist.barrier()
     optimizer.step()
+    expected = "failed on rank 0: rank 1 did not take part in its check"
     if dist.get_rank() == 1:
         optimizer.param_groups[1]["tau"] = 0.0
+        expected = "rank 0 did not take part in its exchange of units"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
-        return error_of(optimizer.step)
-
-
-def test_ranks_in_different_collectives_name_each_other():
-    (_, on_0), (_, on_1) = ranks.run(2, units_of_one_rank_change)
-    assert "step 2 of the optimizer failed on rank 0: rank 1 did not take part in its check" in on_0
-    assert "rank 0 did not take part in its exchange of units" in on_1
+        with pytest.raises(Exception, match=f"step 2 of the optimizer .*{expected}"):
+            optimizer.step()
 
 
 def test_a_rank_that_takes_no_part_is_named():
@@ -625,28 +619,30 @@ class Branching(Net):
         return self.head(x)
 
 
-def unused_parameters():
+@ranks.on_ranks(2)
+def test_unused_parameters():
+    """DDP gives all ranks the gradient that one has, and none where no rank has one."""
     net, without = Branching(4), []
     model = DistributedDataParallel(net, find_unused_parameters=True)
     optimizer = optimizer_of(net, {**CHANGE, "tau": 0.0})
-    for _ in backward(model, optimizer, 4, slice(dist.get_rank(), None, 2)):
-        without.append(sum(p.grad is None for p in net.parameters()))
+    for step in backward(model, optimizer, 4, slice(dist.get_rank(), None, 2)):
+        if any(p.grad is None for p in net.parameters()):
+            without.append(step)
         optimizer.step()
-    return without, result(optimizer, net)
-
-
-def test_unused_parameters():
-    """DDP gives all ranks the gradient that one has, and none where no rank has one."""
-    results = ranks.run(2, unused_parameters)
-    assert same_on_all(results)
-    without, run = results[0]
-    assert [step for step, n in enumerate(without, start=1) if n] == [6]
+    run = result(optimizer, net)
+    assert_same_here(run)
+    assert without == [6]
     at_six = dict(run["history"])[6]
     assert [math.isnan(x) for x in at_six] == [False] * 3 + [True] * 3
 
 
-def scaled(kind):
-    """GradScaler, with an infinite loss on rank 1 in step 6."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@ranks.on_ranks(2)
+def test_grad_scaler_skips_on_all_ranks_or_none(kind):
+    """The loss is infinite on rank 1 in step 6.
+
+    DDP averages the infinity into every gradient, a DTensor's check is reduced over its mesh.
+    """
     net = Net(3)
     model, mine = parallel(kind, net)
     optimizer = optimizer_of(net, {**CHANGE, "statistic": "norm", "tau": 4.0})
@@ -659,21 +655,18 @@ def scaled(kind):
         scaler.scale((model(x[mine]) - y[mine]).square().mean()).backward()
         scaler.step(optimizer)
         scaler.update()
-    return optimizer.report().step, scaler.get_scale(), result(optimizer, net)
+    assert (optimizer.report().step, scaler.get_scale()) == (STEPS - 1, 32.0)
+    assert optimizer.freeze_events
+    assert_same_here(result(optimizer, net))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_grad_scaler_skips_on_all_ranks_or_none(kind):
-    """DDP averages the infinity into every gradient, a DTensor's check is reduced over its mesh."""
-    results = ranks.run(2, scaled, kind)
-    assert same_on_all(results)
-    t, scale, run = results[0]
-    assert (t, scale) == (STEPS - 1, 32.0)
-    assert run["events"]
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native op is not built")
+@ranks.on_ranks(2)
+def test_infinity_on_one_rank_in_a_fused_step():
+    """All skip together: nobody waits in the next check for a rank that has no such step.
 
-
-def infinity_on_rank_1():
-    """A fused step is called with what GradScaler found, here on one rank alone."""
+    A fused step is called with what GradScaler found, here on one rank alone.
+    """
 
     def disturb(step, net, optimizer):
         assert optimizer.backend == "native"
@@ -682,15 +675,9 @@ def infinity_on_rank_1():
         optimizer.found_inf = torch.ones(()) if step == 6 and dist.get_rank() == 1 else 0
 
     own = {**CHANGE, "statistic": "norm", "tau": 4.0, "fused": None, "foreach": None}
-    return train("ddp", 3, own, disturb=disturb)
-
-
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native op is not built")
-def test_infinity_on_one_rank_in_a_fused_step():
-    """All skip together: nobody waits in the next check for a rank that has no such step."""
-    results = ranks.run(2, infinity_on_rank_1)
-    assert same_on_all(results)
-    assert results[0]["t"] == STEPS - 1
+    run = train("ddp", 3, own, disturb=disturb)
+    assert run["t"] == STEPS - 1
+    assert_same_here(run)
 
 
 # Sharded tensors
@@ -709,8 +696,10 @@ def test_stopping_gradients_under_fsdp2():
         assert stopped[0]["values"] == masked[0]["values"]
 
 
-def stepped_in_backward():
-    """A run under FSDP2 with an optimizer for each parameter, which steps it in a hook."""
+@ranks.on_ranks(2)
+def test_an_optimizer_for_each_parameter_under_fsdp2():
+    """It steps its parameter in a hook, and equals one optimizer bit for bit."""
+    expected = train("fsdp2", 3, {**CHANGE, "tau": 4.0})
     net = Net(3)
     model, mine = parallel("fsdp2", net)
     optimizers = {
@@ -724,41 +713,24 @@ def stepped_in_backward():
         x, y = batch(3, step)
         (model(x[mine]) - y[mine]).square().mean().backward()
         model.zero_grad()
-    return {
-        "values": [whole(p).tolist() for p in net.parameters()],
-        "events": sorted(
-            (e.step, e.statistic) for x in optimizers.values() for e in x.freeze_events
-        ),
-    }
+    assert [whole(p).tolist() for p in net.parameters()] == expected["values"]
+    events = sorted((e.step, e.statistic) for x in optimizers.values() for e in x.freeze_events)
+    assert events == sorted((e.step, e.statistic) for e in expected["events"]) != []
+    assert_same_here([events, expected["values"]])
 
 
-def test_an_optimizer_for_each_parameter_under_fsdp2():
-    """It equals one optimizer bit for bit."""
-    results = ranks.run(2, stepped_in_backward)
-    (expected, _) = ranks.run(2, train, "fsdp2", 3, {**CHANGE, "tau": 4.0})
-    assert same_on_all(results)
-    assert results[0]["values"] == expected["values"]
-    assert results[0]["events"] == sorted((e.step, e.statistic) for e in expected["events"]) != []
-
-
-def sharded_kinds():
-    answers = {}
-    for kind in ("fsdp2", "hsdp", "fsdp2+tp", "tp", "ddp"):
-        net = Net(0)
-        parallel(kind, net)
-        answers[kind] = distributed.all_sharded(p for p in net.parameters() if p.dim() > 1)
-    inner = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
-    p = distribute_tensor(torch.zeros(4, 4), inner, [Shard(0)])
-    answers["tp inside ddp"] = distributed.all_sharded([p])
-    answers["nothing"] = distributed.all_sharded([])
-    return answers
-
-
+@ranks.on_ranks(4)
 def test_which_jobs_may_stop_gradients():
     """Those in which nothing but the tensors' own mesh waits for gradients."""
     expected = {"fsdp2": True, "hsdp": True, "fsdp2+tp": False, "tp": False, "ddp": False}
-    expected |= {"tp inside ddp": False, "nothing": False}
-    assert ranks.run(4, sharded_kinds) == [expected] * 4
+    for kind, may_stop in expected.items():
+        net = Net(0)
+        parallel(kind, net)
+        matrices = [p for p in net.parameters() if p.dim() > 1]
+        assert distributed.all_sharded(matrices) is may_stop, kind
+    inner = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    assert not distributed.all_sharded([distribute_tensor(torch.zeros(4, 4), inner, [Shard(0)])])
+    assert not distributed.all_sharded([])
 
 
 def wrapped_anew(kind, applies):
@@ -814,8 +786,10 @@ def test_nameless_replicas_are_the_same_units():
         assert len(results[0]["statistics"]) == 7  # with the head, which no name gives away
 
 
-def backends_of_zero():
-    """The backends inside of ZeroRedundancyOptimizer, by choice and with `fused=True`."""
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native op is not built")
+@ranks.on_ranks(2, [["native", "triton"]] * 2)
+def test_zero_uses_fused_backends():
+    """By choice and with `fused=True`."""
     net = Net(0)
     parallel("zero", net)
     own = {**CHANGE, "tau": 1.0, "foreach": None}
@@ -823,11 +797,6 @@ def backends_of_zero():
     for optimizer in inside:
         optimizer.step()
     return [optimizer.optim.backend for optimizer in inside]
-
-
-@pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native op is not built")
-def test_zero_uses_fused_backends():
-    assert ranks.run(2, backends_of_zero) == [["native", "triton"]] * 2
 
 
 def zero_of_two_layers(own, hooked):
@@ -866,8 +835,9 @@ def test_zero_rank_without_a_matrix():
     assert [t for t, _ in run["history"]] == [3]
 
 
-def zero_of_two_equals():
-    """Each rank holds one of two matrices of the same shape; only the second falls silent."""
+@ranks.on_ranks(2, [(["rank1.group0.param0"], False)] * 2)
+def test_zero_with_matrices_that_look_alike():
+    """Values distinguish them where name and shape do not; only the second falls silent."""
     torch.manual_seed(0)
     net = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
     optimizer = ZeroRedundancyOptimizer(net.parameters(), GradESAdamW, **CHANGE, tau=1.0)
@@ -877,11 +847,6 @@ def zero_of_two_equals():
         net[0].grad, net[1].grad = torch.full((4, 4), float(step)), quiet
         optimizer.step()
     return optimizer.optim.frozen_units, optimizer.optim.all_frozen
-
-
-def test_zero_with_matrices_that_look_alike():
-    """They are told apart by their values, where neither name nor shape does."""
-    assert ranks.run(2, zero_of_two_equals) == [(["rank1.group0.param0"], False)] * 2
 
 
 def zero_resumed(split):
@@ -923,8 +888,12 @@ def in_pairs(index):
     return group, net, model, slice(dist.get_rank() % 2, None, 2)
 
 
-def stages():
-    """A pipeline of two stages, each held by two replicas; every rank steps its own matrices."""
+@ranks.on_ranks(4)
+def test_stages_of_a_pipeline():
+    """Two stages of two replicas each; every rank steps its own matrices.
+
+    Ranks with different units share one table: names, `max_frozen` and `all_frozen` of all.
+    """
     stage, steps = dist.get_rank() // 2, []
     _, net, model, mine = in_pairs(stage)
     own = {**CHANGE, "tau": 4.0, "max_frozen": 0.25, "cooldown": 2}
@@ -934,16 +903,9 @@ def stages():
         optimizer.step()
         steps.append(optimizer.all_frozen)
     run = result(optimizer, net)
-    return run.pop("values"), (steps, run)
-
-
-def test_stages_of_a_pipeline():
-    """Ranks with different units share one table: names, `max_frozen` and `all_frozen` of all."""
-    results = ranks.run(4, stages)
-    weights, tables = zip(*results, strict=True)
-    assert same_on_all(tables)
+    weights = ranks.gathered(run.pop("values"))
     assert weights[0] == weights[1] != weights[2] == weights[3]
-    steps, run = tables[0]
+    assert_same_here([steps, run])
     assert len(run["statistics"]) == 12
     assert any(math.isnan(e.statistic) for e in run["events"]), "max_frozen decided"
     assert steps[-1]
@@ -969,18 +931,15 @@ def test_process_group_separates_models():
         assert_decides_as(alone, results[2 * index : 2 * index + 2])
 
 
-def models_without_a_group():
+@ranks.on_ranks(2)
+def test_other_models_without_a_process_group_are_warned_about():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for names in (True, False):
             optimizer_of(Net(dist.get_rank()), {**CHANGE, "tau": 1.0}, names=names).step()
-    return [str(w.message) for w in caught if "process_group" in str(w.message)]
-
-
-def test_other_models_without_a_process_group_are_warned_about():
-    for named, *_, unnamed in ranks.run(2, models_without_a_group):
-        assert "'blocks.0.up.weight' has other values on rank 0" in named
-        assert "under generated names" in unnamed
+    named, *_, unnamed = [str(w.message) for w in caught if "process_group" in str(w.message)]
+    assert "'blocks.0.up.weight' has other values on rank 0" in named
+    assert "under generated names" in unnamed
 
 
 # What is left alone, what is refused
@@ -1017,7 +976,8 @@ def test_collectives_per_step():
     assert ranks.run(2, n_collectives, {}) == [[[]] * 7] * 2
 
 
-def copied():
+@ranks.on_ranks(2)
+def test_copies_agree_too():
     net = Net(0)
     optimizer = run_optimizer(net, {**CHANGE, "tau": 4.0}, 8)
     sides = [copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))]
@@ -1026,13 +986,8 @@ def copied():
         for _ in backward(model, its_optimizer, 0, first=9, last=12):
             its_optimizer.step()
         runs.append(result(its_optimizer, model))
-    return runs
-
-
-def test_copies_agree_too():
-    for runs in ranks.run(2, copied):
-        assert runs[0]["events"]
-        assert same_on_all(runs)
+    assert runs[0]["events"]
+    assert same_on_all(runs)
 
 
 def test_deepspeed_is_refused(monkeypatch):

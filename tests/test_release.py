@@ -458,8 +458,9 @@ def test_ddp_stops_gradients_by_apply_freezes(find_unused):
             assert all(map(torch.equal, weights, applied[0][0])), "ranks have drifted apart"
 
 
-def ddp_thaws(find_unused):
-    """Weights of a rank after a thaw, with the wrapper built anew and without."""
+@pytest.mark.parametrize("find_unused", [False, True])
+@ranks.on_ranks(2)
+def test_ddp_averages_again_what_was_thawed(find_unused):
     model, opt = build(stop_grad=False)
     ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
     freeze(opt, UP)
@@ -471,18 +472,13 @@ def ddp_thaws(find_unused):
     ddp = opt.apply_freezes(ddp)
     for step in range(3):
         train(ddp, opt, 1, first=2 * step + torch.distributed.get_rank())
-    return values(model), stopped(model)
+    assert stopped(model) == []
+    assert all(map(torch.equal, *ranks.gathered(values(model))))
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
-def test_ddp_averages_again_what_was_thawed(find_unused):
-    (ours, _), (theirs, still) = ranks.run(2, ddp_thaws, find_unused)
-    assert still == []
-    assert all(map(torch.equal, ours, theirs))
-
-
-def ddp_is_followed():
-    """Weights after a thaw and a checkpoint, and what is released after each step."""
+@ranks.on_ranks(2)
+def test_release_under_ddp_follows_thaws_and_checkpoints():
+    """The wrapper always waits for what needs a gradient, and the ranks stay alike."""
     model, opt = build()
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(None, allreduce_hook)
@@ -506,17 +502,12 @@ def ddp_is_followed():
         opt.load_state_dict(state)
         freeze(opt)
         step(2)
-    return values(model), seen, len(ddp._comm_hooks)
-
-
-def test_release_under_ddp_follows_thaws_and_checkpoints():
-    """The wrapper always waits for what needs a gradient, and the ranks stay alike."""
-    (ours, seen, n_hooks), (theirs, *_) = ranks.run(2, ddp_is_followed)
-    assert all(map(torch.equal, ours, theirs)) and n_hooks == 1
+    assert all(map(torch.equal, *ranks.gathered(values(model)))) and len(ddp._comm_hooks) == 1
     assert seen == [[], [], [UP], [], [UP], [UP], [], []]
 
 
-def apply_freezes_is_refused_under_reentrant_checkpointing():
+@ranks.on_ranks(2)
+def test_apply_freezes_refuses_reentrant_checkpointing_under_ddp():
     model, opt = build(reentrant=True)
     ddp = DistributedDataParallel(model)
     freeze(opt, UP)
@@ -528,7 +519,8 @@ def apply_freezes_is_refused_under_reentrant_checkpointing():
     assert stopped(model) == []
 
 
-def the_last_tensors_are_not_released():
+@ranks.on_ranks(2)
+def test_the_last_tensors_are_not_released_under_ddp():
     """DDP refuses to wrap a model without any tensor that needs a gradient."""
     model, opt = build()
     for name, p in model.named_parameters():
@@ -541,8 +533,9 @@ def the_last_tensors_are_not_released():
     assert opt.all_frozen and stopped(model) == before
 
 
-def a_job_of_one_rank_only_masks():
-    """The wrapper would go on waiting for the gradient there too."""
+@ranks.on_ranks(2)
+def test_a_job_of_one_rank_may_use_ddp_too():
+    """It only masks, as the wrapper would go on waiting for the gradient."""
     group = torch.distributed.new_group([0])
     if torch.distributed.get_rank() == 1:
         return
@@ -554,7 +547,8 @@ def a_job_of_one_rank_only_masks():
     assert stopped(model) == []
 
 
-def freezing_only_masks_and_warns_how_to_release():
+@ranks.on_ranks(2)
+def test_ddp_only_masks_and_warns_how_to_release():
     model, opt = build()
     ddp = DistributedDataParallel(model)
     freeze(opt, UP)
@@ -566,19 +560,6 @@ def freezing_only_masks_and_warns_how_to_release():
     model, opt = build(stop_grad=True)
     with pytest.raises(RuntimeError, match=r"stop_grad=True: DistributedDataParallel"):
         train(DistributedDataParallel(model), opt, 1)
-
-
-@pytest.mark.parametrize(
-    "checked_on_a_rank",
-    [
-        apply_freezes_is_refused_under_reentrant_checkpointing,
-        the_last_tensors_are_not_released,
-        a_job_of_one_rank_only_masks,
-        freezing_only_masks_and_warns_how_to_release,
-    ],
-)
-def test_under_ddp(checked_on_a_rank):
-    ranks.run(2, checked_on_a_rank)
 
 
 def matrices(*taus):

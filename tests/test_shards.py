@@ -23,6 +23,7 @@ from test_distributed import (
     OWN,
     Net,
     assert_decides_as,
+    assert_same_here,
     backward,
     chooser,
     decisions,
@@ -211,8 +212,9 @@ def test_shards_have_the_bits_of_whole_tensors(grad_dtype, backend):
     assert ranks.run(4, against, backend, False, torch.float32, grad_dtype) == [0.0] * 4
 
 
-def on_adamw():
-    """What torch's own AdamW does with the same DTensors, and the functional form."""
+@ranks.on_ranks(4, [True] * 4)
+def test_the_functional_form_takes_dtensors():
+    """It does what torch's own AdamW does with the same DTensors."""
     mesh, plain, params = tensors_of(torch.float32, "reference")
     ours, theirs = params, [nn.Parameter(p.detach().clone()) for p in params]
     columns = [[torch.zeros_like(p) for p in ours] for _ in range(2)]
@@ -232,11 +234,14 @@ def on_adamw():
     return all(torch.equal(whole(p), whole(q)) for p, q in zip(ours, theirs, strict=True))
 
 
-def test_the_functional_form_takes_dtensors():
-    assert ranks.run(4, on_adamw) == [True] * 4
-
-
-def measured(backend, statistic):
+@pytest.mark.parametrize(
+    ("statistic", "backend"),
+    [(statistic, backend) for statistic in STATISTICS for backend in ("reference", "native")]
+    + [(statistic, "triton") for statistic in ("change", "signal")],  # slow in the interpreter
+)
+@ranks.on_ranks(4)
+def test_statistics_of_shards_are_those_of_the_whole(statistic, backend):
+    """Uneven and empty shards among them; a part of a tensor without evidence has none."""
     mesh, plain, params = tensors_of(torch.float32, backend)
     with only(backend) as options, pytest.MonkeyPatch.context() as patch:
         own = {**options, **NEXT, "statistic": statistic}
@@ -249,19 +254,8 @@ def measured(backend, statistic):
                 set_gradients(mesh, plain, params, step, torch.float32)
                 optimizer.step()
             assert optimizer.backend == backend
-        return [list(optimizer.statistics().values()) for optimizer in optimizers]
-
-
-@pytest.mark.parametrize(
-    ("statistic", "backend"),
-    [(statistic, backend) for statistic in STATISTICS for backend in ("reference", "native")]
-    + [(statistic, "triton") for statistic in ("change", "signal")],  # slow in the interpreter
-)
-def test_statistics_of_shards_are_those_of_the_whole(statistic, backend):
-    """Uneven and empty shards among them; a part of a tensor without evidence has none."""
-    answers = ranks.run(4, measured, backend, statistic)
-    assert same_on_all(answers)
-    got, expected = answers[0]
+        got, expected = (list(optimizer.statistics().values()) for optimizer in optimizers)
+    assert_same_here([got, expected])
     assert len(got) == (12 if backend == "triton" else 24) and not any(map(math.isnan, expected))
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
@@ -301,26 +295,24 @@ def operations(make, own):
     return len(recorded.names), len(sent)
 
 
-def no_dtensor_operations(backend):
-    with only(backend) as options:
-        checked = {**ADAMW, **options, "tau": 0.0, "grace_steps": 0}
-        return [
-            operations(GradESAdamW, {**ADAMW, **options}),
-            *(operations(GradESAdamW, {**checked, "statistic": x}) for x in ("change", "momentum")),
-            operations(torch.optim.AdamW, {**ADAMW, "fused": True}),
-        ]
-
-
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@ranks.on_ranks(2)
 def test_a_step_runs_no_operation_on_dtensors(backend):
     """One all-reduce at a check, two on a device; torch's AdamW as control."""
-    n = 2 if backend == "triton" else 1
-    for *ours, theirs in ranks.run(2, no_dtensor_operations, backend):
-        assert ours == [(0, 0), (0, n), (0, n)]
-        assert theirs[0] > 0
+    with only(backend) as options:
+        own = {**ADAMW, **options}
+        assert operations(GradESAdamW, own) == (0, 0)
+        for statistic in ("change", "momentum"):
+            checked = {**own, "tau": 0.0, "grace_steps": 0, "statistic": statistic}
+            assert operations(GradESAdamW, checked) == (0, 2 if backend == "triton" else 1)
+    assert operations(torch.optim.AdamW, {**ADAMW, "fused": True})[0] > 0
 
 
-def redistributions(backend, timing):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("timing", ["same_step", "next_step"])
+@ranks.on_ranks(4)
+def test_gradients_are_redistributed_once_and_only_where_they_differ(timing, backend):
+    """Also in the step whose engine is made, and where a check reads them twice."""
     mesh, plain, params = tensors_of(torch.float32, backend)
     counts = []
     with only(backend) as options:
@@ -333,20 +325,14 @@ def redistributions(backend, timing):
                 optimizer.step()
             counts.append(len(calls))
     misplaced = [p for p in params if p.grad.placements != p.placements]
-    return counts, len(misplaced), len(params)
+    assert counts == [len(misplaced)] * 3
+    assert 0 < len(misplaced) < len(params)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("timing", ["same_step", "next_step"])
-def test_gradients_are_redistributed_once_and_only_where_they_differ(timing, backend):
-    """Also in the step whose engine is made, and where a check reads them twice."""
-    for counts, n_misplaced, n in ranks.run(4, redistributions, backend, timing):
-        assert counts == [n_misplaced] * 3
-        assert 0 < n_misplaced < n
-
-
-def overwritten(fused):
-    """Whether autograd notices that a DTensor which it has saved was overwritten by a step."""
+@pytest.mark.parametrize("fused", [None, False])
+@ranks.on_ranks(2, [True] * 2)
+def test_autograd_notices_the_update_of_a_dtensor(fused):
+    """Which it had saved before the step."""
     mesh = init_device_mesh("cpu", (2,))
     p = nn.Parameter(cut(torch.ones(4, 4), mesh, [Shard(0)]))
     p.grad = cut(torch.ones(4, 4), mesh, [Shard(0)])
@@ -359,13 +345,11 @@ def overwritten(fused):
     return False
 
 
-@pytest.mark.parametrize("fused", [None, False])
-def test_autograd_notices_the_update_of_a_dtensor(fused):
-    assert ranks.run(2, overwritten, fused) == [True, True]
-
-
-def policies(backend, name):
-    """FSDP2 with a policy: events and weights of a fused backend and of the reference."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["bf16", "bf16, fp32", "offload"])
+@ranks.on_ranks(2, [(True, True, True)] * 2)
+def test_policies_of_fsdp2(backend, name):
+    """Events and weights of a fused backend are those of the reference."""
     runs = []
     policy = {
         "bf16": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)},
@@ -388,41 +372,29 @@ def policies(backend, name):
     return events == expected, bool(events), close
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["bf16", "bf16, fp32", "offload"])
-def test_policies_of_fsdp2(name, backend):
-    assert ranks.run(2, policies, backend, name) == [(True, True, True)] * 2
-
-
-def errors():
-    """What cannot be: a plain gradient of a DTensor, and plain state of one."""
-    mesh = init_device_mesh("cpu", (2,))
-    texts = []
-    for spoil in ("gradient", "state"):
-        p = nn.Parameter(cut(torch.ones(4, 4), mesh, [Shard(0)]))
-        optimizer = GradESAdamW([p], tau=0.0, grace_steps=0)
-        p.grad = cut(torch.ones(4, 4), mesh, [Shard(0)])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("gradient", "is a Tensor, the parameter a DTensor"),
+        ("state", r"exp_avg is a torch\.Tensor"),
+    ],
+)
+@ranks.on_ranks(2)
+def test_plain_gradients_and_state_of_dtensors_are_errors(spoil, message):
+    p, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 0.0)
+    if spoil == "gradient":
+        with torch.no_grad():
+            p.grad = torch.ones(4, 4)
+    else:
+        optimizer.state[p]["exp_avg"] = torch.ones(4, 4)
+    with pytest.raises((RuntimeError, ValueError), match=message):
         optimizer.step()
-        if spoil == "gradient":
-            with torch.no_grad():
-                p.grad = torch.ones(4, 4)
-        else:
-            optimizer.state[p]["exp_avg"] = torch.ones(4, 4)
-        try:
-            optimizer.step()
-        except (RuntimeError, ValueError) as error:
-            texts.append(str(error))
-    return texts
 
 
-def test_plain_gradients_and_state_of_dtensors_are_errors():
-    for texts in ranks.run(2, errors):
-        assert "is a Tensor, the parameter a DTensor" in texts[0]
-        assert "exp_avg is a torch.Tensor" in texts[1]
-
-
-def moved_moments(backend):
-    """Moments that another job has placed otherwise, as a checkpoint of one's own might."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@ranks.on_ranks(2, [True] * 2)
+def test_moments_that_are_placed_otherwise_are_brought_back(backend):
+    """As a checkpoint of one's own might have them; shards of other elements may have one shape."""
     mesh = init_device_mesh("cpu", (2,))
     results = []
     for other in (False, True):
@@ -440,12 +412,6 @@ def moved_moments(backend):
                 optimizer.step()
         results.append(whole(p))
     return torch.equal(*results)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_moments_that_are_placed_otherwise_are_brought_back(backend):
-    """Shards of other elements may have the same shape, as here."""
-    assert ranks.run(2, moved_moments, backend) == [True, True]
 
 
 # Random runs
@@ -536,19 +502,19 @@ def one_rank_first(timing, store):
     return is_first, after_step, told, torch.equal(p.to_local(), weight)
 
 
-def ranks_one_by_one():
-    store = dist.group.WORLD.get_group_store()
-    return [one_rank_first(timing, store) for timing in ("next_step", "same_step")]
-
-
+@ranks.on_ranks(2)
 def test_next_step_waits_for_other_ranks_at_the_start_of_the_next_step():
     """The hook is called then; "same_step", the control, waits before its update."""
-    results = ranks.run(2, ranks_one_by_one)
-    assert results[1] == [(True, [], [[2]], True), (False, [[2]], [[2]], True)]
-    assert results[0] == [(True, *own) for _, *own in results[1]]
+    store = dist.group.WORLD.get_group_store()
+    assert one_rank_first("next_step", store) == (True, [], [[2]], True)
+    is_first = dist.get_rank() == 0
+    assert one_rank_first("same_step", store) == (is_first, [[2]], [[2]], True)
 
 
-def without_a_gradient(timing, backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("timing", ["same_step", "next_step"])
+@ranks.on_ranks(2, [[3]] * 2)
+def test_a_check_is_void_on_all_ranks_where_one_has_no_gradient(timing, backend):
     """The steps of the decisions where rank 1 has no gradient in step 2, the first check."""
     with only(backend) as options:
         own = {"freeze_timing": timing, **options}
@@ -560,14 +526,9 @@ def without_a_gradient(timing, backend):
     return [event.decided_at for event in optimizer.freeze_events]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("timing", ["same_step", "next_step"])
-def test_a_check_is_void_on_all_ranks_where_one_has_no_gradient(timing, backend):
-    assert ranks.run(2, without_a_gradient, timing, backend) == [[3], [3]]
-
-
-def missing_at_the_last_check():
-    """The error of rank 0 when it reads a check of which rank 1 has no part."""
+@ranks.on_ranks(2)
+def test_a_rank_that_is_waited_for_in_vain_is_named():
+    """Rank 0 reads a check of which rank 1 has no part."""
     group = dist.new_group(timeout=datetime.timedelta(seconds=4))
     dist.barrier()
     # DTensor's caches would put another mesh in place of this one if it had no name of its own.
@@ -575,18 +536,13 @@ def missing_at_the_last_check():
     _, optimizer = sharded_over(mesh, 0.0)
     optimizer.step()
     if dist.get_rank() == 1:
-        return ""
+        return
+    message = "step 3 of the optimizer failed on rank 0: rank 1 did not take part"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
         optimizer.step()
-        with pytest.raises(RuntimeError) as raised:
+        with pytest.raises(RuntimeError, match=message):
             optimizer.report()
-    return str(raised.value)
-
-
-def test_a_rank_that_is_waited_for_in_vain_is_named():
-    error, _ = ranks.run(2, missing_at_the_last_check)
-    assert "step 3 of the optimizer failed on rank 0: rank 1 did not take part" in error
 
 
 def ending(rank, folder, pipe):
@@ -620,31 +576,27 @@ def test_a_rank_that_ends_early_takes_part_in_the_last_check(tmp_path):
         assert process.exitcode == 0
 
 
-def difference_found_alone():
-    """The errors of ranks that find a difference one after the other, each by reading."""
+@ranks.on_ranks(2)
+def test_a_rank_that_reads_alone_finds_a_difference_without_the_others():
+    """One after the other, each by reading."""
     _, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 0.0)
+    message = "table of rank 0 differs from that of rank 1, which has not reported"
     if dist.get_rank() == 1:
         optimizer.param_groups[0]["tau"] = 1.0
+        message = r"(?s)(?=.*rank 0: \(0\.0, )(?=.*rank 1: \(1\.0, )"
     optimizer.step()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_errors, "REPORTED_WITHIN", datetime.timedelta(seconds=0.1))
         if dist.get_rank() == 1:
             dist.barrier()
-        with pytest.raises(RuntimeError) as raised:
+        with pytest.raises(RuntimeError, match=message):
             optimizer.statistics()
         if dist.get_rank() == 0:
             dist.barrier()
-    return str(raised.value)
 
 
-def test_a_rank_that_reads_alone_finds_a_difference_without_the_others():
-    first, second = ranks.run(2, difference_found_alone)
-    assert "table of rank 0 differs from that of rank 1, which has not reported" in first
-    assert "rank 0: (0.0, " in second
-    assert "rank 1: (1.0, " in second
-
-
-def alone_after_the_job():
+@ranks.on_ranks(2, [[], [2]])
+def test_a_rank_that_leaves_the_job_decides_alone():
     """The step of the decision of a rank that goes on by itself, as often as its number."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     p = nn.Parameter(torch.ones(4, 4))
@@ -656,7 +608,3 @@ def alone_after_the_job():
     for _ in range(dist.get_rank()):
         optimizer.step()
     return [event.decided_at for event in optimizer.freeze_events]
-
-
-def test_a_rank_that_leaves_the_job_decides_alone():
-    assert ranks.run(2, alone_after_the_job) == [[], [2]]

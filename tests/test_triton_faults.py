@@ -35,22 +35,30 @@ def change(name, timing="same_step"):
     return partial(engine.test_changes_during_a_run, name, timing)
 
 
-def with_patch(test, *args):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        test(*args, monkeypatch)
+def shape(*shape):
+    return partial(parity.test_shapes, shape, "next_step")
 
 
+def patched(test, *args):
+    """The check of a test whose last argument is a monkeypatch."""
+
+    def check():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            test(*args, monkeypatch)
+
+    return check
+
+
+DIVIDED = patched(kernels.test_a_tensor_is_divided_among_programs)
 OVERFLOW = partial(scaling.test_an_overflow_writes_nothing, 3, "same_step", True)
 # Each fault is an edit of a module's text, "old -> new", with the test that has to notice it.
 KERNEL_FAULTS = {
-    "else 0, end, zeros -> else 0, end - 128, zeros": partial(
-        parity.test_shapes, (1, 513), "next_step"
-    ),
-    "offsets < end -> offsets < end - 1": partial(parity.test_shapes, (1, 511), "next_step"),
+    "else 0, end, zeros -> else 0, end - 128, zeros": shape(1, 513),
+    "offsets < end -> offsets < end - 1": shape(1, 511),
     "offsets < end -> offsets < end + 1": framed(513, 3),
     "// _GRAIN * _GRAIN -> // _GRAIN * _GRAIN + _GRAIN": framed(513, 0),
-    "        if task == 0:\n            return\n -> ": partial(
-        with_patch, kernels.test_frozen_tensors_keep_every_bit, "usual", False
+    "        if task == 0:\n            return\n -> ": patched(
+        kernels.test_frozen_tensors_keep_every_bit, "usual", False
     ),
     "FIELDS.unit)) != 0.0 -> FIELDS.unit)) > 1.0": variant(),
     "decided_ptr + tl.load(row + FIELDS.unit) -> decided_ptr": variant(),
@@ -90,8 +98,8 @@ TABLE_FAULTS = {
     "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
     "= np.sqrt(correction2) -> = 1": variant("gain", "next_step", maximize=False),
     'np.where(rows["is_ratio"] != 0, 1, sizes) -> sizes': option("signal, per element"),
-    'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': partial(
-        with_patch, engine.test_a_changed_tau_makes_nothing_anew, True
+    'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': patched(
+        engine.test_a_changed_tau_makes_nothing_anew, True
     ),
     "n_chosen == self.n_tensors -> n_chosen > 0": partial(
         parity.test_units_of_two_tensors, 0, "same_step"
@@ -102,15 +110,9 @@ TABLE_FAULTS = {
     "steps = steps_taken + 1 -> steps = steps_taken + 2": variant(),
     "= lr * weight_decay -> = 0": variant(),
     "lr * np.fromiter(lr_factors, np.float64, len(lr_factors)) -> lr": option("cooldown"),
-    "np.where(is_summed, -> np.where(True,": partial(
-        with_patch, kernels.test_a_tensor_is_divided_among_programs
-    ),
-    "np.argsort(-rows -> np.argsort(rows": partial(
-        with_patch, kernels.test_a_tensor_is_divided_among_programs
-    ),
-    'rows["address_bits"] |= rows[name] -> pass': partial(
-        with_patch, kernels.test_a_tensor_is_divided_among_programs
-    ),
+    "np.where(is_summed, -> np.where(True,": DIVIDED,
+    "np.argsort(-rows -> np.argsort(rows": DIVIDED,
+    'rows["address_bits"] |= rows[name] -> pass': DIVIDED,
     'np.isin(self.rows["unit"], frozen) -> self.rows["unit"] >= 0': variant(),
 }
 ENGINE_FAULTS = {
@@ -126,8 +128,8 @@ ENGINE_FAULTS = {
     "table.config.is_check(table.t + 1) -> True": partial(
         kernels.test_other_steps_do_not_touch_the_previous_gradient
     ),
-    "config.is_check(t + 1)) for -> False) for": partial(
-        with_patch, engine.test_no_step_waits_for_a_compiler, {}, False
+    "config.is_check(t + 1)) for -> False) for": patched(
+        engine.test_no_step_waits_for_a_compiler, {}, False
     ),
     "if happened: -> if True:": partial(
         scaling.test_a_run_with_overflows_equals_one_without, (3,), "next_step", False
