@@ -1,5 +1,6 @@
 """The Triton backend on several devices, beside another backend, and in jobs of two processes."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import test_distributed
 import test_oracle
 import torch
 import triton_runs as tr
-from harness import error_of, exact
+from harness import exact, feed
 from test_triton_engine import SCENARIOS
 from test_triton_parity import N_ORACLE_PROBLEMS, OPTIONS
 
@@ -174,18 +175,6 @@ def thaw(opt, rank):
         opt.thaw("group0.param1")
 
 
-def differing_in_a_job(fused, act, tau):
-    """Rank 1 does something else after step 5; the step at which each rank raises, and why."""
-    run = tr.start(fused, tau=tau).steps(5)
-    act(run.opt, torch.distributed.get_rank())
-    for _ in range(3):
-        try:
-            run.steps(1)
-        except RuntimeError as error:
-            return run.t, str(error)
-    return None
-
-
 JOBS = {
     **{statistic: {"statistic": statistic, **tr.NEXT_STEP} for statistic in STATISTICS},
     "same step": {},
@@ -247,48 +236,44 @@ def test_ranks_with_units_of_their_own():
         assert moved == [False, False]
 
 
-def the_host_decides_for_a_rank_on_triton():
+@needs_two
+@ranks.on_ranks(2)
+def test_fused_is_an_error_where_the_kernels_cannot_serve_every_rank():
+    """On rank 0, which asks for the kernels; they cannot serve rank 1."""
+    on_0 = torch.distributed.get_rank() == 0
+    p = torch.nn.Parameter(torch.ones(4, 4) if on_0 else torch.ones(4, 4).double())
+    opt = GradESAdamW([p], fused=on_0 or None, tau=1.0, grace_steps=9)
+    message = "the Triton kernels must serve every rank"
+    with pytest.raises(RuntimeError, match=message) if on_0 else contextlib.nullcontext():
+        feed(opt, 1.0)
+
+
+@needs_two
+@ranks.on_ranks(2)
+def test_a_rank_on_triton_follows_decisions_of_the_host():
     """Rank 0 has a matrix that the kernels cannot serve, rank 1 a vector that they serve."""
     on_0 = torch.distributed.get_rank() == 0
     p = torch.nn.Parameter(torch.ones(4, 4).double() if on_0 else torch.ones(4))
     opt = GradESAdamW([p], fused=not on_0 or None, tau=1.0, grace_steps=0, statistic="norm")
     for t in range(1, 5):
-        p.grad = torch.full_like(p, 1.0 / t**3)
-        opt.step()
-    return opt.backend, opt.freeze_events
-
-
-def fused_beside_fp64():
-    """The error of rank 0, which asks for the kernels, where those cannot serve rank 1."""
-    on_0 = torch.distributed.get_rank() == 0
-    p = torch.nn.Parameter(torch.ones(4, 4) if on_0 else torch.ones(4, 4).double())
-    opt = GradESAdamW([p], fused=on_0 or None, tau=1.0, grace_steps=9)
-    p.grad = torch.ones_like(p)
-    return error_of(opt.step) if on_0 else opt.step()
-
-
-@needs_two
-def test_fused_is_an_error_where_the_kernels_cannot_serve_every_rank():
-    (kind, message), _ = ranks.run(2, fused_beside_fp64)
-    assert kind is RuntimeError
-    assert "the Triton kernels must serve every rank" in message
-
-
-@needs_two
-def test_a_rank_on_triton_follows_decisions_of_the_host():
-    (backend, on_0), (other, on_1) = ranks.run(2, the_host_decides_for_a_rank_on_triton)
-    assert backend in ("native", "reference")
-    assert other == "triton"
-    assert on_0 == on_1 != []
+        feed(opt, 1.0 / t**3)
+    assert opt.backend in (("native", "reference") if on_0 else ("triton",))
+    assert len(agreed(*ranks.gathered(opt.freeze_events))) == 1
 
 
 @needs_two
 @pytest.mark.parametrize(
     ("act", "tau", "unit"), [(other_tau, 1.0, "group0.param0"), (thaw, math.inf, "group0.param1")]
 )
-def test_ranks_that_differ_are_an_error_on_all(act, tau, unit):
-    """At the next check, which a device reports to its host one step later."""
-    for fused, expected in ((False, 6), (True, 7)):
-        for step, message in ranks.run(2, differing_in_a_job, fused, act, tau):
-            assert step == expected
-            assert "ranks" in message and "differ" in message and repr(unit) in message
+@pytest.mark.parametrize(("fused", "expected"), [(False, 6), (True, 7)])
+@ranks.on_ranks(2)
+def test_ranks_that_differ_are_an_error_on_all(act, tau, unit, fused, expected):
+    """Rank 1 does something else after step 5: an error at the next check of both.
+
+    A device reports the check to its host one step later.
+    """
+    run = tr.start(fused, tau=tau).steps(5)
+    act(run.opt, torch.distributed.get_rank())
+    with pytest.raises(RuntimeError, match=rf"(?s)(?=.*ranks)(?=.*differ)(?=.*{unit!r})"):
+        run.steps(3)
+    assert run.t == expected
