@@ -6,6 +6,7 @@ fault still finds what it patches. As a pytest plugin (`-p faults`) this module 
 that GRADES_FAULT names; the ranks of a job apply it too.
 """
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass, replace
@@ -57,6 +58,25 @@ def wrapping(name, owner, attribute, *tests):
     return register
 
 
+def around(name, owner, attribute, *tests):
+    """A fault that runs the decorated generator around every call: up to its `yield`, and after."""
+
+    def register(spoil):
+        spoiled = contextlib.contextmanager(spoil)
+
+        def make(real):
+            def call(*args, **options):
+                with spoiled(*args, **options):
+                    return real(*args, **options)
+
+            return call
+
+        wrapping(name, owner, attribute, *tests)(make)
+        return spoil
+
+    return register
+
+
 # The update
 
 
@@ -89,21 +109,18 @@ for_idle_tensors(
 
 
 def with_timing(timing):
-    def make(real):
-        def step(engine, freeze_table, *rest):
-            right = freeze_table.config
-            freeze_table.config = replace(right, freeze_timing=timing)
-            real(engine, freeze_table, *rest)
-            freeze_table.config = right
+    def spoil(engine, freeze_table, *rest):
+        right = freeze_table.config
+        freeze_table.config = replace(right, freeze_timing=timing)
+        yield
+        freeze_table.config = right
 
-        return step
-
-    return make
+    return spoil
 
 
 HostEngine = host_step.HostEngine
-wrapping("same_step decides after the update", HostEngine, "step")(with_timing("next_step"))
-wrapping("next_step decides before the update", HostEngine, "step")(with_timing("same_step"))
+around("same_step decides after the update", HostEngine, "step")(with_timing("next_step"))
+around("next_step decides before the update", HostEngine, "step")(with_timing("same_step"))
 
 
 # When a check takes place
@@ -138,15 +155,12 @@ wrapping("check_every is shifted by one", FreezeConfig, "is_check")(
 # What is measured
 
 
-@wrapping("previous gradient of any earlier step", host_step, "measure_tasks")
-def _(real):
-    def measure_tasks(tensors, units, freeze_table):
-        for unit in freeze_table.units:
-            if unit.prev_step >= 0:
-                unit.prev_step = freeze_table.t - 1
-        return real(tensors, units, freeze_table)
-
-    return measure_tasks
+@around("previous gradient of any earlier step", host_step, "measure_tasks")
+def _(tensors, units, freeze_table):
+    for unit in freeze_table.units:
+        if unit.prev_step >= 0:
+            unit.prev_step = freeze_table.t - 1
+    yield
 
 
 @fault("previous gradient kept at checks only")
@@ -251,19 +265,15 @@ with_rows("NaN counts as a hit", without_nan)
 with_rows("a zero gradient is evidence", lambda own: [[a, b, max(c, 1e-30)] for a, b, c in own])
 
 
-@wrapping("half a LoRA pair decides for both", host_step, "_measured")
-def _(real):
-    def measured(table, ranks, units, tasks, sums):
-        sizes = {unit: unit.n_tensors for unit in table.units}
-        with_task = [unit for unit, task in zip(units, tasks, strict=True) if task & STATISTIC_BITS]
-        for unit in set(with_task):
-            unit.n_tensors = with_task.count(unit)
-        found = real(table, ranks, units, tasks, sums)
-        for unit, n in sizes.items():
-            unit.n_tensors = n
-        return found
-
-    return measured
+@around("half a LoRA pair decides for both", host_step, "_measured")
+def _(table, ranks, units, tasks, sums):
+    sizes = {unit: unit.n_tensors for unit in table.units}
+    with_task = [unit for unit, task in zip(units, tasks, strict=True) if task & STATISTIC_BITS]
+    for unit in set(with_task):
+        unit.n_tensors = with_task.count(unit)
+    yield
+    for unit, n in sizes.items():
+        unit.n_tensors = n
 
 
 @wrapping("a weight that did not move counts as converged", host_step, "_values", STATISTICS)
@@ -278,64 +288,49 @@ def _(real):
 # The decision
 
 
-@wrapping("<= instead of <", FreezeTable, "decide")
-def _(real):
-    def decide(self, values):
-        taus = {unit: unit.tau for unit in values}
-        for unit, tau in taus.items():
-            unit.tau = math.nextafter(tau, math.inf)
-        real(self, values)
-        for unit, tau in taus.items():
-            unit.decided_tau = tau if unit.is_decided else unit.decided_tau
-            unit.tau = tau
-
-    return decide
+@around("<= instead of <", FreezeTable, "decide")
+def _(self, values):
+    taus = {unit: unit.tau for unit in values}
+    for unit, tau in taus.items():
+        unit.tau = math.nextafter(tau, math.inf)
+    yield
+    for unit, tau in taus.items():
+        unit.decided_tau = tau if unit.is_decided else unit.decided_tau
+        unit.tau = tau
 
 
-@wrapping("patience is not reset by a miss", FreezeTable, "decide")
-def _(real):
-    def decide(self, values):
-        hits = {unit: unit.hits for unit in values}
-        real(self, values)
-        for unit, before in hits.items():
-            unit.hits = unit.hits or before
-
-    return decide
+@around("patience is not reset by a miss", FreezeTable, "decide")
+def _(self, values):
+    hits = {unit: unit.hits for unit in values}
+    yield
+    for unit, before in hits.items():
+        unit.hits = unit.hits or before
 
 
-@wrapping("a void check resets patience", FreezeTable, "decide")
-def _(real):
-    def decide(self, values):
+@around("a void check resets patience", FreezeTable, "decide")
+def _(self, values):
+    for unit in self.units:
+        if unit not in values and not unit.is_decided:
+            unit.hits = 0
+    yield
+
+
+@around("tau per element compares the sum", FreezeTable, "decide")
+def _(self, values):
+    right, self.config = self.config, replace(self.config, tau_per="unit")
+    yield
+    self.config = right
+
+
+@around("max_frozen looks at the same step", FreezeTable, "decide")
+def _(self, values):
+    yield
+    decided = sum(unit.is_decided for unit in self.units)
+    if decided and decided / len(self.units) >= self.config.max_frozen:
         for unit in self.units:
-            if unit not in values and not unit.is_decided:
-                unit.hits = 0
-        real(self, values)
-
-    return decide
-
-
-@wrapping("tau per element compares the sum", FreezeTable, "decide")
-def _(real):
-    def decide(self, values):
-        right, self.config = self.config, replace(self.config, tau_per="unit")
-        real(self, values)
-        self.config = right
-
-    return decide
-
-
-@wrapping("max_frozen looks at the same step", FreezeTable, "decide")
-def _(real):
-    def decide(self, values):
-        real(self, values)
-        decided = sum(unit.is_decided for unit in self.units)
-        if decided and decided / len(self.units) >= self.config.max_frozen:
-            for unit in self.units:
-                if not unit.is_decided:
-                    unit.decide(self.t, math.nan)
-            self._freeze_cooled()
-
-    return decide
+            if not unit.is_decided:
+                unit.decide(self.t, math.nan)
+        self._freeze_cooled()
 
 
 wrapping("cooldown factor is one step ahead", FreezeConfig, "cooldown_factor")(
@@ -343,14 +338,11 @@ wrapping("cooldown factor is one step ahead", FreezeConfig, "cooldown_factor")(
 )
 
 
-@wrapping("cooldown freezes one step late", FreezeTable, "_freeze_cooled")
-def _(real):
-    def freeze_cooled(self):
-        self.t -= 1
-        real(self)
-        self.t += 1
-
-    return freeze_cooled
+@around("cooldown freezes one step late", FreezeTable, "_freeze_cooled")
+def _(self):
+    self.t -= 1
+    yield
+    self.t += 1
 
 
 wrapping("unmonitored tensors ignore the cooldown", FreezeTable, "lr_factor")(
@@ -369,18 +361,12 @@ wrapping("gradients are not checked before the step", step_tensors, "check_gradi
 )
 
 
-@wrapping(
-    "a tensor with its first gradient goes unnoticed",
-    step_tensors.Layout,
-    "is_valid",
-    STEP_TENSORS,
+@around(
+    "a tensor with its first gradient goes unnoticed", step_tensors.Layout, "is_valid", STEP_TENSORS
 )
-def _(real):
-    def is_valid(self, groups, state):
-        self.without_state = []
-        return real(self, groups, state)
-
-    return is_valid
+def _(self, groups, state):
+    self.without_state = []
+    yield
 
 
 wrapping(
@@ -388,23 +374,19 @@ wrapping(
 )(lambda real: lambda previous, grad: True)
 
 
-@wrapping(
+@around(
     "tensors without gradients are monitored",
     freezer,
     "make_unit_map",
     "tests/test_integrations_peft.py",
 )
-def _(real):
-    def make_unit_map(groups, *rest, **options):
-        idle = [p for group in groups for p in group["params"] if not p.requires_grad]
-        for p in idle:
-            p.requires_grad_(True)
-        made = real(groups, *rest, **options)
-        for p in idle:
-            p.requires_grad_(False)
-        return made
-
-    return make_unit_map
+def _(groups, *rest, **options):
+    idle = [p for group in groups for p in group["params"] if not p.requires_grad]
+    for p in idle:
+        p.requires_grad_(True)
+    yield
+    for p in idle:
+        p.requires_grad_(False)
 
 
 # Checkpoints, thaw and release
@@ -434,17 +416,12 @@ def _(patch):
     patch.setattr(table, "MAX_RELEASE_BATCHES", 10**9)
 
 
-@wrapping("released moments are kept", release.Release, "release", RELEASE)
-def _(real):
-    def keep_moments(self, units, unit_map, state, t):
-        units = list(units)
-        members = [p for unit in units for p in unit_map.members[unit] if p in state]
-        kept = {p: {k: x for k, x in state[p].items() if k.startswith("exp")} for p in members}
-        real(self, units, unit_map, state, t)
-        for p, moments in kept.items():
-            state[p].update(moments)
-
-    return keep_moments
+@around("released moments are kept", release.Release, "release", RELEASE)
+def _(self, units, unit_map, state, t):
+    kept = {p: {k: x for k, x in own.items() if k.startswith("exp")} for p, own in state.items()}
+    yield
+    for p, moments in kept.items():
+        state[p].update(moments)
 
 
 wrapping("reentrant checkpointing is not noticed", release.ReentrantDetector, "_look", RELEASE)(
