@@ -5,13 +5,31 @@ Everything works on each implementation (`fused` False, None or True), dtype and
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from grades_kernels import GradESAdamW
+from grades_kernels.freezing.config import TIMINGS
+from grades_kernels.freezing.table import STATISTICS
 
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = [
+    (statistic, timing)
+    for statistic in STATISTICS
+    for timing in TIMINGS
+    if (statistic, timing) != ("weight_change", "same_step")
+]
+"""Every statistic with every timing that it allows."""
+
+HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
+# Under `fading_gradient` the small matrix freezes first, the large one steps later.
+FREEZING = {"tau": 50.0, "grace_steps": 2}
 SHAPES = ((17, 23), (3, 5), (7,))
 
 
@@ -217,3 +235,17 @@ def error_of(make, *args, **kwargs):
     with pytest.raises(Exception) as caught:
         make(*args, **kwargs)
     return caught.type, str(caught.value)
+
+
+def run_python(*arguments, cwd=None, **environment):
+    """The finished process of this interpreter with these arguments, which imports this tree.
+
+    Args:
+        environment: Variables that differ from those of this process; None removes one.
+    """
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    command = [sys.executable, *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(command, cwd=cwd, env=environment, **options)

@@ -11,8 +11,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from harness import run_python
 
 CASE_LIMIT = timedelta(seconds=60)
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -128,10 +127,7 @@ def run_script(file, folder, *launcher):
     Returns:
         The contents of "rank0.json" and "rank1.json".
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
-    command = [sys.executable, *launcher, file, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_python(*launcher, file, folder, GLOO_SOCKET_IFNAME="lo")
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

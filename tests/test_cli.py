@@ -1,22 +1,19 @@
 """The command line: flags are passed on, errors exit with status 2 and a sentence on stderr."""
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock, call
 
 import pytest
 import torch
+from harness import ROOT, run_python
 
 import grades_kernels
 from grades_kernels import GradESAdamW, cli
 from grades_kernels.cli import main
 from grades_kernels.demo.model import QUICK, Plan
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -113,19 +110,13 @@ def test_the_command_needs_neither_rich_nor_matplotlib():
         "import sys; sys.modules.update(rich=None, matplotlib=None)\n"
         "from grades_kernels.cli import main; sys.exit(main(['info']))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 def test_the_demo_runs_as_a_module(tmp_path):
     """The command in a process of its own, without a terminal."""
-    command = [sys.executable, "-m", "grades_kernels", "demo", "--quick", "--steps", "60"]
-    done = subprocess.run(
-        [*command, "--out", "results"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},  # the package need not be installed
-        capture_output=True,
-        text=True,
-    )
+    command = "-m grades_kernels demo --quick --steps 60 --out results"
+    done = run_python(*command.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("How tau is found", "Freeze report after", "What did not pay", "Saved in results"):
         assert text in done.stdout

@@ -8,18 +8,16 @@ of the kernels on purpose and must be reported.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT, run_python
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "grades_kernels" / "backends" / "triton_kernels.py"
 
 
@@ -35,10 +33,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+run = functools.partial(run_python, cwd=ROOT, TRITON_INTERPRET=None)
 
 
 def patched(path: Path, edits: dict[str, str]) -> str:
@@ -52,9 +47,9 @@ def patched(path: Path, edits: dict[str, str]) -> str:
 
 
 def test_aligned_path_is_wide_and_nothing_spills():
-    run = run_python("-m", "benchmarks.codegen", "--quick", "--target", "sm_90", "gfx942")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "100 kernels" in run.stdout
+    done = run("-m", "benchmarks.codegen", "--quick", "--target", "sm_90", "gfx942")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "100 kernels" in done.stdout
 
 
 LOAD_PARAM = "                p = _load(param_ptr, offsets, mask, NARROW)\n"
@@ -93,9 +88,9 @@ def test_faults_are_reported(tmp_path):
         [*options, patched(tmp_path / f"{n}.py", edits), "--target", *targets]
         for n, (edits, targets, _) in enumerate(FAULTS.values())
     ]
-    run = run_python("-c", SEVERAL, json.dumps(calls))
-    assert run.returncode == 0, run.stdout + run.stderr
-    *reports, _ = run.stdout.split("status 1")
+    done = run("-c", SEVERAL, json.dumps(calls))
+    assert done.returncode == 0, done.stdout + done.stderr
+    *reports, _ = done.stdout.split("status 1")
     for (name, (_, targets, messages)), report in zip(FAULTS.items(), reports, strict=True):
         for message, target in itertools.product(messages, targets):
             rows = [line for line in report.splitlines() if target in line]

@@ -22,7 +22,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from harness import error_of, values
+from harness import error_of, feed, values
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -412,8 +412,7 @@ def thawed_by_its_owner():
     names = ("blocks.0.up.weight", "blocks.0.down.weight")
     own = {"statistic": "norm", "grace_steps": 0, "tau": 100.0, "stop_grad": False}
     optimizer = GradESAdamW([(names[dist.get_rank()], p)], **own)
-    p.grad = torch.ones(4, 4)
-    optimizer.step()
+    feed(optimizer, 1.0)
     if dist.get_rank() == 1:
         optimizer.thaw("blocks.0.down.weight")
     return error_of(optimizer.step)
@@ -466,18 +465,14 @@ def test_a_rank_whose_units_change_is_joined_by_the_others(backend):
     own = {"statistic": "norm", "grace_steps": 0, "tau": 1.0, "stop_grad": False}
     own |= {"freeze_timing": "next_step", "fused": backend == "triton"}
     rank = dist.get_rank()
-    optimizer = GradESAdamW(
-        [(f"blocks.{rank}.up.weight", p), (f"blocks.{rank}.down.weight", q)], **own
-    )
-    units = []
+    named = [(f"blocks.{rank}.up.weight", p), (f"blocks.{rank}.down.weight", q)]
+    optimizer, units = GradESAdamW(named, **own), []
     for step in range(1, 9):
         if rank == 1 and step in (3, 6):
             q.requires_grad_(step == 6)
-        for x in (p, q):
-            x.grad = torch.ones(4, 4) if x.requires_grad else None
         if step == 7:
             optimizer.param_groups[0]["tau"] = 100.0
-        optimizer.step()
+        feed(optimizer, *(1.0 if x.requires_grad else None for x in (p, q)))
         units.append(len(optimizer.monitored_units))
     assert optimizer.backend == backend
     assert units == [4, 4, 4, 3, 3, 3, 4, 4]
@@ -576,9 +571,8 @@ def test_ranks_in_different_collectives_name_each_other():
     ]
     optimizer = GradESAdamW(groups, **settings)
     optimizer.process_group = own
-    p.grad = q.grad = torch.ones(4, 4)
     dist.barrier()
-    optimizer.step()
+    feed(optimizer, 1.0, 1.0)
     expected = "failed on rank 0: rank 1 did not take part in its check"
     if dist.get_rank() == 1:
         optimizer.param_groups[1]["tau"] = 0.0

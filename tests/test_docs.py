@@ -7,20 +7,17 @@ names that the code below a heading takes for granted.
 import functools
 import os
 import re
-import subprocess
-import sys
 import types
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT, run_python
 from tiny import TRAINER, sentences, tiny_llama
 from torch import nn
 
 from grades_kernels import GradESAdamW
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -139,7 +136,6 @@ def test_files_and_targets_that_a_page_names_exist(page):
 def test_the_site_builds_without_a_warning(tmp_path):
     if find_spec("mkdocs") is None or find_spec("mkdocstrings") is None:
         pytest.skip("mkdocs is not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "max_frozen" in (tmp_path / "api.html").read_text()

@@ -7,7 +7,6 @@ then does the same in children of every kind, and prints what became of each.
 import functools
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from harness import run_python
 from torch.utils.data import DataLoader, Dataset
 
 from grades_kernels import GradESAdamW, grades_adamw
@@ -155,11 +155,8 @@ CHILDREN = [
 
 @functools.cache
 def found():
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    environment.pop("TRITON_INTERPRET", None)  # the interpreter is no native op
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    # Triton's interpreter is no native op.
+    done = run_python(__file__, OMP_NUM_THREADS="2", TRITON_INTERPRET=None)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -91,6 +91,7 @@ NAMES = {
         """,
     "router": """
         layers.0.mlp.router.weight layers.0.mlp.router.classifier.weight
+        layers.0.mlp.router_mlp.fc1.weight layers.0.router_gate.proj.weight
         layers.0.mlp.shared_expert_gate.weight
         """,
 }
@@ -224,8 +225,3 @@ def test_both_factors_of_an_adapter_on_a_gate_are_one_unit():
         for name, shape in zip(names, [(2, 16), (4, 2)], strict=True)
     }
     assert units == {"model.layers.0.mlp.gate.lora.default"}
-
-
-def test_routers_of_several_layers_are_routers():
-    for name in ("layers.0.mlp.router_mlp.fc1.weight", "layers.0.router_gate.proj.weight"):
-        assert unit_of(name, (4, 8), torch.float32) is None

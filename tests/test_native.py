@@ -17,7 +17,7 @@ import shutil
 import harness
 import pytest
 import torch
-from harness import SHAPES, assert_same
+from harness import FREEZING, HYPER, PAIRS, SHAPES, assert_same
 from harness import fading_gradient as gradient
 from torch import nn
 from torch.optim.adamw import adamw
@@ -26,7 +26,7 @@ from grades_kernels import GradESAdamW, grades_adamw
 from grades_kernels.backends import native, select
 from grades_kernels.backends.tasks import KEEP, STATISTIC_BITS, UPDATE
 from grades_kernels.freezing.config import TIMINGS
-from grades_kernels.freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
+from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
 
 if native.why_not_loaded():  # excused by these reasons alone: elsewhere it must be there
     if shutil.which("c++") is None:
@@ -37,17 +37,8 @@ if native.why_not_loaded():  # excused by these reasons alone: elsewhere it must
         pytest.skip("the package is not installed, so nothing built it", allow_module_level=True)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PAIRS = [
-    (statistic, timing)
-    for statistic in STATISTICS
-    for timing in TIMINGS
-    if (statistic, timing) != ("weight_change", "same_step")
-]
 CHUNK, BLOCK = 768, 32768  # where the op begins a new loop and a new sum
 SIZES = (1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
-HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
-# Statistics fall by a third a step: the small matrix freezes first, the large one steps later.
-FREEZING = {"tau": 50.0, "grace_steps": 2}
 TAUS = {"signal": 1.55, "weight_change": 3.3, "gain": 2.5}
 
 
@@ -524,10 +515,9 @@ def test_autograd_notices_the_update():
     """What backward saved has been overwritten: torch's error, and no wrong gradient."""
     w = nn.Parameter(torch.ones(3, 4))
     loss = (w * w).sum()
-    w.grad = torch.ones_like(w)
     opt = GradESAdamW([w])
     assert opt.backend == "native"
-    opt.step()
+    harness.feed(opt, 1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

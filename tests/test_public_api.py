@@ -4,14 +4,11 @@ Users' code relies on these tables: changing one of them changes the public API.
 """
 
 import inspect
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from harness import run_python
 
 import grades_kernels
 from grades_kernels import FreezeEvent, GradESAdamW
@@ -55,14 +52,6 @@ print(optimizer.frozen_units, len(optimizer.report().to_dict()["units"]))
 """
 
 
-def run_python(program):
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
-
-
 def test_the_package_has_exactly_the_public_names():
     public = {name for name in vars(grades_kernels) if not name.startswith("_")}
     modules = {n for n in public if isinstance(getattr(grades_kernels, n), types.ModuleType)}
@@ -96,12 +85,12 @@ before = set(sys.modules)
 import grades_kernels, grades_kernels.integrations
 print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))
 """
-    done = run_python(program)
+    done = run_python("-c", program)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_importing_and_freezing_work_with_torch_alone():
-    done = run_python(HIDE_OPTIONAL + FREEZE_ONE_MATRIX)
+    done = run_python("-c", HIDE_OPTIONAL + FREEZE_ONE_MATRIX)
     expected = "['layers.0.attn.q_proj.weight'] 1"
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
@@ -109,5 +98,5 @@ def test_importing_and_freezing_work_with_torch_alone():
 def test_the_optional_packages_are_really_hidden():
     """Negative control of the test above."""
     each = f"for name in {OPTIONAL!r}:\n try: __import__(name)\n except ImportError as e: print(e)"
-    done = run_python(HIDE_OPTIONAL + each)
+    done = run_python("-c", HIDE_OPTIONAL + each)
     assert done.stdout.splitlines() == [f"No module named '{name}'" for name in OPTIONAL]

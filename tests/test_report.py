@@ -10,11 +10,10 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from harness import run_python
 from reports import CASES, INF, KINDS, NAN, event, every_case, report, training_run, unit
 
 from grades_kernels.report import FreezeEvent, FreezeReport
@@ -50,9 +49,8 @@ OLD_REPORT = """{"step": 100, "total_steps": null, "grace_steps": 20, "units": [
     ids=["print_and_save", "plot", "negative_control"],
 )
 def test_only_plot_imports_matplotlib_and_never_pyplot(statement, imported, tmp_path):
-    command = [sys.executable, "-c", PROBE, str(tmp_path / "report"), statement]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == imported
+    done = run_python("-c", PROBE, tmp_path / "report", statement)
+    assert (done.returncode, done.stdout.split()) == (0, imported), done.stderr
 
 
 class TestSaveAndLoad:

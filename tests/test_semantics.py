@@ -254,9 +254,7 @@ def test_checks_start_after_the_grace_period_and_come_every_check_every(grace, e
 
 
 def test_going_past_total_steps_warns_once_and_training_goes_on():
-    opt = optimizer(matrices(1), total_steps=2, tau=0.0)
-    feed(opt, LOW)
-    feed(opt, LOW)
+    opt = run([LOW] * 2, total_steps=2, tau=0.0)
     with pytest.warns(UserWarning, match="total_steps") as caught:
         feed(opt, LOW)
     assert caught[0].filename.endswith("harness.py"), "the line that called step()"
@@ -694,8 +692,8 @@ def test_tau_and_statistic_belong_to_the_group():
     groups = {"params": [a], "tau": 4.0}, {"params": [b], "statistic": "change"}
     opt = optimizer([*groups, {"params": [c], "tau": None}], tau=0.5)
     assert opt.monitored_units == ["group0.param0", "group1.param0"]
-    feed(opt, 3.0, 3.0, 0.1)
-    feed(opt, 3.0, 3.0, 0.1)
+    for _ in range(2):
+        feed(opt, 3.0, 3.0, 0.1)
     assert [(e.step, e.unit, e.statistic, e.tau) for e in opt.freeze_events] == [
         (1, "group0.param0", 3.0, 4.0),
         (2, "group1.param0", 0.0, 0.5),
@@ -1045,8 +1043,7 @@ def test_steps_of_tensors_decided_before_their_first_gradient_are_fp32():
     try:
         opt = GradESAdamW([p, q], tau=1e9, grace_steps=0, statistic="norm", max_frozen=0.5)
         for _ in range(3):
-            p.grad = torch.ones_like(p)
-            opt.step()
+            feed(opt, 1.0, None)
     finally:
         torch.set_default_dtype(torch.float32)
     assert len(opt.frozen_units) == 2 and opt.state[q]["step"].dtype == torch.float32

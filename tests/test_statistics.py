@@ -52,11 +52,10 @@ def test_signal_of_a_constant_gradient_grows_to_what_noise_would_lose(betas):
 @pytest.mark.parametrize("fused", [False, True])
 def test_signal_freezes_no_matrix_by_its_first_gradient(fused):
     """After a single gradient the ratio is 1 whatever it is, which is below the tau of "auto"."""
-    (w, late), gradient = (torch.nn.Parameter(torch.zeros(4, 4)) for _ in "ab"), torch.ones(4, 4)
-    opt = GradESAdamW([w, late], statistic="signal", tau="auto", grace_steps=3, fused=fused)
+    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in "ab"]
+    opt = GradESAdamW(params, statistic="signal", tau="auto", grace_steps=3, fused=fused)
     for t in range(12):
-        w.grad, late.grad = gradient.clone(), gradient.clone() if t > 5 else None
-        opt.step()
+        feed(opt, 1.0, 1.0 if t > 5 else None)
     assert not opt.frozen_units
     opt.param_groups[0]["tau"] = 1e9
     opt.step()
@@ -64,8 +63,7 @@ def test_signal_freezes_no_matrix_by_its_first_gradient(fused):
     assert len(opt.frozen_units) == 2
     opt.thaw()
     for _ in range(4):
-        w.grad, late.grad = gradient.clone(), gradient.clone()
-        opt.step()
+        feed(opt, 1.0, 1.0)
     assert not opt.frozen_units
 
 
@@ -88,15 +86,11 @@ def test_signal_of_noise_is_one(beta1, density, scale):
 
 def test_auto_freezes_noise_and_keeps_what_still_learns():
     torch.manual_seed(0)
-    w = torch.nn.ParameterDict({n: torch.nn.Parameter(torch.zeros(32, 32)) for n in ("a", "b")})
-    opt = GradESAdamW(
-        w.named_parameters(), statistic="signal", tau="auto", grace_steps=30, stop_grad=False
-    )
+    named = [(name, torch.nn.Parameter(torch.zeros(32, 32))) for name in "ab"]
+    opt = GradESAdamW(named, statistic="signal", tau="auto", grace_steps=30, stop_grad=False)
     drift = torch.randn(32, 32)
     for _ in range(120):
-        w["a"].grad = torch.randn(32, 32)
-        w["b"].grad = torch.randn(32, 32) + drift
-        opt.step()
+        feed(opt, torch.randn(32, 32), torch.randn(32, 32) + drift)
     assert opt.frozen_units == ["a"]
     assert opt.freeze_events[0].tau == 1.2
 
@@ -193,9 +187,7 @@ def test_the_mean_gain_leaves_out_checks_after_a_freeze():
         if step == 4:
             before = mean()
             opt._freezer.table.units[0].decide(4, 0.0)
-        for _, p in named:
-            p.grad = SLOPE.clone()
-        opt.step()
+        feed(opt, SLOPE.clone(), SLOPE.clone())
     assert opt.frozen_units == ["layers.0.up_proj.weight"]
     assert mean() == pytest.approx(before, rel=0.5)
 
@@ -220,10 +212,8 @@ def test_monitor_all_makes_a_unit_of_every_floating_tensor():
     names = [name for name, _ in model.named_parameters()]
     group = {"params": list(model.named_parameters()), "tau": 0.0, "statistic": "gain"}
     opt = GradESAdamW([{**group, "monitor_all": True}], grace_steps=0)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
     for _ in range(2):
-        opt.step()
+        feed(opt, *[1.0] * len(names))
     assert opt.monitored_units == names and all(map(math.isfinite, opt.statistics().values()))
     opt.param_groups[0]["monitor_all"] = False
     opt.step()

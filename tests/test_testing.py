@@ -5,14 +5,13 @@ Wrong are optimizers with one fault each, as small as those of real implementati
 
 import importlib.util
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from harness import run_python
 
 from grades_kernels import GradESAdamW, cli
 from grades_kernels.cli import main
@@ -226,8 +225,7 @@ def test_the_default_backend_is_that_of_fused_true_or_the_reference(monkeypatch)
 
 
 def test_python_without_assertions_is_an_error():
-    command = [sys.executable, "-O", "-m", "grades_kernels", "validate", "--trials", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-O", "-m", "grades_kernels", "validate", "--trials", 1)
     assert (done.returncode, done.stdout) == (2, "")
     assert "run it without -O" in done.stderr
 

@@ -1,6 +1,7 @@
 """The engine around the Triton kernels: changes during a run, launches, checkpoints, dispatch."""
 
 import copy
+import functools
 import gc
 import importlib.util
 import io
@@ -11,7 +12,7 @@ import weakref
 import pytest
 import torch
 import triton_runs as tr
-from harness import snapshot
+from harness import TIMINGS, snapshot
 from torch import nn
 
 from grades_kernels import GradESAdamW
@@ -25,24 +26,18 @@ pytestmark = [pytest.mark.gpu] if tr.CUDA else []
 # Changes during a run -------------------------------------------------------------------------
 
 
-def without(*missing, at):
-    """A step in which some tensors have no gradient."""
-
-    def act(run):
-        if run.t + 1 in at:
-            return [None if i in missing else g for i, g in enumerate(tr.usual(run))]
-
-    return act
-
-
 def filled(value, *chosen, at):
+    """At these steps some tensors have gradients filled with `value`, or none where it is None."""
+
     def act(run):
         if run.t + 1 in at:
-            return [
-                torch.full_like(g, value) if i in chosen else g for i, g in enumerate(tr.usual(run))
-            ]
+            new = [None if value is None else torch.full_like(p, value) for p in run.params]
+            return [new[i] if i in chosen else g for i, g in enumerate(tr.usual(run))]
 
     return act
+
+
+without = functools.partial(filled, None)
 
 
 def once(at, action):
@@ -184,7 +179,7 @@ SCENARIOS = {
 
 
 @pytest.mark.filterwarnings("ignore:total_steps=4 is exceeded")
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_changes_during_a_run(name, timing):
     """Whatever the user changes between steps is honoured in the very next one."""
@@ -382,9 +377,8 @@ def test_the_default_dtype_of_torch_does_not_matter():
     run = tr.start(tau=1e9)
     torch.set_default_dtype(torch.float16)
     try:
-        run.step(*[torch.full_like(p, 1e3) for p in run.params])
-        run.step(*[torch.full_like(p, 2e3) for p in run.params])
-        run.step(*[torch.full_like(p, 4e3) for p in run.params])
+        for g in (1e3, 2e3, 4e3):
+            run.step(*[g] * 3)
         statistics = run.opt.statistics()
     finally:
         torch.set_default_dtype(torch.float32)

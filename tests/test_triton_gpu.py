@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_runs as tr
-from harness import SHAPES, fading_gradient, parameters, values
+from harness import PAIRS, SHAPES, TIMINGS, fading_gradient, parameters, values
 from torch import nn
 
 from grades_kernels import GradESAdamW
@@ -81,7 +81,7 @@ def gradients(run, steps):
 
 
 @pytest.mark.parametrize("lr", ["number", "tensor"])
-@pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
+@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
 def test_step_never_waits_for_the_device(statistic, timing, lr):
     """torch's sync debug mode is silent over checks, freezes, drops, moved gradients and a tau that
     changes in every step; with lr as a tensor on the host.
@@ -126,7 +126,7 @@ def test_gradients_stop_one_step_after_the_freeze():
     assert run.opt.frozen_units == ["group0.param1"]
 
 
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_all_frozen_is_at_most_one_step_late(timing):
     """It never waits, is True after the next step at the latest, and exact after other readings."""
     late, exact = (tr.start(tau=math.inf, freeze_timing=timing).steps(3) for _ in range(2))

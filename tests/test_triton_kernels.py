@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import triton_runs as tr
-from harness import exact, parameters, snapshot, values
+from harness import TIMINGS, exact, parameters, snapshot, values
 
 from grades_kernels.functional import grades_adamw
 
@@ -124,7 +124,7 @@ class Framed:
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("offset", [0, 1, 3, 5, 16])
 @pytest.mark.parametrize("n", [1, 513, 2050])
 def test_nothing_around_a_tensor_is_written(n, offset, timing, amsgrad):
@@ -165,7 +165,7 @@ def test_other_steps_do_not_touch_the_previous_gradient():
 
 
 @pytest.mark.parametrize("cooldown", [0, 2])
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_a_decision_takes_effect_in_its_own_step(timing, cooldown):
     """Before the update it spares the frozen tensor, and previous gradients in any case."""
     changed = []
@@ -180,7 +180,7 @@ def test_a_decision_takes_effect_in_its_own_step(timing, cooldown):
 
 
 @pytest.mark.parametrize("statistic", ["change", "norm", "momentum", "signal"])
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_fp32_moments_of_bf16_parameters(timing, statistic):
     """Moments wider than the parameter: as exact as the fp32 reference, the parameter rounded."""
     n = 1100

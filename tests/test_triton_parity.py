@@ -10,14 +10,14 @@ import pytest
 import test_oracle
 import torch
 import triton_runs as tr
-from harness import fading_gradient, parameters, set_gradients
+from harness import PAIRS, TIMINGS, fading_gradient, parameters, set_gradients
 from torch import nn
 
 pytestmark = [pytest.mark.gpu] if tr.CUDA else []
 
 
 @pytest.mark.parametrize(("amsgrad", "maximize"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
+@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
 def test_every_variant_equals_the_reference(statistic, timing, amsgrad, maximize):
     """Across freezes that really happen."""
     options = {"statistic": statistic, "freeze_timing": timing, **tr.SCALES.get(statistic, {})}
@@ -69,7 +69,7 @@ def test_every_option_equals_the_reference(name, watch):
     tr.compare(watch=watch, n=7, **OPTIONS[name])
 
 
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize(
     "shape",
     [(0, 3), (1, 1), (2, 1), (1, 1000), (17, 23), (3, 5, 7), (2, 1, 3, 4)]
@@ -96,7 +96,7 @@ def test_the_oracles_problems(part):
             test_oracle.check(seed, backend="triton", dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
+@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
 def test_tau_is_compared_strictly(statistic, timing):
     """tau = statistic leaves a unit alone, the next larger number freezes it."""
     shapes, check = ((3, 5), (17, 23), (4, 4)), 4
@@ -118,7 +118,7 @@ def test_tau_is_compared_strictly(statistic, timing):
         assert events == [(check, f"group{k}.param0")]
 
 
-@pytest.mark.parametrize(("statistic", "timing"), tr.PAIRS)
+@pytest.mark.parametrize(("statistic", "timing"), PAIRS)
 def test_two_runs_have_the_same_bits(statistic, timing):
     """Freezing is for good, so even the statistic must not depend on the order of blocks."""
     shapes = ((2048, 1111), (1000, 999), (7,)) if tr.CUDA else ((3, 1500), (3, 5), (7,))
@@ -127,7 +127,7 @@ def test_two_runs_have_the_same_bits(statistic, timing):
     tr.assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_frozen_cooling_and_active_units_together(timing):
     """Matrices of five sizes in all phases at once, the bias following the last of them."""
     shapes = ((2, 2), (3, 5), (6, 7), (12, 12), (30, 30), (4,))
@@ -153,7 +153,7 @@ def mixed_groups(params):
     ]
 
 
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_groups_with_options_of_their_own(timing):
     shapes = ((17, 23), (3, 5), (7,), (6, 6))
     run = tr.compare(7, True, shapes, groups=mixed_groups, freeze_timing=timing)
@@ -175,7 +175,7 @@ def test_several_dtypes_in_one_optimizer():
         assert (p - q).abs().max() <= 12 * torch.finfo(p.dtype).eps * q.abs().max()
 
 
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("missing", [None, 0, 1])
 def test_units_of_two_tensors(missing, timing):
     """A LoRA pair is measured and frozen as one; without one of its gradients there is no check."""

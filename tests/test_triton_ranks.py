@@ -9,7 +9,7 @@ import test_distributed
 import test_oracle
 import torch
 import triton_runs as tr
-from harness import exact, feed
+from harness import TIMINGS, exact, feed
 from test_triton_engine import SCENARIOS
 from test_triton_parity import N_ORACLE_PROBLEMS, OPTIONS
 
@@ -77,7 +77,7 @@ def test_changes_during_a_run_on_two_devices(name, two_engines):
     tr.compare(act=act, **options)
 
 
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_overflows_on_two_devices(timing, two_engines):
     """A skipped step is skipped on both."""
     overflowing(tr.start(freeze_timing=timing), tr.start(False, freeze_timing=timing))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import triton_runs as tr
-from harness import snapshot, values
+from harness import TIMINGS, snapshot, values
 from torch import nn
 
 pytestmark = [pytest.mark.gpu] if tr.CUDA else []
@@ -44,7 +44,7 @@ def test_unscaling_rounds_as_torch_does():
 
 
 @pytest.mark.parametrize("layout", ["same", "transposed"])
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_the_unscaled_gradient_is_written_back(timing, layout):
     """Also into gradients with other strides than their parameter's."""
     runs = [tr.start(fused, ((17, 23),), tau=0.0, freeze_timing=timing) for fused in (True, False)]
@@ -59,7 +59,7 @@ def test_the_unscaled_gradient_is_written_back(timing, layout):
 
 
 @pytest.mark.parametrize("with_scale", [True, False], ids=["scaled", "unscaled by the user"])
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_an_overflow_writes_nothing(at, timing, with_scale):
     """found_inf: parameters, moments, steps, prev_grad, hits, the count of steps keep their bits.
@@ -78,7 +78,7 @@ def test_an_overflow_writes_nothing(at, timing, with_scale):
 
 
 @pytest.mark.parametrize("watch", [True, False], ids=["read after each step", "read at the end"])
-@pytest.mark.parametrize("timing", tr.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("overflows", [(3,), (1, 2), (4, 5), (3, 6)], ids=str)
 def test_a_run_with_overflows_equals_one_without(overflows, timing, watch):
     """A skipped step counts for nothing, wherever it falls, and with half-counted patience."""

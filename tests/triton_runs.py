@@ -10,26 +10,15 @@ import importlib
 import harness
 import pytest
 import torch
-from harness import SHAPES, Run, fading_gradient, snapshot
+from harness import FREEZING, HYPER, SHAPES, Run, fading_gradient, snapshot
 
-from grades_kernels.freezing.config import TIMINGS
-from grades_kernels.freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
+from grades_kernels.freezing.table import FreezeConfig, FreezeTable, Unit
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 EPS = torch.finfo(torch.float32).eps
 LOW = (torch.bfloat16, torch.float16)
 MOMENTS = {"exp_avg", "exp_avg_sq"}
-
-PAIRS = [
-    (statistic, timing)
-    for statistic in STATISTICS
-    for timing in TIMINGS
-    if (statistic, timing) != ("weight_change", "same_step")
-]
-HYPER = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1}
-# The gradients fall by a third a step: the small matrix freezes first, the large one steps later.
-FREEZING = {"tau": 50.0, "grace_steps": 2}
 # The statistics that are no sum over gradients have scales of their own, with the same outcome.
 SCALES = {
     "signal": {"tau": 1.55, "betas": (0.6, 0.97)},
