@@ -426,36 +426,35 @@ def test_of_two_stacks_none_is_the_lowest():
     assert opt.report().frozen_blocks == 0
 
 
-def ddp_run(find_unused, apply_at):
-    """Weights and what still needs gradients after 8 steps of a DDP model on this rank's data."""
-    model, opt = build(n_blocks=3)
-    ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
-    if apply_at == "release_under_ddp":
-        release_under_ddp(opt, lambda: ddp)
-    rank = torch.distributed.get_rank()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in range(8):
-            if step == apply_at:
-                assert opt.apply_freezes(ddp) is ddp
-            freeze(opt, *([UP, "layers.2.down_proj.weight"] if step else []))
-            train(ddp, opt, 1, first=2 * step + rank)
-    return values(model), stopped(model), opt.freeze_events
-
-
 @pytest.mark.parametrize("find_unused", [False, True])
+@ranks.on_ranks(2)
 def test_ddp_stops_gradients_by_apply_freezes(find_unused):
     """The ranks stay alike, and nothing but the saving changes."""
-    plain = ranks.run(2, ddp_run, find_unused, None)
-    for _, still, events in plain:
-        assert (still, len(events)) == ([], 2)
+
+    def run(apply_at):
+        """Weights, what is stopped and events after 8 steps on this rank's data."""
+        model, opt = build(n_blocks=3)
+        ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
+        if apply_at == "release_under_ddp":
+            release_under_ddp(opt, lambda: ddp)
+        rank = torch.distributed.get_rank()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in range(8):
+                if step == apply_at:
+                    assert opt.apply_freezes(ddp) is ddp
+                freeze(opt, *([UP, "layers.2.down_proj.weight"] if step else []))
+                train(ddp, opt, 1, first=2 * step + rank)
+        return values(model), stopped(model), opt.freeze_events
+
+    plain, still, expected = run(None)
+    assert (still, len(expected)) == ([], 2)
     for how in (5, "release_under_ddp"):
-        applied = ranks.run(2, ddp_run, find_unused, how)
-        for weights, still, events in applied:
-            assert still == sorted(event.unit for event in events) and len(still) == 2
-            assert [e[:2] for e in events] == [e[:2] for e in plain[0][2]]
-            torch.testing.assert_close(weights, plain[0][0], rtol=1e-6, atol=1e-7)
-            assert all(map(torch.equal, weights, applied[0][0])), "ranks have drifted apart"
+        weights, still, events = run(how)
+        assert still == sorted(event.unit for event in events) and len(still) == 2
+        assert [e[:2] for e in events] == [e[:2] for e in expected]
+        torch.testing.assert_close(weights, plain, rtol=1e-6, atol=1e-7)
+        assert all(map(torch.equal, *ranks.gathered(weights))), "ranks have drifted apart"
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
