@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
@@ -245,18 +246,18 @@ class Freezer:
         for unit in units:
             self._write_unit(optimizer, unit)
 
-    def release_all(self, optimizer: Any, *, within_ddp: bool) -> None:
-        """Release all frozen units now.
+    def release_all(self, optimizer: Any, ddp: DistributedDataParallel | None) -> None:
+        """Release all frozen units now; `ddp` is their wrapper, if there is one.
 
         Raises:
             RuntimeError: If that is not safe.
         """
-        reason = self._why_not_release(optimizer, within_ddp=within_ddp)
+        reason = self._why_not_release(optimizer, ddp=ddp)
         if reason:
             raise RuntimeError(f"apply_freezes(model): {reason}")
         self._release_units(optimizer, self.table.unreleased)
 
-    def _why_not_release(self, optimizer: Any, **circumstances: bool) -> str | None:
+    def _why_not_release(self, optimizer: Any, **circumstances: Any) -> str | None:
         """The reason why nothing can be released safely, or None; see `Release.why_not`."""
         group = optimizer.process_group
         return self.release.why_not(self.unit_map, group, self.ranks, **circumstances)

@@ -267,7 +267,7 @@ class GradESAdamW(AdamW):
         """
         freezer = self._exact()
         ddp = model if isinstance(model, DistributedDataParallel) else freezer.release.ddp
-        freezer.release_all(self, within_ddp=ddp is not None)
+        freezer.release_all(self, ddp)
         fitting = freezer.release.rewrap(ddp)
         return fitting if model is ddp else model
 

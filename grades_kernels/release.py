@@ -14,6 +14,7 @@ from itertools import chain, takewhile
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
@@ -74,15 +75,14 @@ class Release:
         group: ProcessGroup | None,
         ranks: Ranks | None,
         *,
-        within_ddp: bool = False,
+        ddp: DistributedDataParallel | None = None,
         automatic: bool = False,
     ) -> str | None:
         """The reason why gradients cannot be stopped safely, or None.
 
         Args:
             unit_map, group, ranks: The optimizer's, `ranks` once they have joined.
-            within_ddp: Whether the DistributedDataParallel wrapper will be initialised anew, as the
-                one of `find_wrapper` always is.
+            ddp: The wrapper that will be initialised anew, as the one of `find_wrapper` always is.
             automatic: Whether nobody has asked for it. A job of a single process may use DDP too.
         """
         if self._detector is not None and self._detector.found:
@@ -93,7 +93,13 @@ class Release:
         members = list(chain.from_iterable(unit_map.members.values()))
         if not in_a_job(group, members) and not (automatic and is_initialized()):
             return None
-        if within_ddp or self.ddp is not None:
+        ddp = ddp or self.ddp
+        if ddp is not None:
+            if any(hasattr(state, "start_localSGD_iter") for _, state in _hooks(ddp)):
+                return (
+                    "with post_localSGD_hook the weights of the ranks differ until they are "
+                    "averaged, and torch's averagers leave out those without a gradient."
+                )
             if ranks is None or ranks.everywhere:
                 return None
             return (
@@ -197,7 +203,8 @@ def rewrap(ddp: DistributedDataParallel) -> nn.Module:
     registered on the wrapper itself are lost. Where nothing is left to train, which DDP refuses to
     wrap, the result is the bare module, and using the wrapper raises an error.
     """
-    hooks, module, training = list(getattr(ddp, "_comm_hooks", ())), ddp.module, ddp.training
+    hooks, module, training = _hooks(ddp), ddp.module, ddp.training
+    builtin = str(ddp._get_ddp_logging_data().get("comm_hook"))
     renamed = hasattr(ddp, "forward_sync_buffers")  # in torch 2.13, where the old name warns
     buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
     names = ["device_ids", "output_device", "dim", "process_group", "static_graph", buffers]
@@ -212,8 +219,21 @@ def rewrap(ddp: DistributedDataParallel) -> nn.Module:
     DistributedDataParallel.__init__(ddp, module, **settings)
     ddp.training = training
     for hook, state in hooks:
+        if hasattr(state, "start_powerSGD_iter"):
+            # Its buffers have the sizes of the buckets, which DDP changes again after a pass.
+            for of_bucket in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+                of_bucket.clear()
+            state.iter = min(state.iter, state.start_powerSGD_iter - 2)
         ddp.register_comm_hook(state, hook)
+    kind, _, name = builtin.partition(".")
+    if kind == "BuiltinCommHookType":
+        ddp._register_builtin_comm_hook(getattr(torch.distributed.BuiltinCommHookType, name))
     return ddp
+
+
+def _hooks(ddp: Any) -> list[tuple[Callable[..., Any], Any]]:
+    """The communication hooks of a wrapper, with their states."""
+    return list(getattr(ddp, "_comm_hooks", ()))
 
 
 def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Memory:

@@ -15,6 +15,11 @@ import torch
 from harness import feed, values
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
+    PostLocalSGDState,
+    post_localSGD_hook,
+)
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -503,6 +508,51 @@ def test_release_under_ddp_follows_thaws_and_checkpoints():
         step(2)
     assert all(map(torch.equal, *ranks.gathered(values(model)))) and len(ddp._comm_hooks) == 1
     assert seen == [[], [], [UP], [], [UP], [UP], [], []]
+
+
+def power_sgd(ddp):
+    state = PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=1)
+    ddp.register_comm_hook(state, powerSGD_hook)
+
+
+def half_precision(ddp):
+    ddp._register_builtin_comm_hook(torch.distributed.BuiltinCommHookType.FP16_COMPRESS)
+
+
+@pytest.mark.parametrize("register", [power_sgd, half_precision])
+@ranks.on_ranks(2)
+def test_communication_hooks_with_a_state_and_of_torch_stay(register):
+    """The buckets of a wrapper that is initialised anew have other sizes."""
+    model, opt = build(n_blocks=3)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1e-3)
+    register(ddp)
+    release_under_ddp(opt, lambda: ddp)
+    for step in range(12):
+        freeze(opt, *([UP] if step > 3 else []))
+        train(ddp, opt, 1, first=2 * step + torch.distributed.get_rank())
+    assert stopped(model) == [UP] and all(map(torch.equal, *ranks.gathered(values(model))))
+    hook = ddp._get_ddp_logging_data()["comm_hook"]
+    assert ("powerSGD" if register is power_sgd else "FP16_COMPRESS") in hook
+    for _, state in ddp._comm_hooks:  # it compresses nothing until the buckets have their sizes
+        assert state.iter < 10
+
+
+@ranks.on_ranks(2)
+def test_nothing_is_released_where_ranks_train_apart():
+    """torch's averagers leave out tensors without a gradient: they would stay apart."""
+    model, opt = build()
+    ddp = DistributedDataParallel(model)
+    alone, _ = torch.distributed.new_subgroups(1)
+    ddp.register_comm_hook(
+        PostLocalSGDState(None, alone, start_localSGD_iter=1), post_localSGD_hook
+    )
+    release_under_ddp(opt, lambda: ddp)
+    freeze(opt, UP)
+    with pytest.warns(UserWarning, match="post_localSGD_hook"):
+        train(ddp, opt, 3)
+    assert opt.frozen_units == [UP] and stopped(model) == []
+    with pytest.raises(RuntimeError, match=r"apply_freezes\(model\): with post_localSGD_hook"):
+        opt.apply_freezes(ddp)
 
 
 @ranks.on_ranks(2)
