@@ -942,21 +942,22 @@ def test_blocks_may_return_their_output_in_a_tuple_but_no_more():
 
 
 @pytest.mark.parametrize(
-    ("spoil", "of_base", "message"),
+    ("spoil", "later", "message"),
     [
         (lambda fc: fc.register_forward_hook(lambda *_: None), False, "hooks inside of Block"),
+        (lambda fc: fc.register_forward_hook(lambda *_: None), True, "hooks inside of Block"),
         (lambda fc: nn.init.zeros_(fc.weight), False, "weights below the cut have changed"),
         (lambda fc: nn.init.zeros_(fc.weight), True, "weights below the cut have changed"),
         (lambda fc: fc.requires_grad_(True), False, "have changed or train again"),
     ],
-    ids=["hook", "weight", "base weight", "trains"],
+    ids=["hook", "hook later", "weight", "base weight later", "trains"],
 )
-def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, of_base, message):
-    """Base weights are not among the tensors that a cut of adapters freezes."""
+def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, later, message):
+    """Before rows are stored, and after; base weights are not among what a cut freezes."""
     model = make()
-    model.layers[0].fc1.requires_grad_(not of_base)
+    model.layers[0].fc1.requires_grad_(not later)
     cache = cached(model)
-    if of_base:
+    if later:
         two_epochs(model, cache)
     spoil(model.layers[0].fc1)
     assert_not_cached(model, cache, message)

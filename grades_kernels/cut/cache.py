@@ -87,6 +87,8 @@ class ActivationCache:
         keys = [key.item() if isinstance(key, Tensor) else key for key in ids]
         if self._current_versions() != self._versions:
             raise _error("weights below the cut have changed or train again. Make a new cache.")
+        for block in self._frozen:
+            _check_hooks(block)
         ran: list[nn.Module] = []
         with ExitStack() as stack:
             skips = bool(keys) and all(key in self._rows for key in keys)
@@ -113,11 +115,7 @@ class ActivationCache:
                     "a frozen block is in training mode, so that dropout would differ in every "
                     "epoch. Use cut.apply(model, eval_frozen=True)."
                 )
-            if any(inner._forward_hooks for inner in block.modules() if inner is not block):
-                raise _error(
-                    f"hooks inside of {type(block).__name__} would not be called. Remove them; "
-                    "transformers sets them for output_router_logits and output_attentions."
-                )
+            _check_hooks(block)
             _hidden(args, kwargs)
             alone = isinstance(output, tuple) and len(output) == 1
             hidden = output[0] if alone else output
@@ -190,6 +188,14 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise _error("the inputs of a block do not begin with a tensor.")
     return hidden
+
+
+def _check_hooks(block: nn.Module) -> None:
+    if any(inner._forward_hooks for inner in block.modules() if inner is not block):
+        raise _error(
+            f"hooks inside of {type(block).__name__} would not be called. Remove them; "
+            "transformers sets them for output_router_logits and output_attentions."
+        )
 
 
 def _random_states(device: torch.device) -> list[Any]:
