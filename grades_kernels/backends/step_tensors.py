@@ -343,16 +343,20 @@ def check_gradients(groups: Groups) -> None:
                 raise RuntimeError(
                     "Adam does not support sparse gradients, please consider SparseAdam instead"
                 )
-            found = ""
+            named = f"the gradient of parameter {j} of group {i}"
             if grad.shape != p.shape:
-                found = f"has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}."
-            elif grad.device != p.device:
-                found = f"is on {grad.device}, the parameter on {p.device}: it was moved after "
-                found += "backward()."
-            elif hasattr(p, "_spec") != hasattr(grad, "_spec"):
-                found = f"is a {type(grad).__name__}, the parameter a {type(p).__name__}."
-            if found:
-                raise ValueError(f"the gradient of parameter {j} of group {i} {found}")
+                raise ValueError(
+                    f"{named} has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}."
+                )
+            if grad.device != p.device:
+                raise ValueError(
+                    f"{named} is on {grad.device}, the parameter on {p.device}: it was moved after "
+                    "backward()."
+                )
+            if hasattr(p, "_spec") != hasattr(grad, "_spec"):
+                raise ValueError(
+                    f"{named} is a {type(grad).__name__}, the parameter a {type(p).__name__}."
+                )
             if group["capturable"]:
                 check_capturable(p)
 

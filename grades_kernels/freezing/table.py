@@ -167,8 +167,14 @@ class Unit:
         self.is_published = False
 
     def event(self) -> FreezeEvent:
-        decision = self.decided_value, self.decided_tau, self.n_elements, self.decided_at
-        return FreezeEvent(self.frozen_at, self.name, *decision)
+        return FreezeEvent(
+            step=self.frozen_at,
+            unit=self.name,
+            statistic=self.decided_value,
+            tau=self.decided_tau,
+            n_elements=self.n_elements,
+            decided_at=self.decided_at,
+        )
 
 
 @dataclass(eq=False)

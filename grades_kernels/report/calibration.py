@@ -97,7 +97,9 @@ class Calibration:
         for (name, curve), (line, colour) in zip(self.curves.items(), styles, strict=False):
             points = [(x, (k + 1) / len(curve)) for k, x in enumerate(curve) if 0 < x < math.inf]
             taus, shares = zip(*points, strict=True) if points else ((), ())
-            left.step(taus, shares, where="post", label=name, color=colour, linestyle=line)
+            # matplotlib leaves out labels that begin with an underscore.
+            label = f" {name}" if name.startswith("_") else name
+            left.step(taus, shares, where="post", label=label, color=colour, linestyle=line)
             mark = self.marks[name]
             left.plot(mark, sum(x < mark for x in curve) / len(curve), marker="o", color=colour)
         left.axhline(self.share, color="0.5", linestyle=":", linewidth=1)
