@@ -148,9 +148,11 @@ def test_faults_are_noticed(edit, monkeypatch, tmp_path):
     """Each edit of a copy of the modules makes a test fail, or host and device disagree."""
     file, check = FAULTS[edit]
     old, new = edit.split(" -> ")
-    for module in MODULES:
-        full = f"grades_kernels.backends.{module}"
-        source = Path(importlib.import_module(full).__file__).read_text()
+    names = [f"grades_kernels.backends.{module}" for module in MODULES]
+    # All before the first copy, or they would import it, and go on using it after this test.
+    originals = [importlib.import_module(name) for name in names]
+    for module, full, original in zip(MODULES, names, originals, strict=True):
+        source = Path(original.__file__).read_text()
         if module == file:
             assert old in source, "the fault no longer fits the source"
             source = source.replace(old, new)
