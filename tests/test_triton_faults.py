@@ -1,10 +1,6 @@
 """Negative controls of the Triton tests: kernels, tables and engines that are wrong on purpose."""
 
-import importlib
-import importlib.util
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import test_triton_engine as engine
@@ -12,10 +8,10 @@ import test_triton_kernels as kernels
 import test_triton_parity as parity
 import test_triton_scaling as scaling
 import torch
+import triton_runs as tr
 from triton_runs import CUDA
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
-MODULES = ("triton_kernels", "triton_tables", "triton_engine")  # in the order of their imports
 
 
 def variant(statistic="change", timing="same_step", amsgrad=False, maximize=True):
@@ -138,7 +134,7 @@ ENGINE_FAULTS = {
 }
 FAULTS = {
     edit: (file, check)
-    for file, faults in zip(MODULES, (KERNEL_FAULTS, TABLE_FAULTS, ENGINE_FAULTS), strict=True)
+    for file, faults in zip(tr.MODULES, (KERNEL_FAULTS, TABLE_FAULTS, ENGINE_FAULTS), strict=True)
     for edit, check in faults.items()
 }
 
@@ -148,20 +144,7 @@ def test_faults_are_noticed(edit, monkeypatch, tmp_path):
     """Each edit of a copy of the modules makes a test fail, or host and device disagree."""
     file, check = FAULTS[edit]
     old, new = edit.split(" -> ")
-    names = [f"grades_kernels.backends.{module}" for module in MODULES]
-    # All before the first copy, or they would import it, and go on using it after this test.
-    originals = [importlib.import_module(name) for name in names]
-    for module, full, original in zip(MODULES, names, originals, strict=True):
-        source = Path(original.__file__).read_text()
-        if module == file:
-            assert old in source, "the fault no longer fits the source"
-            source = source.replace(old, new)
-        path = tmp_path / f"{module}.py"  # a file: Triton reads the source of its kernels
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(full, path)
-        copied = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, full, copied)
-        spec.loader.exec_module(copied)
+    tr.use_edited_modules(monkeypatch, tmp_path, {file: (old, new)})
     with pytest.raises((AssertionError, RuntimeError)) as caught:
         check()
     assert isinstance(caught.value, AssertionError) or "decided differently" in str(caught.value)

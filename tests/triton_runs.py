@@ -6,6 +6,9 @@ interpreter runs them on the CPU (see conftest.py).
 
 import copy
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
 
 import harness
 import pytest
@@ -27,6 +30,7 @@ SCALES = {
 }
 NEXT_STEP = {"freeze_timing": "next_step"}
 WEIGHT_CHANGE = {"statistic": "weight_change", "tau": 3.3, **NEXT_STEP}
+MODULES = ("triton_kernels", "triton_tables", "triton_engine")  # in the order of their imports
 LORA = [f"layers.0.self_attn.q_proj.lora_{x}.default.weight" for x in "AB"]
 
 
@@ -53,6 +57,23 @@ def engine_of(run):
 def module(name):
     """The backend's module as it is now: the negative controls replace it."""
     return importlib.import_module(f"grades_kernels.backends.{name}")
+
+
+def use_edited_modules(monkeypatch, folder, edits):
+    """Put copies of the backend's modules in use, with these edits: module -> (old, new) text."""
+    names = [f"grades_kernels.backends.{name}" for name in MODULES]
+    # All before the first copy, or they would import it, and go on using it afterwards.
+    originals = [importlib.import_module(name) for name in names]
+    for name, full, original in zip(MODULES, names, originals, strict=True):
+        source = Path(original.__file__).read_text()
+        old, new = edits.get(name, ("", ""))
+        assert old in source, "the edit no longer fits the source"
+        path = folder / f"{name}.py"  # a file: Triton reads the source of its kernels
+        path.write_text(source.replace(old, new) if old else source)
+        spec = importlib.util.spec_from_file_location(full, path)
+        copied = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, full, copied)
+        spec.loader.exec_module(copied)
 
 
 def table_at(t, statistic="change", tau=0.0, n_elements=1, **config):
