@@ -77,8 +77,15 @@ class FreezeConfig:
     Args:
         grace_steps: Steps before the first check, `t_grace` in the paper's Algorithm 1. None where
             nothing is monitored.
-        check_every, patience, freeze_timing, cooldown, max_frozen, tau_per, total_steps, stop_grad:
-            As in `GradESAdamW`.
+        check_every: Steps from one check to the next, at least 1.
+        patience: Consecutive checks below tau that decide a unit, at least 1.
+        freeze_timing: "same_step" decides before the update (Algorithm 1), "next_step" after it.
+        cooldown: Steps over which a decided unit's learning rate falls to zero before it freezes.
+        max_frozen: Share of decided units, in (0, 1], from which on all others are decided too.
+        tau_per: "unit" compares the sum with tau, "element" the sum over the number of elements.
+            A ratio is never divided.
+        total_steps: Planned optimizer steps, at least 1, or None.
+        stop_grad: Whether frozen tensors are released: "auto", True or False.
     """
 
     grace_steps: int | None = None
