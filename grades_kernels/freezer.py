@@ -51,7 +51,6 @@ class Freezer:
     unit_map: UnitMap
 
     def __init__(self, config: FreezeConfig) -> None:
-        self.config = config
         self.table = FreezeTable(config)
         self.ranks: Ranks | None = None
         self.engines: list[Engine] = []
@@ -60,6 +59,11 @@ class Freezer:
         self._warned: set[str] = set()
 
     # Readings, none of which makes anything anew
+
+    @property
+    def config(self) -> FreezeConfig:
+        """When checks take place and what they lead to."""
+        return self.table.config
 
     @property
     def is_mapped(self) -> bool:

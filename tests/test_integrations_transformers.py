@@ -445,6 +445,13 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [
         f"checkpoint-{first.state.global_step}"
     ]
+    optimizer = unwrap_optimizer(second.optimizer)
+    optimizer.thaw()
+    for group in optimizer.param_groups:
+        group["tau"] = 0.0
+    second.train()
+    assert second.state.global_step == STEPS
+    assert not torch.equal(second.model.lm_head.weight, first.model.lm_head.weight)
 
 
 @pytest.mark.filterwarnings("ignore:total_steps=4 is exceeded")

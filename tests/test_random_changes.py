@@ -192,8 +192,6 @@ class Changes(RuleBasedStateMachine):
 
     @invariant()
     def both_are_alike(self):
-        if not getattr(self, "worlds", None):
-            return
         (theirs, reference), (ours, optimizer) = self.worlds.values()
         assert decisions(optimizer) == decisions(reference)
         assert optimizer.all_frozen == reference.all_frozen

@@ -46,9 +46,9 @@ def choose(
     units = list(units)
     if fused is False or not params:
         return "reference"
-    if options and (options.differentiable or options.foreach):
-        return "reference"
-    if options and options.capturable and not units:
+    if options and (
+        options.differentiable or options.foreach or (options.capturable and not units)
+    ):
         return "reference"
     shared = "two parameters share memory" if shares_memory else None
     not_triton = why_not_triton(params, interpret=bool(fused), units=units) or shared

@@ -87,8 +87,6 @@ class ActivationCache:
         keys = [key.item() if isinstance(key, Tensor) else key for key in ids]
         if self._current_versions() != self._versions:
             raise _error("weights below the cut have changed or train again. Make a new cache.")
-        for block in self._frozen:
-            _check_hooks(block)
         ran: list[nn.Module] = []
         with ExitStack() as stack:
             skips = bool(keys) and all(key in self._rows for key in keys)
@@ -152,6 +150,9 @@ class ActivationCache:
             stack.callback(hook.remove)
 
     def _skip(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
+        for block in self._frozen:
+            _check_hooks(block)
+
         def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if block in ran:
                 raise _error("a frozen block runs twice. Use one context for each forward pass.")

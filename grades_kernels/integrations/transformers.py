@@ -239,11 +239,11 @@ class GradESCallback(TrainerCallback):
     ) -> None:
         """Raise, before the first step, if the optimizer cannot freeze or train anything."""
         grades = unwrap_optimizer(kwargs["optimizer"])
-        freezer, planned = grades._freezer, state.max_steps
-        if self.alpha is not None and freezer.table.t == 0:
-            config, grace_steps = freezer.config, exact_grace_steps(self.alpha, planned)
-            config = replace(config, total_steps=planned, grace_steps=grace_steps)
-            freezer.config = freezer.table.config = config
+        self._finished_at = None  # of an earlier call of train()
+        table, planned = grades._freezer.table, state.max_steps
+        if self.alpha is not None and table.t == 0:
+            grace_steps = exact_grace_steps(self.alpha, planned)
+            table.config = replace(table.config, total_steps=planned, grace_steps=grace_steps)
         report = grades.report()
         if self.cut is not None and self.cut.k is not None:
             disable_input_grads(kwargs["model"])  # train() has enabled checkpointing since `apply`
