@@ -18,7 +18,7 @@ from torch import nn
 
 from grades_kernels import GradESAdamW
 from grades_kernels.backends import select
-from grades_kernels.backends.tasks import KEEP
+from grades_kernels.backends.tasks import STATISTIC_BITS
 
 SHAPES = [(4, 4), (3, 17), (1, 40), (7,)]
 TAUS = [None, 0.0, 3.0, 8.0, 20.0, 1e9]
@@ -227,13 +227,13 @@ def test_random_changes(backend):
 
 
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
-def test_a_backend_that_stores_no_gradient_is_noticed(backend, monkeypatch):
+def test_a_backend_that_measures_nothing_is_noticed(backend, monkeypatch):
     """Negative control."""
     real = select.RUN_TASKS["native"]
 
-    def without_keep(tensors, tasks, *rest):
-        return real(tensors, [task & ~KEEP for task in tasks], *rest)
+    def unmeasured(tensors, tasks, *rest):
+        return real(tensors, [task & ~STATISTIC_BITS for task in tasks], *rest)
 
-    monkeypatch.setitem(select.RUN_TASKS, "native", without_keep)
+    monkeypatch.setitem(select.RUN_TASKS, "native", unmeasured)
     with pytest.raises(AssertionError):
         run(Changes, 200, phases=[Phase.generate])
