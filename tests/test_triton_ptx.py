@@ -1,0 +1,116 @@
+"""The compiled kernels, run from their PTX by an emulator (ptx.py), beside Triton's interpreter.
+
+Contract: the tests of the kernels pass on the code that is compiled for a GPU as they do in the
+interpreter; parameters, moments and decisions have the same bits in both. Every kind of fault that
+the emulator looks for is put into a copy of the kernels and must be found.
+
+Triton cannot compile in a process in which it has interpreted, so the emulator runs in others.
+"""
+
+import math
+import re
+import sys
+from functools import partial
+
+import pytest
+import torch
+from harness import ROOT, run_python
+from triton_runs import module, start, use_edited_modules, usual
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("the kernels run on the device itself", allow_module_level=True)
+
+SHAPES = ((3, 5), (65, 150), (7,))  # several programs, and lengths that are no multiple of a block
+TESTS = {
+    "sm_90": ("kernels", "scaling", "ptx"),
+    "sm_80": ("kernels",),
+    "sm_100": ("kernels",),
+}
+EMULATES = "ptx" in sys.modules  # as a plugin
+run_compiled = partial(run_python, cwd=ROOT, TRITON_INTERPRET=None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EMULATES, reason="it is what runs")
+@pytest.mark.parametrize("target", TESTS)
+def test_the_kernels_tests_pass_on_compiled_code(target):
+    files = [ROOT / "tests" / f"test_triton_{name}.py" for name in TESTS[target]]
+    done = run_compiled("-m", "pytest", "-q", "-p", "ptx", *files, PTX_TARGET=target)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    launches = re.search(r"(\d+) launches of PTX", done.stdout)
+    assert launches and int(launches[1]) > 500
+
+
+def several_steps(dtype=torch.float32, **options):
+    """Steps before and at checks, one unit freezing, on tensors one behind the other in memory."""
+    sizes = [math.prod(shape) for shape in SHAPES]
+    flat = torch.linspace(-1, 1, sum(sizes)).to(dtype).split(sizes)
+    params = [torch.nn.Parameter(x.view(shape)) for x, shape in zip(flat, SHAPES, strict=True)]
+    assert params[1].data_ptr() % 16 != 0
+    run = start(True, params=params, patience=2, **options)
+    for _ in range(6):
+        run.step(*usual(run))
+    return run
+
+
+CASES = [
+    (dtype, timing) for dtype in ("float32", "float16") for timing in ("same_step", "next_step")
+]
+
+
+@pytest.mark.skipif(EMULATES, reason="it needs the interpreter")
+def test_the_bits_are_those_of_the_interpreter(tmp_path):
+    done = run_compiled(__file__, tmp_path / "emulated.pt")
+    assert done.returncode == 0, done.stderr
+    emulated = torch.load(tmp_path / "emulated.pt")
+    interpreted = runs_of_all_cases()
+    assert [events for events, _ in interpreted] == [events for events, _ in emulated]
+    for (_, ours), (_, theirs) in zip(interpreted, emulated, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, x in ours.items():
+            assert torch.equal(x, theirs[name]), name
+
+
+def runs_of_all_cases():
+    found = []
+    for dtype, timing in CASES:
+        options = {"dtype": getattr(torch, dtype), "freeze_timing": timing, "amsgrad": True}
+        run = several_steps(tau=400.0, **options)
+        assert run.events and len(run.events) < len(run.opt.monitored_units)
+        found.append((run.events, run.tensors()))
+    return found
+
+
+FAULTS = {
+    "a tensor is taken for aligned": ("& 15) == 0", "& 1) == 0", "not aligned"),
+    "whole blocks are read at the end": ("mask=mask, other=0.0)", "mask=None)", "outside"),
+    "whole blocks are written at the end": ("element_ty), mask=mask)", "element_ty))", "outside"),
+    "a program goes on into the next one": (" - origin, span)", " - origin, 2 * span)", "write"),
+    "all programs of a tensor count its step": ("if index == 0:", "if index >= 0:", "the same"),
+    "all programs store one sum": (".first_program) + index)", ".first_program))", "the same"),
+}
+
+
+@pytest.mark.skipif(not EMULATES, reason="runs in the test above")
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(monkeypatch, tmp_path, name):
+    import ptx
+
+    old, new, message = FAULTS[name]
+    monkeypatch.delenv("TRITON_INTERPRET")  # read where the kernels are imported
+    use_edited_modules(monkeypatch, tmp_path, {"triton_kernels": (old, new)})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ptx.install(module("triton_engine"), "sm_90", monkeypatch.setattr)
+    with pytest.raises(ptx.Fault, match=message):
+        several_steps()
+
+
+if __name__ == "__main__":
+    import os
+
+    import ptx
+
+    ptx.install(module("triton_engine"), "sm_90")
+    os.environ["TRITON_INTERPRET"] = "1"  # CPU tensors are served
+    torch.save(runs_of_all_cases(), sys.argv[1])
