@@ -1,3 +1,4 @@
+import contextlib
 import os
 import sys
 
@@ -5,8 +6,11 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # `@triton.jit` reads this when the kernels are imported; they then run on CPU tensors.
+    # `@triton.jit` reads this when a kernel is imported, which then runs on CPU tensors. Triton's
+    # own functions are imported now: a test without the variable would import them otherwise.
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
 
 FUSED = {"reference": False, "native": None, "triton": True}
 """Implementation -> the value of `fused` that selects it for CPU tensors in these tests."""
