@@ -60,6 +60,16 @@ def is_frozen(state: Mapping[str, Any] | None) -> bool:
     return (state or {}).get("grades_frozen_at", NEVER) != NEVER
 
 
+def make_room(unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:
+    """Let one monitored tensor have a state after `t` steps, in which their number can be saved.
+
+    Without gradients none has one yet.
+    """
+    params = [p for p, _ in unit_map.monitored]
+    if t > 0 and params and not any(state.get(p) for p in params):
+        _init_state(params[0], state, groups)
+
+
 def write_unit(unit: Unit, unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:
     """Copy a row of the table into the state of the unit's tensors."""
     for p in unit_map.members[unit]:
@@ -184,12 +194,12 @@ def prepared(
     )
     if sizes != live_sizes:
         what = (
-            "a different number of parameter groups"
+            "has a different number of parameter groups"
             if len(sizes) != len(live_sizes)
-            else "a parameter group that doesn't match the size of optimizer's group"
+            else "contains a parameter group that doesn't match the size of optimizer's group"
         )
         raise ValueError(
-            f"loaded state dict contains {what}: it has groups of {sizes} tensors, the optimizer "
+            f"loaded state dict {what}: it has groups of {sizes} tensors, the optimizer "
             f"of {live_sizes}. State is matched by position: make the groups as they were made for "
             "the checkpoint, and apply its cut before (Cut.load)."
         )

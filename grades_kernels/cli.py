@@ -83,7 +83,6 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="in a clone: measure kernels or whole steps, or compile every kernel and inspect it",
-        add_help=False,  # --help is an option of the benchmark
     )
     bench.set_defaults(run=run_bench, failures=())
     bench.add_argument("name", choices=tuple(BENCHMARKS))

@@ -35,6 +35,7 @@ from .freezing.unit_map import (
 )
 from .rank_errors import naming_absent_ranks
 from .release import Release
+from .state_tensors import local
 
 
 class Freezer:
@@ -170,7 +171,7 @@ class Freezer:
         """
         table, groups, state = self.table, optimizer.param_groups, optimizer.state
         if not table.units and any([group["tau"] is not None for group in groups]):
-            raise ValueError(nothing_is_monitored(groups, self.unit_map))
+            self.warn_once(nothing_is_monitored(groups, self.unit_map))
         if table.t == 0 and (unused := unused_options(self.config, groups)):
             self.warn_once(unused)
         self.release.begin_run(self.unit_map, optimizer.process_group, self.ranks)
@@ -227,6 +228,8 @@ class Freezer:
         """
         self.release.stop_again()
         if self.table.has_changes:
+            if idle := _idle_units(self.table, self.unit_map):
+                self.warn_once(idle)
             self._release_where_safe(optimizer, self.table.release_batch())
             self.table.has_changes = False
 
@@ -358,6 +361,7 @@ class Freezer:
     def write_state(self, optimizer: Any) -> None:
         """Copy the whole table into the state."""
         self._adopt_state(optimizer)
+        checkpoint.make_room(self.unit_map, optimizer.state, optimizer.param_groups, self.table.t)
         for unit in self.unit_map.members:
             self._write_unit(optimizer, unit)
 
@@ -433,6 +437,20 @@ class Freezer:
             while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
                 level, frame = level + 1, frame.f_back
             warnings.warn(message, stacklevel=level)
+
+
+def _idle_units(table: FreezeTable, unit_map: UnitMap) -> str:
+    """A sentence about the units that get no gradient where no others are undecided, or ""."""
+    idle = table.never_measured()
+    grads = [p.grad for unit in idle for p in unit_map.members[unit]]
+    if not idle or any(g is not None and local(g).norm() != 0 for g in grads):
+        return ""
+    return (
+        f"{len(idle)} of {len(table.units)} units, such as {idle[0].name!r}, have no gradient "
+        "other than zero and no statistic so far, while all others are decided: all_frozen stays "
+        "False. max_frozen below 1 freezes such units with the others, requires_grad=False leaves "
+        "them out."
+    )
 
 
 def _make_engines(

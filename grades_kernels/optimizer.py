@@ -47,8 +47,8 @@ class GradESAdamW(AdamW):
         fused: None chooses a fused backend where there is one, else the reference; False is the
             reference; True is a fused backend or a RuntimeError. May differ per group.
         tau: Threshold of the statistic; may differ per parameter group and be changed between
-            steps. None (default): not monitored. 0.0 measures and never freezes. "auto", for
-            "signal" alone: 1.2.
+            steps. None (default): not monitored. 0.0 measures and never freezes, except with the
+            others by `max_frozen`. "auto", for "signal" alone: 1.2.
         alpha: Share of `total_steps` that is the grace period, in [0, 1). Default 0.5.
         total_steps: Planned optimizer steps, at least 1.
         grace_steps: Steps before the first check; in place of `alpha * total_steps`.

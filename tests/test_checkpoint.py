@@ -1212,3 +1212,19 @@ def test_a_threshold_of_another_number_type_can_be_saved(number, tmp_path):
     opt.report().save(tmp_path / "report.json")
     torch.save(opt.state_dict(), tmp_path / "opt.pt")
     assert torch.load(tmp_path / "opt.pt", weights_only=True)["param_groups"][0]["tau"] == 1.5
+
+
+@pytest.mark.parametrize("bias_grads", [(1.0, None, 1.0), (None, None, None)])
+def test_steps_without_a_gradient_of_a_matrix_are_counted_in_a_checkpoint(bias_grads):
+    def fresh():
+        return GradESAdamW(parameters((4, 4), (4,)), tau=0.0, grace_steps=4)
+
+    opt, resumed = fresh(), fresh()
+    for grad in bias_grads:
+        feed(opt, None, grad)
+    resumed.load_state_dict(opt.state_dict())
+    for run in (opt, resumed):
+        feed(run, 1.0, 1.0)
+        feed(run, 1.5, 1.0)  # step 5, the first check
+    assert resumed.statistics() == opt.statistics() == {"group0.param0": pytest.approx(8.0)}
+    assert_same(resumed.state_dict(), opt.state_dict())

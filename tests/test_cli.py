@@ -133,6 +133,13 @@ def test_bench_passes_arguments_and_status_on(name, module, monkeypatch):
     assert run.call_args.args[0][1:] == ["-m", f"benchmarks.{module}", "--device", "cpu"]
 
 
+def test_bench_has_a_help_of_its_own(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--help"])
+    assert caught.value.code == 0
+    assert "{kernels,step,codegen}" in capsys.readouterr().out
+
+
 def test_bench_without_a_checkout_explains_how_to_get_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "grades_kernels" / "cli.py"))
     assert main(["bench", "step"]) == 2

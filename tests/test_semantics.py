@@ -11,6 +11,7 @@ import math
 import warnings
 from decimal import ROUND_CEILING, Decimal
 
+import numpy as np
 import pytest
 import torch
 from conftest import FUSED
@@ -952,7 +953,9 @@ def test_an_impossible_argument_is_named_with_its_value_and_range(name, value, a
         assert word in message.replace(str(value), "", 1)
 
 
-@pytest.mark.parametrize(("name", "value"), [("tau", -1.0), ("tau", NAN), ("statistic", "spread")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("tau", -1.0), ("tau", NAN), ("tau", "low"), ("statistic", "spread")]
+)
 def test_an_impossible_group_value_is_refused_early_and_late(name, value):
     with pytest.raises(ValueError, match=name):
         optimizer([{"params": matrices(1), name: value}])
@@ -969,6 +972,20 @@ def test_an_impossible_group_value_is_refused_early_and_late(name, value):
     assert_same(snapshot(opt), before)
 
 
+@pytest.mark.parametrize("name", ["patience", "cooldown", "grace_steps", "max_frozen"])
+def test_a_group_cannot_have_an_option_of_the_whole_optimizer(name):
+    with pytest.raises(ValueError, match=rf"group has {name}=0\.5, the optimizer"):
+        optimizer([{"params": matrices(1), name: 0.5}])
+    own = optimizer(matrices(1))
+    own.add_param_group({"params": matrices(1), "patience": 1})  # the same: a wrapper's copy
+
+
+def test_integers_of_numpy_are_integers():
+    opt = optimizer(matrices(1), patience=np.int64(2), total_steps=np.int32(4), alpha=0.5)
+    assert type(opt._freezer.config.grace_steps) is type(opt._freezer.config.patience) is int
+    assert freezes(run([LOW] * 3, patience=np.int64(2))) == [(2, 0)]
+
+
 def test_tau_needs_a_grace_period():
     for params, own in ((matrices(1), {"tau": 1.0}), ([{"params": matrices(1), "tau": 1.0}], {})):
         with pytest.raises(ValueError, match=r"(?s)(?=.*total_steps)(?=.*grace_steps)"):
@@ -982,6 +999,30 @@ def test_tau_with_nothing_to_monitor_is_an_error_at_the_first_step():
     with pytest.raises(ValueError, match="tau"):
         feed(opt, 1.0, 1.0)
     assert [p.sum().item() for p in params] == [3.0, 1.0]
+
+
+def test_monitored_tensors_may_all_rest_for_a_while():
+    """A head or the norms may be trained alone for some steps, as under AdamW."""
+    [weight], [bias] = matrices(1), matrices(1, (1,))
+    opt = optimizer([weight, bias])
+    weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="nothing is measured or frozen until") as caught:
+        feed(opt, None, HIGH)
+        feed(opt, None, HIGH)
+    assert len(caught) == 1 and opt.monitored_units == []
+    weight.requires_grad_(True)
+    feed(opt, LOW, HIGH)
+    assert freezes(opt) == [(3, 0)]
+
+
+def test_units_that_can_never_freeze_are_named():
+    """Some models have matrices whose gradient is zero by construction."""
+    opt = optimizer(matrices(3))
+    feed(opt, LOW, HIGH, 0.0)
+    feed(opt, None, LOW, 0.0)
+    with pytest.warns(UserWarning, match=r"1 of 3 units, such as 'group0.param2'.*max_frozen"):
+        feed(opt, None, None, 0.0)
+    assert not opt.all_frozen
 
 
 def test_single_groups_without_anything_to_monitor_are_normal():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from .table import STATISTICS, FreezeConfig
 
 TIMINGS = ("same_step", "next_step")
+_LEAST = {"total_steps": 1, "grace_steps": 0, "check_every": 1, "patience": 1, "cooldown": 0}
 
 
 def exact_grace_steps(alpha: float, total_steps: int) -> int:
@@ -28,12 +29,12 @@ def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
         ValueError: For a value out of range, naming the argument, the value and the range.
     """
     check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
-    check_integer("total_steps", arguments["total_steps"], 1, optional=True)
-    check_integer("grace_steps", arguments["grace_steps"], 0, optional=True)
-    check_integer("check_every", arguments["check_every"], 1)
-    check_integer("patience", arguments["patience"], 1)
-    check_integer("cooldown", arguments["cooldown"], 0)
     check_number("max_frozen", arguments["max_frozen"], "(0, 1]", lambda x: 0 < x <= 1)
+    for name, least in _LEAST.items():
+        optional = name in ("total_steps", "grace_steps")
+        if not (optional and arguments[name] is None):
+            check_integer(name, arguments[name], least)
+            arguments[name] = int(arguments[name])  # NumPy's cannot be loaded by `torch.load`
     check_choice("tau_per", arguments["tau_per"], ("unit", "element"))
     check_choice("freeze_timing", arguments["freeze_timing"], TIMINGS)
     stop_grad = arguments["stop_grad"]
@@ -51,6 +52,12 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         ValueError: For an impossible value, or a combination that cannot work.
     """
     tau, statistic = group["tau"], group["statistic"]
+    for name, value in vars(config).items():  # ZeroRedundancyOptimizer copies them into groups
+        if group.get(name) not in (None, value):
+            raise ValueError(
+                f"a parameter group has {name}={group[name]!r}, the optimizer {value!r}: it is the "
+                "same for all groups. A group may have a tau and a statistic of its own."
+            )
     if not group.get("decoupled_weight_decay", True):
         raise ValueError(
             "decoupled_weight_decay=False is Adam's weight decay, not AdamW's: leave it out."
@@ -111,10 +118,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
-def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"Invalid {name}: {value!r} (must be an integer of at least {least})")
 
 

@@ -325,6 +325,12 @@ class FreezeTable:
             return self.config.cooldown_factor(self.t, self.all_decided_at)
         return 0.0 if unit.is_frozen else self.config.cooldown_factor(self.t, unit.decided_at)
 
+    def never_measured(self) -> list[Unit]:
+        """The undecided units, if some are decided and these have had no statistic so far."""
+        left = [unit for unit in self.units if not unit.is_decided]
+        idle = len(left) < len(self.units) and all(math.isnan(unit.value) for unit in left)
+        return left if idle else []
+
     @property
     def unreleased(self) -> list[Unit]:
         """The frozen units whose gradients and moments have not been released."""

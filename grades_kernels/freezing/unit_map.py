@@ -37,8 +37,8 @@ class UnitMap:
         group_units: Per group its units.
         settings: Per group its number of tensors, whether it is monitored, its statistic, and
             whether embeddings, heads, norms and biases are monitored too (`monitor_all`).
-        taus: Per group the threshold that its units have.
-        untrained: Tensors of monitored groups that need no gradient and so belong to no unit.
+        taus: Per group the `tau` that its units have.
+        untrained: Tensors that would be monitored but need no gradient, and so belong to no unit.
         names: Per group the names of its tensors, or None.
         attached: The names that `attach(model)` gave, or None.
     """
@@ -48,7 +48,7 @@ class UnitMap:
     members: dict[Unit, tuple[Tensor, ...]]
     group_units: tuple[tuple[Unit, ...], ...]
     settings: list[tuple[int, bool, str, bool]]
-    taus: list[float | None]
+    taus: list[Any]
     untrained: tuple[Tensor, ...]
     names: list[list[str] | None]
     attached: list[list[str]] | None = None
@@ -105,9 +105,9 @@ class UnitMap:
         return replace(self, taus=thresholds(groups))
 
 
-def thresholds(groups: Groups) -> list[float | None]:
-    """The threshold of every parameter group, as a number."""
-    return [_threshold(group) for group in groups]
+def thresholds(groups: Groups) -> list[Any]:
+    """The `tau` of every parameter group as it was given."""
+    return [group["tau"] for group in groups]
 
 
 def make_unit_map(
@@ -151,15 +151,15 @@ def make_unit_map(
             params.append(p)
             frozen, name, unit = is_frozen(p), None, None
             full_name = canonical_name(names[j]) if names else f"{prefix}group{i}.param{j}"
-            if tau is not None and (p.requires_grad or frozen):
+            if tau is not None:
                 if names:
                     name = unit_of(full_name, p.shape, p.dtype)
                 by_shape = group.get("monitor_all") or (not names and p.dim() >= 2)
                 if name is None and by_shape and p.is_floating_point() and p.numel() > 0:
                     name = full_name
-            elif tau is not None:
+            if name is not None and not (p.requires_grad or frozen):
                 untrained.append(p)
-            if tau is not None and name is not None:
+            elif tau is not None and name is not None:
                 if full_name in seen:
                     raise ValueError(
                         f"two parameters are called {full_name!r}: units need names of their own."
@@ -251,7 +251,16 @@ def former_units(unit_map: UnitMap, members: dict[Unit, tuple[Tensor, ...]]) -> 
 
 
 def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
-    """The message for groups with a threshold and no tensor to compare with it."""
+    """A sentence for groups with a threshold and no tensor now to compare with it.
+
+    Raises:
+        ValueError: If there can be none, whatever needs a gradient.
+    """
+    if unit_map.untrained:
+        return (
+            "tau is set, but every tensor that could be monitored has requires_grad=False: nothing "
+            "is measured or frozen until one needs a gradient."
+        )
     seen = []
     for (i, pairs), group in zip(unit_map.by_group(), groups, strict=True):
         names = unit_map.names[i] or [""] * len(pairs)
@@ -260,7 +269,7 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
             for name, (p, _) in zip(names[:4], pairs, strict=False)
         ]
         seen.append(f"group {i} (tau={group['tau']}): {', '.join(shapes) or 'empty'}")
-    return (
+    raise ValueError(
         "tau is set but not one tensor can be monitored: units are floating tensors of two or more "
         "dimensions that need a gradient, by name neither embedding, output head, norm nor bias. "
         f"Seen: {'; '.join(seen)}. Pass the weight matrices, or tau=None."
