@@ -34,7 +34,7 @@ from .freezing.unit_map import (
     thresholds,
 )
 from .rank_errors import naming_absent_ranks
-from .release import Release
+from .release import NOTHING_LEFT, Release
 from .state_tensors import local
 
 
@@ -236,8 +236,7 @@ class Freezer:
     def _release_where_safe(self, optimizer: Any, units: list[Unit]) -> None:
         if not units or self.config.stop_grad is False:
             return
-        automatic = self.config.stop_grad == "auto"
-        reason = self._why_not_release(optimizer, automatic=automatic)
+        reason = self._why_not_release(optimizer, automatic=self.config.stop_grad == "auto")
         self.release.raise_if_required(reason)
         if reason is None:
             ddp = self.release.ddp
@@ -245,6 +244,8 @@ class Freezer:
             if ddp is None or any(p.requires_grad and p not in chosen for p in ddp.parameters()):
                 self._release_units(optimizer, units)
                 self.release.rewrap(ddp)
+            if not any(p.requires_grad for p in self.unit_map.params):
+                self.warn_once(NOTHING_LEFT)
         else:
             self.warn_once(f"frozen matrices go on receiving gradients: {reason}")
 

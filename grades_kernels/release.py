@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 State = Mapping[Tensor, dict[str, Any]]
 
+NOTHING_LEFT = (
+    "every parameter of this optimizer is frozen and needs no gradient any more. Where nothing "
+    "else trains, backward() raises from now on: stop when optimizer.all_frozen is true, or use "
+    "stop_grad=False."
+)
+
 
 class Release:
     """Releases the frozen tensors of one optimizer.

@@ -390,7 +390,8 @@ def test_the_documented_loop_ends_before_a_backward_without_gradients():
         if opt.all_frozen:
             break
     assert step == 2
-    opt.step()  # one more is harmless
+    with pytest.warns(UserWarning, match="every parameter of this optimizer is frozen"):
+        opt.step()  # one more is harmless
     assert stopped(model) == [n for n, _ in model.named_parameters()]
 
 
