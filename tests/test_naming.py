@@ -58,6 +58,7 @@ NAMES = {
         block.0.layer.1.EncDecAttention.q.weight layers.0.attn.in_proj_weight
         deberta.encoder.layer.0.attention.self.pos_key_proj.weight
         embed_model.layers.0.fc.weight q_proj.base_layer.weight
+        0.attn.output.weight 0.mlp.0.weight 0.model.encoder.layer.1.output.dense.weight
         """,
     "embedding": """
         embed_tokens.weight wte.weight wpe.weight shared.weight model.shared.weight
@@ -69,6 +70,7 @@ NAMES = {
         electra.embeddings_project.weight embed_tokens.base_layer.weight mask_emb
         embed_tokens.modules_to_save.default.weight prompt_encoder.default.embedding.weight
         layers.0.rel_attn.seg_embed embed_tokens.lora_embedding_A.default
+        0.model.shared.weight 0.auto_model.shared.weight
         """,
     "output head": """
         head.weight lm_head.weight classifier.weight score.weight LMHead.weight
@@ -80,6 +82,8 @@ NAMES = {
         bert.pooler.dense.weight lm_head.base_layer.weight lm_head.lora_A.default.weight
         score.modules_to_save.default.weight discriminator_predictions.dense.weight
         logits_proj.weight classification_head.dense.weight
+        0.cls.predictions.transform.dense.weight 0.model.pooler.dense.weight
+        0.lm_head.dense.weight model.0.model.pooler.dense.weight
         """,
     "norm": """
         ln_f.weight ln_1.weight norm.weight q_norm.weight norm_f.weight norms.0.weight
@@ -180,6 +184,9 @@ def test_lora_factors_are_one_unit(factors, adapter):
     assert not is_lora_factor("m.0.q_proj.base_layer.weight")
 
 
+UNET = "attentions.0.transformer_blocks.2"
+
+
 @pytest.mark.parametrize(
     ("unit", "expected"),
     [
@@ -204,7 +211,22 @@ def test_lora_factors_are_one_unit(factors, adapter):
         ("model.layers.4.mlp.down_proj.modules_to_save.other.weight", (4, "down_proj")),
         ("blocks.0.mlp.0.weight", (0, "mlp.0")),
         ("encoder.layers.encoder_layer_3.mlp.0.weight", (3, "mlp.0")),
-        ("layer2.0.fc.weight", (2, "0.fc")),
+        ("layer2.0.fc.weight", (2, "fc")),
+        ("0.model.encoder.layer.3.attention.self.query.weight", (3, "attention.self.query")),
+        ("model.0.auto_model.layers.3.self_attn.q_proj.lora.default", (3, "q_proj.lora")),
+        ("0.encoder.layers.encoder_layer_3.mlp.0.weight", (3, "mlp.0")),
+        ("0.mlp.0.weight", (0, "mlp.0")),
+        ("1.attn.in_proj_weight", (1, "attn.in_proj_weight")),
+        ("1.experts.5.w1.weight", (1, "experts.w1")),
+        ("swin.encoder.layers.2.blocks.5.attention.q_proj.weight", (2, "q_proj")),
+        ("stages.2.blocks.1.attn_grid.attn.qkv.weight", (2, "attn_grid.attn.qkv")),
+        ("features.5.3.mlp.0.weight", (5, "mlp.0")),
+        ("blocks.0.mlp.layers.1.weight", (0, "mlp.layers.1")),
+        ("layers.0.layers.1.weight", (0, "layers.1")),
+        ("layers.0.blocks.1.lora.default", (0, "blocks.1.lora")),
+        (f"down_blocks.1.{UNET}.attn1.to_out.0.weight", (1, "attn1.to_out.0")),
+        (f"up_blocks.1.{UNET}.ff.net.0.proj.weight", (1, "decoder.ff.net.0.proj")),
+        ("mid_block.resnets.1.time_emb_proj.weight", (1, "time_emb_proj")),
         ("0.weight", (0, "weight")),
         ("net.2.weight", (2, "net")),
         ("fc1.weight", (None, "fc1")),
@@ -215,6 +237,19 @@ def test_lora_factors_are_one_unit(factors, adapter):
 )
 def test_layer_and_kind(unit, expected):
     assert layer_and_kind(unit) == expected
+
+
+@pytest.mark.parametrize(
+    ("unit", "stack"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", "model.layers"),
+        ("0.model.layers.3.mlp.up_proj.weight", "0.model.layers"),
+        ("1.mlp.0.weight", ""),
+        ("fc1.weight", "fc1.weight"),
+    ],
+)
+def test_stack_of(unit, stack):
+    assert naming.stack_of(unit) == stack
 
 
 def test_both_factors_of_an_adapter_on_a_gate_are_one_unit():

@@ -329,6 +329,14 @@ def shallow():
     return nn.Sequential(*linears(8), nn.ReLU())
 
 
+def head():
+    return nn.ModuleDict({"linear": nn.Linear(8, 8), "activation": nn.Tanh()})
+
+
+def stem():
+    return nn.ModuleDict({"conv": nn.Conv1d(8, 8, 3), "norm": nn.BatchNorm1d(8)})
+
+
 def torch_layers():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -336,7 +344,6 @@ def torch_layers():
 
 TORCH_LAYER = "self_attn.in_proj_weight self_attn.out_proj linear1 linear2"
 EXPERT_BLOCKS = {"attn.in_proj_weight": 2, "attn.out_proj": 2, "experts.w1": 6}
-SHELL = {f"blocks.{layer}.{kind}": 1 for layer in (0, 1) for kind in BLOCK.split()}
 
 # id: a model with blocks (made on demand), kinds of its units with their numbers
 CONTAINERS = {
@@ -353,7 +360,18 @@ CONTAINERS = {
     ),
     "at-the-root": (lambda: nn.Sequential(Block(), Block()), per_layer(BLOCK)),
     "sequentials": (lambda: nn.Sequential(shallow(), shallow(), *linears(2)), {"0": 2}),
-    "shell-is-no-block": (lambda: nn.Sequential(two_blocks()), SHELL),
+    "shell-is-no-block": (lambda: nn.Sequential(two_blocks()), per_layer(BLOCK)),
+    "heads-of-one-class": (lambda: nn.Sequential(two_blocks(), head(), head()), per_layer(BLOCK)),
+    "below-a-list-of-linears": (
+        lambda: nn.Sequential(
+            Block(), Block(), nn.ModuleDict({"parts": nn.ModuleList(linears(2))})
+        ),
+        per_layer(BLOCK) | {"parts.0": 1},
+    ),
+    "with-a-convolutional-stem": (
+        lambda: nn.Sequential(nn.Sequential(stem(), stem()), Block(), Block()),
+        per_layer(BLOCK),
+    ),
     "experts-and-linear-router": (lambda: two_blocks(moe=True), EXPERT_BLOCKS),
     "torch-transformer": (torch_layers, per_layer(TORCH_LAYER)),
 }

@@ -22,6 +22,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # DDP, DataParallel, AveragedModel and PEFT wrap the whole model. These words can also be the
 # model's own further inside ("decoder.module.fc"), so they are removed from the front only.
 _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
+# A model in an nn.Sequential, as in sentence-transformers, or a block of one.
+_IN_SEQUENTIAL = re.compile(r"^(?:model\.)?\d+\.")
 
 _LORA_FACTOR = re.compile(r"lora_[ABEabe]")  # E: the singular values of AdaLoRA
 _WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -45,7 +47,7 @@ _HEAD_OUTSIDE_BLOCKS = re.compile(
 # These words mean a head only at the top of a model: "output.weight" of Meta's Llama is one,
 # "layers.0.attention.output.weight" is not.
 _HEADS_AT_THE_TOP = frozenset({"output", "decoder", "generator", "proj_out"})
-_SHELLS = frozenset({"model", "transformer", "decoder"})
+_SHELLS = frozenset({"model", "auto_model", "transformer", "decoder"})
 
 # A block has at most one matrix of such a name, apart from experts and cross attention.
 _UNIQUE_IN_BLOCK = re.compile(
@@ -55,7 +57,9 @@ _GENERIC_PARTS = frozenset(
     {"self_attn", "self_attention", "attention", "attn", "mixer", "mlp", "feed_forward", "ffn"}
     | {"block_sparse_moe", "moe"}
 )
-_STACKS = {"decoder": "decoder.", "vision": "vision.", "visual": "vision.", "audio": "audio."}
+_STACKS = {"decoder": "decoder.", "vision": "vision.", "visual": "vision.", "audio": "audio."} | {
+    "up": "decoder."  # the second half of a U-Net
+}
 
 
 def canonical_name(name: str) -> str:
@@ -109,7 +113,7 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
     parts = canonical_name(name).split(".")
     if any(part.startswith("lora_embedding_") for part in parts):
         return "embedding"
-    path = _path(parts)
+    path = _path(_IN_SEQUENTIAL.sub("", ".".join(parts)).split("."))
     named = [part for part in path if not part.isdigit()]
     if not named:
         return None
@@ -156,21 +160,28 @@ def is_lora_factor(name: str) -> bool:
 
 _INDEX = re.compile(r"(?:\w*(?:layer|block)_?)?(\d+)", re.IGNORECASE)
 """A part of a name that numbers a repeated block: "3" or "block_3"."""
+_BLOCKS = r"\w*(?:layer|block|stage)s?|levels|h|resnets|attentions|transformer"
+"""Lists of blocks, in a whole model or in a larger block."""
+# "blocks.1." in "layers.0.blocks.1.attn.qkv" of Swin, "layer.1." in "block.0.layer.1" of T5.
+_INNER_BLOCKS = re.compile(rf"^(?:(?:(?:{_BLOCKS})\.)?(?:\d+\.)+(?!lora$)(?=\D))+")
 
 
 def stack_of(unit: str) -> str:
-    """What stands before the first index in the name of a unit: "model.layers", for example."""
-    return ".".join(takewhile(lambda part: not _INDEX.fullmatch(part), unit.split(".")))
+    """What stands before the index of the layer in the name of a unit, such as "model.layers"."""
+    parts = unit.split(".")
+    return ".".join(parts[: _block_position(parts)])
 
 
 def layer_and_kind(unit: str) -> tuple[int | None, str]:
     """The layer of a unit and its kind, which is the same in every layer, for reports.
 
-    The layer is the first index in the name, or None. The kind is the rest of the name without
-    generic words: "model.layers.3.self_attn.q_proj.weight" is (3, "q_proj"). Words that
-    distinguish matrices stay, as in "attn.c_proj" and "mlp.c_proj" of GPT-2. A second stack is
-    named: "decoder.SelfAttention.q" of T5. The experts of a layer share a kind ("experts.w1"), and
-    so do the adapters of a matrix ("q_proj.lora"). "group0.param3" is (None, "group0").
+    The layer is the first index in the name, apart from that of a whole model in an nn.Sequential,
+    or None. The kind is the rest of the name without generic words and the indices of blocks inside
+    of a block: "model.layers.3.self_attn.q_proj.weight" is (3, "q_proj"), and so is
+    "layers.3.blocks.1.attention.q_proj.weight" of Swin. Words that distinguish matrices stay, as in
+    "attn.c_proj" and "mlp.c_proj" of GPT-2. A second stack is named: "decoder.SelfAttention.q" of
+    T5. The experts of a layer share a kind ("experts.w1"), and so do the adapters of a matrix
+    ("q_proj.lora"). "group0.param3" is (None, "group0").
     """
     if nameless := re.fullmatch(r"(group\d+)\.param\d+", unit):
         return None, nameless[1]
@@ -181,12 +192,22 @@ def layer_and_kind(unit: str) -> tuple[int | None, str]:
         parts = parts[:-1]
     before_copy = takewhile(lambda part: part != "modules_to_save", parts)
     parts = [part for part in before_copy if part != "base_layer"]
-    for position, part in enumerate(parts):
-        if index := _INDEX.fullmatch(part):
-            stack, inside = parts[:position], _kind_parts(parts[position + 1 :])
-            kind = ".".join(inside) or (stack[-1] if stack else "weight")
-            return int(index[1]), _second_stack(stack) + kind
-    return None, ".".join(parts)
+    position = _block_position(parts)
+    index = _INDEX.fullmatch(parts[position]) if position < len(parts) else None
+    if index is None:
+        return None, ".".join(parts)
+    stack, inside = parts[:position], _kind_parts(parts[position + 1 :])
+    kind = ".".join(inside) or (stack[-1] if stack else "weight")
+    return int(index[1]), _second_stack(stack) + kind
+
+
+def _block_position(parts: list[str]) -> int:
+    """The position of the index of the layer, or the number of components."""
+    indices = [i for i, part in enumerate(parts) if _INDEX.fullmatch(part)]
+    if _IN_SEQUENTIAL.match(".".join(parts)):
+        inner = [i for i in indices[1:] if re.fullmatch(_BLOCKS, parts[i - 1])]
+        indices = inner or indices
+    return next(iter(indices), len(parts))
 
 
 def _path(parts: Sequence[str]) -> list[str]:
@@ -209,11 +230,8 @@ def _factor_position(parts: Sequence[str]) -> int | None:
 
 def _kind_parts(inside: list[str]) -> list[str]:
     """The components after the layer's index, without the generic ones."""
-    # T5 numbers the two or three parts of a block, and names them too.
-    if len(inside) > 2 and inside[0] == "layer" and inside[1].isdigit():
-        inside = inside[2:]
     kind: list[str] = []
-    for part in inside:
+    for part in _INNER_BLOCKS.sub("", ".".join(inside)).split("."):
         if not (part.isdigit() and kind and _EXPERT.fullmatch(kind[-1])):
             kind.append(part)
     if len(kind) > 1 and kind[0] in _GENERIC_PARTS:

@@ -39,9 +39,10 @@ def grades_param_groups(
     `nn.MultiheadAttention`, experts stacked in one parameter of 3 dimensions) inside the repeated
     blocks of the model, and LoRA factors anywhere, unless their names say otherwise (a router, for
     example). Blocks are the modules of an `nn.ModuleList` or a numbered `nn.ModuleDict`, and those
-    of an `nn.Sequential` whose class occurs in it again (or that is alone in it). All other tensors
-    are trained as by AdamW. A weight shared by several linear layers is monitored under its first
-    name, one tied to a head is not. Tensors with `requires_grad=False` are left out.
+    of an `nn.Sequential` whose class occurs in it again (or that is alone in it), unless a module
+    of another class beside them has larger blocks. All other tensors are trained as by AdamW. A
+    weight shared by several linear layers is monitored under its first name, one tied to a head is
+    not. Tensors with `requires_grad=False` are left out.
 
     Args:
         model: The model, bare or wrapped (DDP, FSDP, torch.compile, PEFT).
@@ -169,12 +170,20 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         composed = [child for child in children if next(child.children(), None) is not None]
         classes = Counter(map(type, composed))
         repeated = [child for child in composed if classes[type(child)] > 1]
+        others = (child for child in composed if classes[type(child)] == 1)
+        within = [x for child in others for x in _linear_weights(child)]
+        if _n_elements(within) > _n_elements(x for child in repeated for x in child.parameters()):
+            repeated = []  # heads of one class, above a model that has the blocks
         if len(children) == 1 and composed and next(_blocks(composed[0]), None) is None:
             repeated = composed  # one block, as in a model of depth 1, and no shell around others
     yield from repeated
     for child in children:
         if child not in repeated:
             yield from _blocks(child)
+
+
+def _n_elements(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() for x in tensors)
 
 
 def _checked_number(argument: str, value: Any) -> float:
