@@ -284,6 +284,8 @@ def frozen_prefix(units: Sequence[Unit], unit_map: UnitMap) -> tuple[int, tuple[
     below = []
     for name, p, row in unit_map.named() if prefix else ():
         layer, _ = layer_and_kind(name)
+        if (own := stack_of(name)) not in stacks and any(x.startswith(own) for x in stacks):
+            layer = None  # its index is that of a module in an nn.Sequential around the stack
         is_below = is_embedding(name, p) if layer is None else layer <= prefix[-1]
         if is_below and p.requires_grad and (row is None or not row.is_frozen):
             below.append(name)

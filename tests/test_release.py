@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grades_kernels import FreezeReport, GradESAdamW
+from grades_kernels import FreezeReport, GradESAdamW, grades_param_groups
 from grades_kernels.integrations import release_under_ddp
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -430,6 +430,16 @@ def test_of_two_stacks_none_is_the_lowest():
     feed(opt, *[1.0] * 4)
     assert opt.frozen_units == ["encoder.0.weight", "encoder.1.weight"]
     assert opt.report().frozen_blocks == 0
+
+
+def test_heads_beside_a_model_in_a_sequential_are_not_below_its_blocks():
+    model = nn.Sequential(Blocks(2), nn.Linear(8, 8))
+    opt = GradESAdamW(grades_param_groups(model, tau=math.inf), grace_steps=0, statistic="norm")
+    train(model, opt, 1)
+    norms = [f"0.layers.{k}.norm.{name}" for name in ("weight", "bias") for k in (0, 1)]
+    report = opt.report()
+    assert report.frozen_blocks == 2
+    assert sorted(report.trained_below) == sorted(["0.embed.weight", *norms])
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
