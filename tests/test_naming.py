@@ -44,7 +44,9 @@ def test_components_of_the_model_itself_stay(name):
 
 NAMES = {
     None: """
-        a weight 0.weight fc1.weight fc.weight w1 encoder.weight net.2.weight out.weight
+        a weight 0.weight fc1.weight fc.0.weight 0.fc.weight w1 encoder.weight net.2.weight
+        out.weight layers.0.rel_pos_proj.weight layers.0.bias_mlp.0.weight layers.0.tables
+        layers.0.log_a_proj.weight layers.0.attention_biases_proj.weight
         layers.0.attn.q_proj.weight model.layers.0.mlp.gate_proj.weight
         transformer.h.0.attn.c_attn.weight overhead_proj.weight header.weight headwise.weight
         normalizer_proj.weight embedder_proj.weight prenormal.weight biased.weight
@@ -70,7 +72,8 @@ NAMES = {
         electra.embeddings_project.weight embed_tokens.base_layer.weight mask_emb
         embed_tokens.modules_to_save.default.weight prompt_encoder.default.embedding.weight
         layers.0.rel_attn.seg_embed embed_tokens.lora_embedding_A.default
-        0.model.shared.weight 0.auto_model.shared.weight
+        0.model.shared.weight 0.auto_model.shared.weight item_table.weight
+        layers.0.attn.rel_pos_h layers.0.attn.rel_pos_w
         """,
     "output head": """
         head.weight lm_head.weight classifier.weight score.weight LMHead.weight
@@ -83,7 +86,7 @@ NAMES = {
         score.modules_to_save.default.weight discriminator_predictions.dense.weight
         logits_proj.weight classification_head.dense.weight
         0.cls.predictions.transform.dense.weight 0.model.pooler.dense.weight
-        0.lm_head.dense.weight model.0.model.pooler.dense.weight
+        0.lm_head.dense.weight model.0.model.pooler.dense.weight fc.weight model.fc.weight
         """,
     "norm": """
         ln_f.weight ln_1.weight norm.weight q_norm.weight norm_f.weight norms.0.weight
@@ -92,7 +95,9 @@ NAMES = {
     "bias": """
         bias fc.bias layers.0.SelfAttention.relative_attention_bias.weight in_proj_bias
         layers.0.relative_position_bias_table layers.0.mlp.experts.gate_up_proj_bias
+        layers.0.self_attn.bias_u layers.0.self_attn.pos_bias_v layers.0.attn.attention_biases
         """,
+    "vector": "blocks.0.scale_shift_table scale_shift_table layers.0.mixer.A_log",
     "router": """
         layers.0.mlp.router.weight layers.0.mlp.router.classifier.weight
         layers.0.mlp.router_mlp.fc1.weight layers.0.router_gate.proj.weight

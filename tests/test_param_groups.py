@@ -463,6 +463,17 @@ def test_groups_have_tau_decay_and_names():
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
+def test_scales_shifts_and_biases_in_blocks_are_no_experts_and_do_not_decay():
+    model = two_blocks()
+    for block in model.blocks:
+        for name, *shape in [("scale_shift_table", 1, 6, 8), ("gate", 1, 6, 8), ("bias_u", 2, 4)]:
+            setattr(block, name, nn.Parameter(torch.zeros(shape)))
+    groups = checked_groups(model, weight_decay=0.1)
+    assert kinds(groups) == per_layer(BLOCK)
+    decay = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert decay["blocks.0.scale_shift_table"] == decay["blocks.0.bias_u"] == 0
+
+
 def test_the_optimizers_weight_decay_applies_unless_another_is_given():
     for given, expected in ((None, 0.3), (0.2, 0.2)):
         groups = grades_param_groups(two_blocks(), tau=2, weight_decay=given)

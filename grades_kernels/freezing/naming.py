@@ -31,9 +31,11 @@ _WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _ADAPTER_PART = re.compile(r"base_layer|modules_to_save|original_module|lora_.*")
 
 _EMBEDDING_WORDS = frozenset({"embed", "embeds", "embedding", "embeddings", "emb", "wte", "wpe"})
-_POSITION = re.compile(r"(.*_)?pos(ition(s|al)?)?(_(enc|encodings?|table))?|pe")
+_POSITION = re.compile(r"(.*_)?pos(ition(s|al)?)?(_(enc|encodings?|table|[hwt]))?|pe")
 _NORM_WORDS = frozenset({"norm", "norms", "layernorm", "rmsnorm", "batchnorm", "ln", "bn"})
-_BIAS = re.compile(r"(.*_)?bias(_table)?")
+_BIAS = re.compile(r"(.*_)?bias(es)?(_table|_[a-z])?")
+# Scales and shifts in one tensor, the decay rates of a state space.
+_VECTORS = re.compile(r"(.*_)?table|a_logs?")
 _EXPERT = re.compile(r"(.*_)?experts?")
 _EXPERT_GATE = re.compile(r"(.*_)?experts?_gate")
 # "sa_head" and "multi_head" are the names of attention heads in small models written by hand.
@@ -101,8 +103,9 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
     Excluded are tensors that are not floating (complex ones included) or have no elements,
     vectors (fewer than two dimensions, or three and more of which at most one is longer than 1, as
     in a class token), and by their name embeddings, positional tables, output heads, norms,
-    biases and routers of a mixture of experts. A module called just "gate" is a router if it has
-    fewer outputs than inputs and lies outside the experts, otherwise the gate of a gated MLP.
+    biases, scales and shifts, and routers of a mixture of experts. A module called just "gate" is
+    a router if it has fewer outputs than inputs and lies outside the experts, otherwise the gate of
+    a gated MLP.
     """
     if not dtype.is_floating_point:
         return "not floating"
@@ -110,10 +113,11 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         return "empty"
     if len(shape) < 2 or (len(shape) > 2 and sum(size > 1 for size in shape) <= 1):
         return "vector"
-    parts = canonical_name(name).split(".")
+    canonical = canonical_name(name)
+    parts = _IN_SEQUENTIAL.sub("", canonical).split(".")
     if any(part.startswith("lora_embedding_") for part in parts):
         return "embedding"
-    path = _path(_IN_SEQUENTIAL.sub("", ".".join(parts)).split("."))
+    path = _path(parts)
     named = [part for part in path if not part.isdigit()]
     if not named:
         return None
@@ -127,6 +131,7 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         or _POSITION.fullmatch(owner)
         or (owner == "shared" and at_the_top)
         or (words[-1] in ("token", "tokens") and parts[-1] != "weight")
+        or (words[-1] == "table" and parts[-1] == "weight")
     )
     # Both factors of a LoRA pair get one answer, whatever the rank makes of their shapes.
     narrows = len(shape) == 2 and shape[0] < shape[1] and _factor_position(parts) is None
@@ -139,12 +144,14 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         any(map(_HEAD.fullmatch, [*before_blocks, owner]))
         or (owner in before_blocks and any(map(_HEAD_OUTSIDE_BLOCKS.fullmatch, before_blocks)))
         or (owner in _HEADS_AT_THE_TOP and at_the_top)
+        or (owner == "fc" and at_the_top and not _IN_SEQUENTIAL.match(canonical))
     )
     # The main word of a compound is the last, or the one before a last letter ("norm_f").
     noun = words[-2] if len(words) > 1 and len(words[-1]) == 1 else words[-1]
     norm = words[0] == "ln" or noun in _NORM_WORDS
     reasons = {"embedding": embedding, "router": router, "output head": head, "norm": norm}
     reasons["bias"] = _BIAS.fullmatch(owner) is not None
+    reasons["vector"] = _VECTORS.fullmatch(owner) is not None
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 

@@ -148,7 +148,7 @@ def _is_linear_weight(module: nn.Module, name: str, tensor: Tensor) -> bool:
         return name.endswith("proj_weight")
     # Any other parameter of 3 dimensions is a stack of matrices, except in a convolution.
     is_kernel = isinstance(module, (nn.modules.conv._ConvNd, ParametrizationList))
-    return tensor.dim() == 3 and not is_kernel
+    return tensor.dim() == 3 and tensor.shape[0] > 1 and not is_kernel
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
