@@ -47,6 +47,7 @@ NAMES = {
         a weight 0.weight fc1.weight fc.0.weight 0.fc.weight w1 encoder.weight net.2.weight
         out.weight layers.0.rel_pos_proj.weight layers.0.bias_mlp.0.weight layers.0.tables
         layers.0.log_a_proj.weight layers.0.attention_biases_proj.weight
+        layers.0.fc1.parametrizations.weight.original layers.0.fc1.weight_v layers.0.weight_gate
         layers.0.attn.q_proj.weight model.layers.0.mlp.gate_proj.weight
         transformer.h.0.attn.c_attn.weight overhead_proj.weight header.weight headwise.weight
         normalizer_proj.weight embedder_proj.weight prenormal.weight biased.weight
@@ -87,6 +88,7 @@ NAMES = {
         logits_proj.weight classification_head.dense.weight
         0.cls.predictions.transform.dense.weight 0.model.pooler.dense.weight
         0.lm_head.dense.weight model.0.model.pooler.dense.weight fc.weight model.fc.weight
+        lm_head.parametrizations.weight.original1 fc.weight_orig
         """,
     "norm": """
         ln_f.weight ln_1.weight norm.weight q_norm.weight norm_f.weight norms.0.weight
@@ -97,7 +99,10 @@ NAMES = {
         layers.0.relative_position_bias_table layers.0.mlp.experts.gate_up_proj_bias
         layers.0.self_attn.bias_u layers.0.self_attn.pos_bias_v layers.0.attn.attention_biases
         """,
-    "vector": "blocks.0.scale_shift_table scale_shift_table layers.0.mixer.A_log",
+    "vector": """
+        blocks.0.scale_shift_table scale_shift_table layers.0.mixer.A_log
+        layers.0.fc1.parametrizations.weight.original0 layers.0.fc1.weight_g
+        """,
     "router": """
         layers.0.mlp.router.weight layers.0.mlp.router.classifier.weight
         layers.0.mlp.router_mlp.fc1.weight layers.0.router_gate.proj.weight
@@ -232,6 +237,9 @@ UNET = "attentions.0.transformer_blocks.2"
         (f"down_blocks.1.{UNET}.attn1.to_out.0.weight", (1, "attn1.to_out.0")),
         (f"up_blocks.1.{UNET}.ff.net.0.proj.weight", (1, "decoder.ff.net.0.proj")),
         ("mid_block.resnets.1.time_emb_proj.weight", (1, "time_emb_proj")),
+        ("layers.2.mlp.fc1.parametrizations.weight.original1", (2, "fc1")),
+        ("layers.2.attn.q_proj.weight_v", (2, "q_proj")),
+        ("layers.2.mlp.0.weight_orig", (2, "mlp.0")),
         ("0.weight", (0, "weight")),
         ("net.2.weight", (2, "net")),
         ("fc1.weight", (None, "fc1")),

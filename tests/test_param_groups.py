@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 
 from grades_kernels import GradESAdamW, grades_param_groups
 from grades_kernels.freezing import naming, param_groups
@@ -472,6 +473,29 @@ def test_scales_shifts_and_biases_in_blocks_are_no_experts_and_do_not_decay():
     assert kinds(groups) == per_layer(BLOCK)
     decay = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
     assert decay["blocks.0.scale_shift_table"] == decay["blocks.0.bias_u"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight-norm", "spectral", "orthogonal", "old-weight-norm", "old-spectral", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_is_computed_is_monitored_by_what_it_is_computed_from(change):
+    model = two_blocks()
+    for block in model.blocks:
+        change(block.mlp[1])
+    groups = checked_groups(model, weight_decay=0.1)
+    assert kinds(groups) == per_layer(BLOCK)
+    sizes = [p.shape for g in groups if g["tau"] for n, p in g["params"] if "mlp.1." in n]
+    assert sizes == [(8, 12)] * 2
 
 
 def test_the_optimizers_weight_decay_applies_unless_another_is_given():

@@ -24,6 +24,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 # A model in an nn.Sequential, as in sentence-transformers, or a block of one.
 _IN_SEQUENTIAL = re.compile(r"^(?:model\.)?\d+\.")
+# What torch.nn.utils computes a weight from; the magnitudes are "original0" and "weight_g".
+_PARAMETRIZED = re.compile(r"(?:parametrizations\.)?(\w*weight)(?:\.original1?|_v|_orig)$")
 
 _LORA_FACTOR = re.compile(r"lora_[ABEabe]")  # E: the singular values of AdaLoRA
 _WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -34,8 +36,8 @@ _EMBEDDING_WORDS = frozenset({"embed", "embeds", "embedding", "embeddings", "emb
 _POSITION = re.compile(r"(.*_)?pos(ition(s|al)?)?(_(enc|encodings?|table|[hwt]))?|pe")
 _NORM_WORDS = frozenset({"norm", "norms", "layernorm", "rmsnorm", "batchnorm", "ln", "bn"})
 _BIAS = re.compile(r"(.*_)?bias(es)?(_table|_[a-z])?")
-# Scales and shifts in one tensor, the decay rates of a state space.
-_VECTORS = re.compile(r"(.*_)?table|a_logs?")
+# Scales and shifts in one tensor, the decay rates of a state space, magnitudes of rows.
+_VECTORS = re.compile(r"(.*_)?table|a_logs?|weight_g|original0")
 _EXPERT = re.compile(r"(.*_)?experts?")
 _EXPERT_GATE = re.compile(r"(.*_)?experts?_gate")
 # "sa_head" and "multi_head" are the names of attention heads in small models written by hand.
@@ -113,7 +115,7 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         return "empty"
     if len(shape) < 2 or (len(shape) > 2 and sum(size > 1 for size in shape) <= 1):
         return "vector"
-    canonical = canonical_name(name)
+    canonical = _PARAMETRIZED.sub(r"\1", canonical_name(name))
     parts = _IN_SEQUENTIAL.sub("", canonical).split(".")
     if any(part.startswith("lora_embedding_") for part in parts):
         return "embedding"
@@ -192,7 +194,7 @@ def layer_and_kind(unit: str) -> tuple[int | None, str]:
     """
     if nameless := re.fullmatch(r"(group\d+)\.param\d+", unit):
         return None, nameless[1]
-    parts = unit.split(".")
+    parts = _PARAMETRIZED.sub(r"\1", unit).split(".")
     if "lora" in parts[1:]:
         parts = parts[: parts.index("lora", 1) + 1]
     elif len(parts) > 1 and parts[-1] == "weight":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .config import check_number
 from .naming import canonical_name, exclusion_reason, is_lora_factor, layer_and_kind, unit_of
@@ -136,14 +136,15 @@ def _linear_weights(model: nn.Module) -> set[Tensor]:
         tensor
         for block in _blocks(model)
         for module in block.modules()
-        for name, tensor in module.named_parameters(recurse=False)
+        for name, tensor in module.named_parameters(recurse=is_parametrized(module))
         if _is_linear_weight(module, name, tensor)
     }
 
 
 def _is_linear_weight(module: nn.Module, name: str, tensor: Tensor) -> bool:
     if isinstance(module, nn.Linear) or _is_transformers_conv1d(module):
-        return name == "weight"
+        # Or what a parametrized, normalized or pruned weight is computed from.
+        return name.removeprefix("parametrizations.").startswith("weight")
     if isinstance(module, nn.MultiheadAttention):
         return name.endswith("proj_weight")
     # Any other parameter of 3 dimensions is a stack of matrices, except in a convolution.
