@@ -185,6 +185,19 @@ def test_frozen_stacks_and_lists_inside_of_blocks_are_no_stacks():
     assert find_stack(model).name == "layers"
 
 
+def test_lists_of_single_layers_are_stacks_where_there_is_no_other():
+    model = make(n=2)
+    model.head = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 9))
+    model.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(3))
+    assert find_stack(model).name == "layers"
+    assert find_stack(model, "head").name == "head"
+    del model.layers
+    with pytest.raises(ValueError, match=r"several.*'head' \(2 blocks\), 'norms' \(3"):
+        find_stack(model)
+    del model.norms
+    assert find_stack(model).name == "head"
+
+
 def test_a_stack_may_alternate_two_classes_and_a_model_is_none():
     layers = nn.ModuleList(nn.Linear(2, 2) if k % 2 else nn.LayerNorm(2) for k in range(4))
     model = nn.ModuleDict({"embed": nn.Embedding(2, 2), "layers": layers, "norm": nn.LayerNorm(2)})

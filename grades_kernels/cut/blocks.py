@@ -27,6 +27,12 @@ class Stack:
     blocks: tuple[nn.Module, ...]
 
     @property
+    def is_composed(self) -> bool:
+        """Whether modules inside of the blocks have parameters of their own."""
+        inside = (module for block in self.blocks for module in block.children())
+        return any(next(module.parameters(), None) is not None for module in inside)
+
+    @property
     def params(self) -> set[Tensor]:
         """The tensors of all blocks."""
         return {p for block in self.blocks for p in block.parameters()}
@@ -56,14 +62,17 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     A stack is a list of two or more modules of one class, outside of any other stack; a ModuleList
     may have a few classes, as in models that alternate attention with something else.
 
-    `name` is the path of the stack, where a model has several; None: there is one.
+    `name` is the path of the stack, where a model has several; None: there is one, beside which
+    lists of single layers (norms, the linear layers of a head) do not count.
 
     Raises:
         ValueError: If there is none, or several and `name` is None; the message names them.
     """
     stacks = {stack.name: stack for stack in _stacks(model)}
-    if name is None and len(stacks) == 1:
-        return next(iter(stacks.values()))
+    if name is None:
+        stacks = {path: x for path, x in stacks.items() if x.is_composed} or stacks
+        if len(stacks) == 1:
+            return next(iter(stacks.values()))
     if name is not None and canonical_name(name) in stacks:
         return stacks[canonical_name(name)]
     found = ", ".join(f"{x.name!r} ({len(x.blocks)} blocks)" for x in stacks.values())
