@@ -44,9 +44,9 @@ def test_components_of_the_model_itself_stay(name):
 
 NAMES = {
     None: """
-        a weight 0.weight fc1.weight fc.0.weight 0.fc.weight w1 encoder.weight net.2.weight
-        out.weight layers.0.rel_pos_proj.weight layers.0.bias_mlp.0.weight layers.0.tables
-        layers.0.log_a_proj.weight layers.0.attention_biases_proj.weight
+        a weight 0.weight fc1.weight fc.weight fc.0.weight 0.fc.weight w1 encoder.weight
+        net.2.weight out.weight layers.0.rel_pos_proj.weight layers.0.bias_mlp.0.weight
+        layers.0.tables layers.0.log_a_proj.weight layers.0.attention_biases_proj.weight
         layers.0.fc1.parametrizations.weight.original layers.0.fc1.weight_v layers.0.weight_gate
         layers.0.attn.q_proj.weight model.layers.0.mlp.gate_proj.weight
         transformer.h.0.attn.c_attn.weight overhead_proj.weight header.weight headwise.weight
@@ -87,8 +87,8 @@ NAMES = {
         score.modules_to_save.default.weight discriminator_predictions.dense.weight
         logits_proj.weight classification_head.dense.weight
         0.cls.predictions.transform.dense.weight 0.model.pooler.dense.weight
-        0.lm_head.dense.weight model.0.model.pooler.dense.weight fc.weight model.fc.weight
-        lm_head.parametrizations.weight.original1 fc.weight_orig
+        0.lm_head.dense.weight model.0.model.pooler.dense.weight
+        lm_head.parametrizations.weight.original1
         """,
     "norm": """
         ln_f.weight ln_1.weight norm.weight q_norm.weight norm_f.weight norms.0.weight

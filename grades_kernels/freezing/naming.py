@@ -146,7 +146,6 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         any(map(_HEAD.fullmatch, [*before_blocks, owner]))
         or (owner in before_blocks and any(map(_HEAD_OUTSIDE_BLOCKS.fullmatch, before_blocks)))
         or (owner in _HEADS_AT_THE_TOP and at_the_top)
-        or (owner == "fc" and at_the_top and not _IN_SEQUENTIAL.match(canonical))
     )
     # The main word of a compound is the last, or the one before a last letter ("norm_f").
     noun = words[-2] if len(words) > 1 and len(words[-1]) == 1 else words[-1]
