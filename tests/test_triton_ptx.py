@@ -12,6 +12,7 @@ import re
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from harness import ROOT, run_python
@@ -92,7 +93,32 @@ FAULTS = {
 }
 
 
-@pytest.mark.skipif(not EMULATES, reason="runs in the test above")
+runs_within = pytest.mark.skipif(not EMULATES, reason="runs in the test above")
+
+
+@runs_within
+def test_aligned_tensors_are_read_and_written_once_in_whole_sectors(monkeypatch):
+    """The bytes are those that the predictions for a GPU count (benchmarks/README.md)."""
+    import ptx
+
+    launches = []
+    monkeypatch.setattr(ptx, "check_races", launches.append)
+    run = start(True, ((256, 256),), tau=0.0, freeze_timing="next_step")
+    for _ in range(4):
+        run.step(*usual(run))
+    first, check = launches[0], launches[-2]  # the last one decides
+    for accesses, loads, stores in ((first, 4, 3), (check, 5, 4)):
+        wide = [access for access in accesses if access[1] == 16]
+        for is_store, n_tensors in ((False, loads), (True, stores)):
+            n_bytes = sum(16 * len(at) for stored, _, at, _ in wide if stored == is_store)
+            assert n_bytes == n_tensors * 4 * 256 * 256
+        for _, _, at, _ in wide:
+            of_warp = np.sort(at.reshape(-1, 32) // 32)
+            assert (of_warp[:, ::2] == of_warp[:, 1::2]).all()  # two threads in each
+            assert (np.diff(of_warp[:, ::2]) == 1).all()
+
+
+@runs_within
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_found(monkeypatch, tmp_path, name):
     import ptx
