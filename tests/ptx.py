@@ -240,7 +240,8 @@ class Threads:
             is_pair = kind.endswith("x2")
             bits = self._read(sources[0], "b32" if is_pair else "b16")
             return bits & bits.dtype.type(0x7FFF7FFF if is_pair else 0x7FFF)
-        if name in _ROUNDED and kind[0] in "bf" and kinds[0] != "rn":
+        rounds = kind[0] in "bf" and (name in _ROUNDED or name == "sqrt")
+        if rounds and (kinds[0] != "rn" or "ftz" in kinds):
             raise Fault(f"{name}.{'.'.join(kinds)} does not round to the nearest number")
         if kind == "f32x2":
             pairs = [self._read(x, "b64").view(np.float32) for x in sources]

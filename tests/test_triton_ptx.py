@@ -89,6 +89,7 @@ FAULTS = {
     "whole blocks are written at the end": ("element_ty), mask=mask)", "element_ty))", "outside"),
     "a program goes on into the next one": (" - origin, span)", " - origin, 2 * span)", "write"),
     "all programs of a tensor count its step": ("if index == 0:", "if index >= 0:", "the same"),
+    "a root is taken approximately": ("tl.sqrt_rn(v)", "tl.sqrt(v)", "does not round"),
     "all programs store one sum": (".first_program) + index)", ".first_program))", "the same"),
 }
 
