@@ -210,6 +210,8 @@ def test_a_gain_within_the_noise_does_not_count():
     assert "20.0%" in noisy.remark and "trust the steps" in noisy.remark
     assert "trust the steps" not in calm.remark
     assert "took 10.0% less time than AdamW's, which is within that noise." in calm.remark
+    slower = compare(a_run(), a_run(seconds=1.2), a_run(seconds=1.3, n_units=10), a_run())
+    assert "took 30.0% more time than AdamW's, for which a busy machine may be" in slower.remark
     faster = compare(a_run(), a_run(), a_run(seconds=0.75, n_units=10), a_run())
     assert "25.0%" in faster.remark and "trust the steps" in faster.remark  # nothing was frozen
 

@@ -99,14 +99,16 @@ def compare(full: Run, early: Run, grades: Run, same_steps: Run) -> Comparison:
     times = [1e3 * run.seconds / run.steps for run in (full, early, same_steps)]
     overhead = grades.unfrozen_ms() / full.unfrozen_ms() - 1
     noise = max(max(times) / min(times) - 1, -overhead)  # measuring itself saves no time
+    is_busy = noise > 0.1
+    cause = "for which a busy machine may be the reason" if is_busy else "the cost of measuring"
     remark = (
         "A step is the same work in the three runs of AdamW, and measuring saves nothing, and yet "
         f"times differ by {noise:.1%}: no smaller gain in time counts. Losses within {TIE} count "
         "as equal: another seed changes them as much. Before anything was frozen a step took "
         f"{abs(overhead):.1%} {'more' if overhead > 0 else 'less'} time than AdamW's, "
-        f"{'which is within that noise' if overhead <= noise else 'the cost of measuring'}."
+        f"{'which is within that noise' if overhead <= noise else cause}."
     )
-    if noise > 0.1:
+    if is_busy:
         remark += " Other programs kept this machine busy: trust the steps, not the times."
     fewer, faster = full.steps / grades.steps, full.seconds / grades.seconds
     cheaper, mean = faster / fewer, 1e3 * grades.seconds / grades.steps
