@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, run_python
+from harness import HYPER, ROOT, noise, run_python
 from triton_runs import module, start, use_edited_modules, usual
 
 pytest.importorskip("triton")
@@ -117,6 +117,22 @@ def test_aligned_tensors_are_read_and_written_once_in_whole_sectors(monkeypatch)
             of_warp = np.sort(at.reshape(-1, 32) // 32)
             assert (of_warp[:, ::2] == of_warp[:, 1::2]).all()  # two threads in each
             assert (np.diff(of_warp[:, ::2]) == 1).all()
+
+
+@runs_within
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_as_by_the_fused_adamw_of_torch(dtype):
+    """The interpreter truncates bf16. Both compute in fp32, in another order of operations."""
+    ours = start(True, ((64, 64),), dtype=dtype, tau=None, lr=1e-3)
+    theirs = torch.nn.Parameter(ours.params[0].detach().clone())
+    adamw = torch.optim.AdamW([theirs], **{**HYPER, "lr": 1e-3}, fused=True)
+    for seed in range(20):
+        [theirs.grad] = grads = noise([theirs], seed)
+        ours.step(*(g.clone() for g in grads))
+        adamw.step()
+    for name, x in ours.tensors().items():
+        other = theirs if name == "parameter 0" else adamw.state[theirs][name.split()[0]]
+        assert (x != other).sum() <= x.numel() // 500, name
 
 
 @runs_within
