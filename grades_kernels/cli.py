@@ -86,7 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=run_bench, failures=())
     bench.add_argument("name", choices=tuple(BENCHMARKS))
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    text = "of the benchmark, which lists them with --help"
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help=text)
 
     text = "show versions, devices and usable implementations, or a saved report"
     info = commands.add_parser("info", help=text)
