@@ -258,7 +258,7 @@ def test_the_example_workflow_uses_valid_commands(monkeypatch):
     monkeypatch.setattr(cli, "assert_matches_reference", compared)
     assert [main(command) for command in commands] == [0, 0, 0]
     assert [c.args for c in compared.call_args_list] == [
-        ("cpu", None, 50, 0),
+        ("cpu", "native", 50, 0),
         ("cpu", "triton", 20, 0),
         ("cuda", None, 100, 700),
     ]

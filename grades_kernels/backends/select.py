@@ -134,7 +134,7 @@ def unscales(names: Sequence[str], groups: Sequence[dict[str, Any]]) -> bool:
 
 def run_tasks_of(names: Sequence[str]) -> RunTasks:
     """The function that takes the tasks of groups served by these backends, one name per group."""
-    own = {name for name in names if name in RUN_TASKS}
+    own = set(names) - {"triton"}
     if len(own) <= 1:
         return RUN_TASKS[own.pop() if own else "reference"]
 
