@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checkpoint
 from .freezer import Freezer
-from .freezing.config import check_group, make_config
+from .freezing.config import check_group, check_new_group, make_config
 from .freezing.table import FreezeEvent
 from .freezing.unit_map import names_from_model, names_of
 from .release import frozen_prefix, memory_of
@@ -276,7 +276,7 @@ class GradESAdamW(AdamW):
         if isinstance(param_group, dict):
             for key, value in self._own_defaults.items():
                 param_group.setdefault(key, value)
-            check_group(self._freezer.config, param_group)
+            check_new_group(self._freezer.config, param_group)
         super().add_param_group(param_group)
         if not self._freezer.is_mapped:  # in the constructor all groups come before the units
             return

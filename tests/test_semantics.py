@@ -978,6 +978,9 @@ def test_a_group_cannot_have_an_option_of_the_whole_optimizer(name):
         optimizer([{"params": matrices(1), name: 0.5}])
     own = optimizer(matrices(1))
     own.add_param_group({"params": matrices(1), "patience": 1})  # the same: a wrapper's copy
+    saved = own.state_dict()
+    saved["param_groups"][1]["patience"] = 2  # of another run
+    own.load_state_dict(saved)
 
 
 def test_integers_of_numpy_are_integers():

@@ -52,12 +52,6 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         ValueError: For an impossible value, or a combination that cannot work.
     """
     tau, statistic = group["tau"], group["statistic"]
-    for name, value in vars(config).items():  # ZeroRedundancyOptimizer copies them into groups
-        if group.get(name) not in (None, value):
-            raise ValueError(
-                f"a parameter group has {name}={group[name]!r}, the optimizer {value!r}: it is the "
-                "same for all groups. A group may have a tau and a statistic of its own."
-            )
     if not group.get("decoupled_weight_decay", True):
         raise ValueError(
             "decoupled_weight_decay=False is Adam's weight decay, not AdamW's: leave it out."
@@ -89,6 +83,22 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
             f"differentiable=True cannot be combined with tau={tau}: freezing is a decision, "
             "which has no derivative. Use tau=None."
         )
+
+
+def check_new_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
+    """As `check_group`, before a group is added.
+
+    Raises:
+        ValueError: Also for an option of the whole optimizer that the group has otherwise.
+    """
+    # ZeroRedundancyOptimizer copies them into groups, which go into checkpoints for other runs.
+    for name, value in vars(config).items():
+        if group.get(name) not in (None, value):
+            raise ValueError(
+                f"a parameter group has {name}={group[name]!r}, the optimizer {value!r}: it is the "
+                "same for all groups. A group may have a tau and a statistic of its own."
+            )
+    check_group(config, group)
 
 
 def unused_options(config: FreezeConfig, groups: Sequence[Mapping[str, Any]]) -> str:
