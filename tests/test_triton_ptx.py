@@ -8,6 +8,7 @@ Triton cannot compile in a process in which it has interpreted, so the emulator 
 """
 
 import math
+import os
 import re
 import sys
 from functools import partial
@@ -25,8 +26,8 @@ if torch.cuda.is_available():
 SHAPES = ((3, 5), (65, 150), (7,))  # several programs, and lengths that are no multiple of a block
 TESTS = {
     "sm_90": ("kernels", "scaling", "ptx"),
-    "sm_80": ("kernels",),
-    "sm_100": ("kernels",),
+    "sm_80": ("ptx",),
+    "sm_100": ("ptx",),
 }
 EMULATES = "ptx" in sys.modules  # as a plugin
 run_compiled = partial(run_python, cwd=ROOT, TRITON_INTERPRET=None)
@@ -40,7 +41,7 @@ def test_the_kernels_tests_pass_on_compiled_code(target):
     done = run_compiled("-m", "pytest", "-q", "-p", "ptx", *files, PTX_TARGET=target)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     launches = re.search(r"(\d+) launches of PTX", done.stdout)
-    assert launches and int(launches[1]) > 500
+    assert launches and int(launches[1]) > 50
 
 
 def several_steps(dtype=torch.float32, **options):
@@ -50,7 +51,7 @@ def several_steps(dtype=torch.float32, **options):
     params = [torch.nn.Parameter(x.view(shape)) for x, shape in zip(flat, SHAPES, strict=True)]
     assert params[1].data_ptr() % 16 != 0
     run = start(True, params=params, patience=2, **options)
-    for _ in range(6):
+    for _ in range(4):
         run.step(*usual(run))
     return run
 
@@ -144,14 +145,12 @@ def test_faults_are_found(monkeypatch, tmp_path, name):
     monkeypatch.delenv("TRITON_INTERPRET")  # read where the kernels are imported
     use_edited_modules(monkeypatch, tmp_path, {"triton_kernels": (old, new)})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ptx.install(module("triton_engine"), "sm_90", monkeypatch.setattr)
+    ptx.install(module("triton_engine"), os.environ["PTX_TARGET"], monkeypatch.setattr)
     with pytest.raises(ptx.Fault, match=message):
         several_steps()
 
 
 if __name__ == "__main__":
-    import os
-
     import ptx
 
     ptx.install(module("triton_engine"), "sm_90")
