@@ -42,6 +42,7 @@ from torch.optim.optimizer import (
 from torch_inputs import ADAMW, common_optimizers, needs_torch_inputs
 
 from grades_kernels import GradESAdamW, grades_adamw
+from grades_kernels.backends import select
 
 OWN_OPTIONS = {
     "tau": None,
@@ -429,6 +430,11 @@ def functional_step(*params, **flags):
     hyper = {"beta1": 0.9, "beta2": 0.999, "lr": 0.1, "weight_decay": 0.0, "eps": 1e-8}
     flags = {"fused": True, "amsgrad": False, "maximize": False, **flags}
     grades_adamw(list(params), *columns, [], steps, **hyper, **flags)
+
+
+def test_an_unknown_backend_is_not_the_reference():
+    with pytest.raises(KeyError, match="mine"):
+        select.run_tasks_of(["mine"])
 
 
 def test_functional_form_refuses_capturable_on_the_cpu_as_the_class_does():

@@ -150,6 +150,36 @@ def test_faults_are_found(monkeypatch, tmp_path, name):
         several_steps()
 
 
+DIVERGENT = """.visible .entry kernel() {
+    mov.u32 %r1, %tid.x;
+    setp.lt.u32 %p1, %r1, 64;
+    @%p1 bra $L;
+    bar.sync 0;
+$L:
+    ret;
+}"""
+
+
+@runs_within
+def test_a_barrier_that_half_of_the_threads_reach_is_found():
+    import ptx
+
+    nothing = np.zeros(0, np.int64)
+    threads = ptx.Threads(ptx.Code(DIVERGENT, 0), np.arange(1), 1, {}, nothing, nothing, [])
+    with pytest.raises(ptx.Fault, match="not reached by all threads"):
+        threads.run()
+
+
+@runs_within
+def test_reading_what_another_program_writes_is_found():
+    import ptx
+
+    at, programs = np.array([4096]), [np.array([k]) for k in range(2)]
+    ptx.check_races([(True, 4, at, programs[0]), (False, 4, at, programs[0])])
+    with pytest.raises(ptx.Fault, match="reads bytes that another one writes"):
+        ptx.check_races([(True, 4, at, programs[0]), (False, 4, at, programs[1])])
+
+
 if __name__ == "__main__":
     import ptx
 

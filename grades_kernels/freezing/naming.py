@@ -61,8 +61,12 @@ _GENERIC_PARTS = frozenset(
     {"self_attn", "self_attention", "attention", "attn", "mixer", "mlp", "feed_forward", "ffn"}
     | {"block_sparse_moe", "moe"}
 )
-_STACKS = {"decoder": "decoder.", "vision": "vision.", "visual": "vision.", "audio": "audio."} | {
-    "up": "decoder."  # the second half of a U-Net
+_STACKS = {
+    "decoder": "decoder.",
+    "up": "decoder.",  # the second half of a U-Net
+    "vision": "vision.",
+    "visual": "vision.",
+    "audio": "audio.",
 }
 
 
@@ -115,8 +119,8 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         return "empty"
     if len(shape) < 2 or (len(shape) > 2 and sum(size > 1 for size in shape) <= 1):
         return "vector"
-    canonical = _PARAMETRIZED.sub(r"\1", canonical_name(name))
-    parts = _IN_SEQUENTIAL.sub("", canonical).split(".")
+    weight = _PARAMETRIZED.sub(r"\1", canonical_name(name))
+    parts = _IN_SEQUENTIAL.sub("", weight).split(".")
     if any(part.startswith("lora_embedding_") for part in parts):
         return "embedding"
     path = _path(parts)

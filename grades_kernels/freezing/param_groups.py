@@ -172,8 +172,9 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         classes = Counter(map(type, composed))
         repeated = [child for child in composed if classes[type(child)] > 1]
         others = (child for child in composed if classes[type(child)] == 1)
-        within = [x for child in others for x in _linear_weights(child)]
-        if _n_elements(within) > _n_elements(x for child in repeated for x in child.parameters()):
+        within = (x for child in others for x in _linear_weights(child))
+        own = (x for child in repeated for x in child.parameters())
+        if repeated and _n_elements(within) > _n_elements(own):
             repeated = []  # heads of one class, above a model that has the blocks
         if len(children) == 1 and composed and next(_blocks(composed[0]), None) is None:
             repeated = composed  # one block, as in a model of depth 1, and no shell around others
