@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Members = Mapping[Unit, Sequence[Tensor]]
-Parts = Sequence[tuple[Unit, int]]  # tensors, as the unit and the position in it
-Rows = Mapping[Unit, Sequence[Sequence[float]]]
+ShardRows = tuple[Any, Sequence[int], Tensor]
+"""A mesh, its dimensions to sum over, and the rows of the tensors that are sharded over them."""
 
 _NAMELESS = re.compile(r"group\d+\.param\d+")
 _STATE = ("hits", "decided_at", "frozen_at")
@@ -232,66 +232,10 @@ class Ranks:
                 if _NAMELESS.fullmatch(share.unit.name):
                     share.unit.name = f"rank{rank}.{share.unit.name}"
 
-    def start_sum(self, table: FreezeTable, rows: Rows) -> Callable[[], Rows]:
-        """Start to add up `rows` over all ranks, where `one_mesh`; what is returned waits for it.
-
-        `rows` has three sums for each tensor of every unit with evidence. All units are in one
-        all-reduce, of the same size at every check: a unit without evidence on this rank takes part
-        with infinity.
-
-        Raises:
-            RuntimeError: When waiting; on every rank, if the freeze tables of the ranks differ, and
-                naming the ranks that do not take part.
-        """
-        [((mesh, dims), parts)] = self._shards.items()
-        # Three pieces of 16 bits, whose squares have exact sums too.
-        pieces = [float(table.checksum(taus=True) >> 16 * i & 0xFFFF) for i in range(3)]
-        mine = [*_rows_of(parts, rows), pieces, [x * x for x in pieces]]
-        group, t = mesh.get_group(dims[0]), table.t
-        total = torch.tensor(
-            mine, dtype=torch.float64, device=_device(group, self._device_of(parts))
-        )
-        work = dist.all_reduce(total, group=group, async_op=True)
-        # A process that ends takes part until the others have what they need.
-        at_exit = Finalize(None, _wait, (work,), exitpriority=0)
-
-        def finish() -> Rows:
-            at_exit.cancel()
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise_if_absent(error, self.group, t)
-                raise
-            *summed, pieces, squares = total.tolist()
-            # n sum(x^2) = sum(x)^2 where all n are equal, and nowhere else (Cauchy-Schwarz).
-            n = mesh.size(dims[0])
-            if any(n * int(b) != int(a) ** 2 for a, b in zip(pieces, squares, strict=True)):
-                self.raise_difference(table)
-            return _with_rows(rows, parts, summed)
-
-        return finish
-
-    def sum_shards(self, rows: Rows) -> Rows:
-        """`rows` with those of sharded tensors added up over the ranks that have the shards.
-
-        As `start_sum`, on any meshes: one all-reduce for each dimension of a mesh over which
-        tensors are sharded. Dimensions over which a tensor is replicated are not summed.
-        """
-        for (mesh, dims), parts in self._shards.items():
-            mine = torch.tensor(
-                _rows_of(parts, rows), dtype=torch.float64, device=self._device_of(parts)
-            )
-            rows = _with_rows(rows, parts, _sum(mine, mesh, dims).tolist())
-        return rows
-
-    def _device_of(self, parts: Parts) -> torch.device:
-        unit, k = parts[0]
-        return self.members[unit][k].device
-
     def shard_rows(
         self, units: Iterable[Unit], position: Mapping[Tensor, int], sums: Tensor
-    ) -> list[tuple[Any, Sequence[int], Tensor]]:
-        """Per mesh, with its dimensions to sum over, the rows of its sharded tensors in `sums`.
+    ) -> list[ShardRows]:
+        """The rows of sharded tensors in `sums`, which has three sums per tensor.
 
         The same number of rows on every rank: a tensor without a `position` has the last one.
         """
@@ -303,11 +247,52 @@ class Ranks:
             found.append((mesh, dims, rows))
         return found
 
-    def add_shards(self, sums: Tensor, rows: Iterable[tuple[Any, Sequence[int], Tensor]]) -> None:
-        """`sum_shards` on a device, for the rows that `shard_rows` gave."""
-        for mesh, dims, own in rows:
+    def add_shards(self, sums: Tensor, shards: Iterable[ShardRows]) -> None:
+        """Add up these rows over the ranks that have the shards.
+
+        One all-reduce for each dimension of a mesh over which tensors are sharded, of the same size
+        at every check: a tensor without evidence on this rank takes part with infinity. Dimensions
+        over which a tensor is replicated are not summed.
+        """
+        for mesh, dims, own in shards:
             total = _sum(sums.index_select(0, own), mesh, dims)
             sums.index_copy_(0, own, total.to(sums.device))
+
+    def start_sum(
+        self, table: FreezeTable, sums: Tensor, shards: Sequence[ShardRows]
+    ) -> Callable[[], Tensor]:
+        """As `add_shards`, where `one_mesh`; what is returned waits for the sum.
+
+        Raises:
+            RuntimeError: When waiting; on every rank, if the freeze tables of the ranks differ, and
+                naming the ranks that do not take part.
+        """
+        [(mesh, dims, own)] = shards
+        # Three pieces of 16 bits, whose squares have exact sums too.
+        checksum = table.checksum(taus=True)
+        pieces = sums.new_tensor([checksum >> 16 * i & 0xFFFF for i in range(3)])
+        mine = torch.cat([sums[own], torch.stack([pieces, pieces.square()])])
+        group, t = mesh.get_group(dims[0]), table.t
+        total = mine.to(_device(group, sums.device))
+        work = dist.all_reduce(total, group=group, async_op=True)
+        # A process that ends takes part until the others have what they need.
+        at_exit = Finalize(None, _wait, (work,), exitpriority=0)
+
+        def finish() -> Tensor:
+            at_exit.cancel()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise_if_absent(error, self.group, t)
+                raise
+            pieces, squares = total[-2:].tolist()
+            # n sum(x^2) = sum(x)^2 where all n are equal, and nowhere else (Cauchy-Schwarz).
+            n = mesh.size(dims[0])
+            if any(n * int(b) != int(a) ** 2 for a, b in zip(pieces, squares, strict=True)):
+                self.raise_difference(table)
+            return sums.index_copy_(0, own, total[:-2].to(sums.device))
+
+        return finish
 
     def largest_values(self, table: FreezeTable, values: dict[Unit, float]) -> dict[Unit, float]:
         """The statistic that all ranks compare with tau: the largest over all ranks.
@@ -399,20 +384,6 @@ def _shards(p: Any) -> tuple[Any, tuple[int, ...]] | None:
     whole = [x.is_replicate() or x.is_partial() for x in p.placements]
     dims = tuple(i for i, x in enumerate(whole) if not x and p.device_mesh.size(i) > 1)
     return (p.device_mesh, dims) if dims else None
-
-
-def _rows_of(parts: Parts, rows: Rows) -> list[Sequence[float]]:
-    """The row of every tensor; infinity where its unit has no evidence here."""
-    return [rows[unit][k] if unit in rows else [math.inf] * 3 for unit, k in parts]
-
-
-def _with_rows(rows: Rows, parts: Parts, own: Iterable[Sequence[float]]) -> Rows:
-    """`rows` with others for these tensors, where their unit has evidence here."""
-    changed = {unit: list(of_unit) for unit, of_unit in rows.items()}
-    for (unit, k), row in zip(parts, own, strict=True):
-        if unit in rows:
-            changed[unit][k] = row
-    return changed
 
 
 def _bit_sum(p: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 
 from grades_kernels import checkpoint, distributed, freezer, release
 from grades_kernels.backends import host_step, reference, select, step_tensors
-from grades_kernels.backends.tasks import STATISTIC_BITS
 from grades_kernels.freezing import config, table
 from grades_kernels.freezing.table import FreezeConfig, FreezeTable
 
@@ -248,41 +247,37 @@ def _(real):
 # What is evidence
 
 
-def with_rows(name, change, *tests):
-    """A fault in the sums from which the statistics of units are made."""
-
-    @wrapping(name, host_step, "_values", *tests)
-    def _(real):
-        return lambda rows: real({unit: change(own) for unit, own in rows.items()})
+Statistics = host_step.Statistics
 
 
-def without_nan(own):
-    bad = any(not math.isfinite(x) for row in own for x in row)
-    return [[0.0, 1.0, 1.0] for _ in own] if bad else own
-
-
-with_rows("NaN counts as a hit", without_nan)
-with_rows("a zero gradient is evidence", lambda own: [[a, b, max(c, 1e-30)] for a, b, c in own])
-
-
-@around("half a LoRA pair decides for both", host_step, "_measured")
-def _(table, ranks, units, tasks, sums):
-    sizes = {unit: unit.n_tensors for unit in table.units}
-    with_task = [unit for unit, task in zip(units, tasks, strict=True) if task & STATISTIC_BITS]
-    for unit in set(with_task):
-        unit.n_tensors = with_task.count(unit)
+@around("NaN counts as a hit", Statistics, "of")
+def _(self, sums):
+    sums[~sums.isfinite().all(dim=1)] = torch.tensor([0.0, 1.0, 1.0], dtype=sums.dtype)
     yield
-    for unit, n in sizes.items():
-        unit.n_tensors = n
 
 
-@wrapping("a weight that did not move counts as converged", host_step, "_values", STATISTICS)
+@around("a zero gradient is evidence", Statistics, "of")
+def _(self, sums):
+    sums[:, 2].clamp_(min=1e-30)
+    yield
+
+
+@around("half a LoRA pair decides for both", Statistics, "of")
+def _(self, sums):
+    right, evidence = self.n_tensors, self._per_unit(sums[:, 2] > 0)
+    self.n_tensors = evidence.clamp(min=1)
+    yield
+    self.n_tensors = right
+
+
+@wrapping("a weight that did not move counts as converged", Statistics, "of", STATISTICS)
 def _(real):
-    def values(rows):
-        still = {u: 0.0 for u, own in rows.items() if u.statistic == "weight_change"}
-        return {**{u: x for u, x in still.items() if not any(r[0] for r in rows[u])}, **real(rows)}
+    def of(self, sums):
+        changes = zip(self.units, self._per_unit(sums[:, 0]).tolist(), strict=True)
+        still = {u: x for u, x in changes if u.statistic == "weight_change" and not x}
+        return {**still, **real(self, sums)}
 
-    return values
+    return of
 
 
 # The decision

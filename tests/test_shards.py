@@ -456,8 +456,10 @@ def test_random_runs_decide_as_one_process(size, backend):
 
 def without_sum(backend, own):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.Ranks, "start_sum", lambda self, table, rows: lambda: rows)
-        patch.setattr(distributed.Ranks, "add_shards", lambda self, sums, rows: None)
+        patch.setattr(
+            distributed.Ranks, "start_sum", lambda self, table, sums, shards: lambda: sums
+        )
+        patch.setattr(distributed.Ranks, "add_shards", lambda self, sums, shards: None)
         return run_on(backend, "fsdp2", 3, own)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..distributed import Ranks, Rows
+from ..distributed import Ranks, ShardRows
 from ..freezing.table import NEVER, STATISTICS, FreezeTable, Unit
 from .step_tensors import (
     Groups,
@@ -31,7 +31,7 @@ from .step_tensors import (
     uses_prev_grads,
     with_local_gradients,
 )
-from .tasks import STATISTIC_BITS, UNSCALE, UPDATE, RunTasks, StepTensors
+from .tasks import UNSCALE, UPDATE, RunTasks, StepTensors
 
 _PROCESS = os.getpid()  # that imported the package, perhaps the parent of this one
 
@@ -85,6 +85,9 @@ class HostEngine:
     ) -> None:
         self.run_tasks, self.units, self.layout = run_tasks, units, layout
         self.decides, self.unscales = decides, unscales
+        self.statistics = Statistics(units if decides else [])
+        self.position = {p: n for n, p in tensors.dtensors}
+        self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
         self.tensors: StepTensors | None = tensors
         self.pending: Callable[[], Outcome] | None = None
 
@@ -117,7 +120,7 @@ class HostEngine:
         if check and same_step:
             first = [task and task | unscale for task in measured]
             sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
-            table.decide(_measured(table, ranks, units, measured, sums)())
+            table.decide(self._values(table, ranks, measured, sums)())
 
         tasks, lr_factors = update_tasks(tensors, units, table)
         if check and not same_step:
@@ -134,16 +137,95 @@ class HostEngine:
 
         kept = kept_units(units, tasks) if config.is_check(t + 1) else []
         if check and not same_step:
-            values = _measured(table, ranks, units, measured, sums)
+            values = self._values(table, ranks, measured, sums)
             if ranks is not None and ranks.one_mesh:
                 self.pending = lambda: Outcome(values(), kept)
                 return
             table.decide(values())
         _set_kept(table, kept)
 
+    def _values(
+        self,
+        table: FreezeTable,
+        ranks: Ranks | None,
+        tasks: Sequence[int],
+        sums: Tensor | None,
+    ) -> Callable[[], dict[Unit, float]]:
+        """What gives the statistic of every unit whose check is not void, the same on all ranks.
+
+        In a job of several processes all of them call this together. Where a single exchange is
+        enough it has begun, and the result waits for it.
+        """
+        n, statistics = len(tasks), self.statistics
+        if sums is None:
+            sums = torch.zeros((n, 3), dtype=torch.float64, device="cpu")
+        if ranks is None:
+            values = statistics.of(sums)
+            return lambda: values
+        # Infinity is "no evidence", whatever others add; the last row is for tensors that this rank
+        # lacks.
+        everywhere = torch.full((n + 1, 3), math.inf, dtype=torch.float64, device="cpu")
+        complete = statistics.is_complete(tasks)
+        everywhere[:n][complete] = sums[complete]
+        if self.shards is None:
+            self.shards = ranks.shard_rows(table.units, self.position, everywhere)
+        if ranks.one_mesh:
+            finish = ranks.start_sum(table, everywhere, self.shards)
+            return lambda: statistics.of(finish()[:n])
+        ranks.add_shards(everywhere, self.shards)
+        values = ranks.largest_values(table, statistics.of(everywhere[:n]))
+        return lambda: values
+
     def sync(self) -> Outcome | None:
         pending, self.pending = self.pending, None
         return pending() if pending else None
+
+
+class Statistics:
+    """The statistics of units, from the sums of their tensors; without a loop in Python.
+
+    Args:
+        units: The unit of each tensor, None where it is not monitored.
+    """
+
+    def __init__(self, units: Units) -> None:
+        self.units = list(dict.fromkeys(unit for unit in units if unit is not None))
+        number: dict[Unit | None, int] = {unit: n for n, unit in enumerate(self.units)}
+        # Tensors that are not monitored belong to a last unit, which has no statistic.
+        self.unit_of = _numbers([number.get(unit, len(self.units)) for unit in units])
+        self.n_tensors = _numbers([unit.n_tensors for unit in self.units])
+        rules = [STATISTICS[unit.statistic] for unit in self.units]
+        self.is_ratio = _numbers([rule.is_ratio for rule in rules]) > 0
+        self.of_update = _numbers([rule.of_update for rule in rules]) > 0
+
+    def of(self, sums: Tensor) -> dict[Unit, float]:
+        """The statistic of every unit whose check is not void.
+
+        `sums` are those of `run_tasks`, of shape [tensors, 3]; zeros are no evidence.
+        """
+        numerators, denominators, magnitudes = sums.T.contiguous()
+        values, divisors = self._per_unit(numerators), self._per_unit(denominators)
+        values = torch.where(self.is_ratio, values / divisors, values)
+        # A NaN makes each of these false.
+        evidence = self._per_unit((magnitudes > 0) & (magnitudes < math.inf)) == self.n_tensors
+        evidence &= values.isfinite() & ((values > 0) | ~self.of_update)
+        found = zip(self.units, values.tolist(), evidence.tolist(), strict=True)
+        return {unit: value for unit, value, has_evidence in found if has_evidence}
+
+    def is_complete(self, tasks: Sequence[int]) -> Tensor:
+        """Per tensor whether every tensor of its unit has a task: a check of others is void."""
+        measured = _numbers(tasks) != 0
+        complete = self._per_unit(measured) == self.n_tensors
+        return measured & torch.cat([complete, complete.new_zeros(1)])[self.unit_of]
+
+    def _per_unit(self, x: Tensor) -> Tensor:
+        """The sums over the tensors of each unit, one tensor after the other, fp64."""
+        sums = torch.bincount(self.unit_of, x, minlength=len(self.units) + 1)
+        return sums[: len(self.units)]
+
+
+def _numbers(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 @contextlib.contextmanager
@@ -227,46 +309,3 @@ def _set_kept(table: FreezeTable, units: Sequence[Unit]) -> None:
     for unit in units:
         if unit.decided_at == NEVER:
             unit.prev_step = table.t
-
-
-def _measured(
-    table: FreezeTable,
-    ranks: Ranks | None,
-    units: Units,
-    tasks: Sequence[int],
-    sums: Tensor | None,
-) -> Callable[[], dict[Unit, float]]:
-    """What gives the statistic of every unit whose check is not void, the same on all ranks.
-
-    In a job of several processes all of them call this together. Where a single exchange is enough
-    it has begun, and the result waits for it.
-    """
-    rows: dict[Unit, list[list[float]]] = {}
-    if sums is not None:
-        for unit, task, row in zip(units, tasks, sums.tolist(), strict=True):
-            if unit is not None and task & STATISTIC_BITS:
-                rows.setdefault(unit, []).append(row)
-    # A check without all gradients of a unit is void.
-    rows = {unit: own for unit, own in rows.items() if len(own) == unit.n_tensors}
-    if ranks is not None and ranks.one_mesh:
-        finish = ranks.start_sum(table, rows)
-        return lambda: _values(finish())
-    values = _values(rows if ranks is None else ranks.sum_shards(rows))
-    if ranks is not None:
-        values = ranks.largest_values(table, values)
-    return lambda: values
-
-
-def _values(rows: Rows) -> dict[Unit, float]:
-    """The statistic of every unit whose check is not void."""
-    values = {}
-    for unit, own in rows.items():
-        numerators, denominators, magnitudes = zip(*own, strict=True)
-        value, statistic = sum(numerators), STATISTICS[unit.statistic]
-        if statistic.is_ratio:
-            value = value / sum(denominators) if sum(denominators) else math.nan
-        # A NaN makes each of these false.
-        evidence = abs(value) < math.inf and sum(magnitudes) < math.inf and min(magnitudes) > 0
-        if evidence and (value > 0 or not statistic.of_update):
-            values[unit] = value
-    return values

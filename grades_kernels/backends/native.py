@@ -85,8 +85,9 @@ def run_tasks(
     if any(kind & _AMSGRAD for kind in kinds):
         max_exp_avg_sqs = column(tensors.max_exp_avg_sqs, [task & _AMSGRAD for task in chosen])
     prev_grads: list[Tensor] = []
-    if any(map(_uses_prev_grad, kinds)):
-        prev_grads = column(tensors.prev_grads, [_uses_prev_grad(task) for task in chosen])
+    uses_prev_grad = {kind: _uses_prev_grad(kind) for kind in kinds}
+    if any(uses_prev_grad.values()):
+        prev_grads = column(tensors.prev_grads, [uses_prev_grad[task] for task in chosen])
     params, grads = column(tensors.params), column(tensors.grads)
     exp_avgs, exp_avg_sqs = column(tensors.exp_avgs), column(tensors.exp_avg_sqs)
     positive = grads

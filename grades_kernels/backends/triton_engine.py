@@ -21,7 +21,7 @@ import torch.distributed as dist
 import triton.language as tl
 from torch import Tensor
 
-from ..distributed import Ranks
+from ..distributed import Ranks, ShardRows
 from ..freezing.table import FreezeTable, Unit
 from ..state_tensors import same_memory_order
 from .step_tensors import (
@@ -97,7 +97,7 @@ class TritonEngine:
         # Sums of every tensor that ranks add up; a last row for tensors that this rank lacks.
         self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
         self.position = {p: n for n, p in tensors.dtensors}
-        self.shards: list[Any] | None = None  # of `Ranks.shard_rows`
+        self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
         self.pending: Any = None  # the arguments of `_outcome`
         self.is_compiled, self.only_compiles = layout is None, False
         self.stream = torch.cuda.current_stream(device) if self.cuda else None

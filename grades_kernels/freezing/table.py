@@ -9,6 +9,7 @@ the host repeats it here with the statistics that the device wrote.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -200,7 +201,7 @@ class FreezeTable:
     config: FreezeConfig
     units: list[Unit] = field(default_factory=list)
     t: int = 0
-    history: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
+    history: list[tuple[int, array[float]]] = field(default_factory=list)
     has_changes: bool = True
 
     _history_stride: int = 1
@@ -218,7 +219,8 @@ class FreezeTable:
         column = {unit.name: k for k, unit in enumerate(self.units)}
         chosen = [column.get((former or {}).get(unit, unit).name) for unit in units]
         history = [
-            (t, tuple(math.nan if k is None else row[k] for k in chosen)) for t, row in self.history
+            (t, array("d", [math.nan if k is None else row[k] for k in chosen]))
+            for t, row in self.history
         ]
         return replace(self, units=list(units), history=history, has_changes=True)
 
@@ -294,7 +296,7 @@ class FreezeTable:
                 unit.hits = 0
         if values:
             self._freeze_cooled()
-            self._record(tuple([measured.get(unit, math.nan) for unit in self.units]))
+            self._record(array("d", [measured.get(unit, math.nan) for unit in self.units]))
 
     def _freeze_cooled(self) -> None:
         """Freeze the decided units whose cooldown is over at step `t`."""
@@ -360,7 +362,7 @@ class FreezeTable:
             unit.is_published = True
         return [unit.event() for unit in sorted(new, key=lambda unit: unit.frozen_at)]
 
-    def _record(self, row: tuple[float, ...]) -> None:
+    def _record(self, row: array[float]) -> None:
         if self._n_checks % self._history_stride == 0:
             self.history.append((self.t, row))
             if len(self.history) > MAX_HISTORY_ROWS:

@@ -89,7 +89,7 @@ class FreezeReport:
             grace_steps=table.config.grace_steps,
             units=tuple(units),
             events=tuple(table.events),
-            history=tuple(table.history),
+            history=tuple((step, tuple(row)) for step, row in table.history),
             **others,
         )
 
