@@ -92,7 +92,7 @@ KERNEL_FAULTS = {
 }
 TABLE_FAULTS = {
     "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
-    "= np.sqrt(correction2) -> = 1": variant("gain", "next_step", maximize=False),
+    "= 1 / np.sqrt(correction2) -> = 1": variant("gain", "next_step", maximize=False),
     'np.where(rows["is_ratio"] != 0, 1, sizes) -> sizes': option("signal, per element"),
     'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': patched(
         engine.test_a_changed_tau_makes_nothing_anew, True

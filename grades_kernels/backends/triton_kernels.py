@@ -152,7 +152,7 @@ def step_kernel(
     if MEASURE:
         partial = partials_ptr + (tl.load(row + FIELDS.first_program) + index) * _PARTIALS
     if MEASURE and STATISTIC == "gain":
-        past_root_correction = tl.load(coefficients + FIELDS.past_root_correction2)
+        past_root_factor = tl.load(coefficients + FIELDS.past_root_factor)
 
     # Aligned tensors are read and written 16 bytes at a time. Masks must be the same for that many
     # neighbours, so the last elements take narrow accesses, as tensors that are not aligned do.
@@ -210,7 +210,7 @@ def step_kernel(
                     numerators += m * m
                     denominators += v
                 elif STATISTIC == "gain":
-                    past_root = tl.div_rn(tl.sqrt_rn(v), zeros + past_root_correction)
+                    past_root = tl.sqrt_rn(v) * past_root_factor
                     # Beyond the end of a tensor this is 0 / 0 where eps is 0.
                     numerators += tl.where(mask, tl.div_rn(signed * m, past_root + eps), 0.0)
                 elif STATISTIC == "norm":

@@ -34,7 +34,7 @@ TENSOR = _row(  # addresses (0: none), their bitwise or, numbers; written when a
 INPUT = _row("grad task", np.int64)  # address of the gradient, 0: none
 COEFFICIENT = _row(
     "step_size root_correction2 decay one_minus_beta1 beta2 one_minus_beta2 eps sign "
-    "past_root_correction2",
+    "past_root_factor",
     np.float32,
 )
 PAST = _row("numerator_divisor denominator_divisor", np.float64)
@@ -300,7 +300,7 @@ class DeviceTables:
         # Without a step there is no evidence, whatever is divided by.
         past = np.maximum(steps_taken, 1)
         correction2 = 1 - beta2**past
-        out["past_root_correction2"] = np.sqrt(correction2)
+        out["past_root_factor"] = 1 / np.sqrt(correction2)  # a division less per element
         for statistic, numerator, denominator in (
             ("signal", (1 - beta1) / (1 + beta1) * (1 - beta1 ** (2 * past)), correction2),
             ("gain", 1 - beta1**past, np.ones_like(beta1)),
