@@ -262,12 +262,13 @@ def _(self, sums):
     yield
 
 
-@around("half a LoRA pair decides for both", Statistics, "of")
-def _(self, sums):
-    right, evidence = self.n_tensors, self._per_unit(sums[:, 2] > 0)
-    self.n_tensors = evidence.clamp(min=1)
+@around("half a LoRA pair decides for both", HostEngine, "_values")
+def _(engine, freeze_table, ranks, tasks, sums):
+    statistics = engine.statistics
+    right, measured = statistics.n_tensors, torch.tensor(tasks) != 0
+    statistics.n_tensors = statistics._per_unit(measured).clamp(min=1)
     yield
-    self.n_tensors = right
+    statistics.n_tensors = right
 
 
 @wrapping("a weight that did not move counts as converged", Statistics, "of", STATISTICS)

@@ -8,6 +8,7 @@ float64 where the numbers have to be exact.
 import copy
 import itertools
 import math
+import sys
 import warnings
 from decimal import ROUND_CEILING, Decimal
 
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grades_kernels import GradESAdamW
+from grades_kernels.freezing import table
 
 LOW, HIGH = 1.0, 8.0  # gradients whose norm lies below and above the default tau of these tests
 NAN, INF = math.nan, math.inf
@@ -686,6 +688,24 @@ def test_without_a_freeze_the_result_is_adamw(tau, statistic, dtype):
 def test_observing_reports_without_freezing():
     opt = run([5.0, 5.0, 6.0], statistic="change", tau=0.0)
     assert (freezes(opt), opt.statistics()) == ([], {"group0.param0": 1.0})
+
+
+def test_a_long_history_has_every_second_then_every_fourth_check(monkeypatch):
+    monkeypatch.setattr(table, "MAX_HISTORY_ROWS", 4)
+    opt, seen = optimizer(matrices(1), tau=0.0), []
+    for g in range(1, 13):
+        feed(opt, float(g))
+        assert all(row == (step,) for step, row in opt.report().history)
+        seen.append([step for step, _ in opt.report().history])
+    assert seen[3:5] == [[1, 2, 3, 4], [1, 3, 5]]
+    assert seen[7:9] == [[1, 3, 5, 7], [1, 5, 9]] and seen[11] == [1, 5, 9]
+
+
+def test_the_history_of_many_units_is_small():
+    """Eight bytes per value: 18,000 experts and 512 rows would take 300 MB as tuples of floats."""
+    opt = run(*[[LOW]] * 100, tau=0.0)
+    [(_, row)] = opt._freezer.table.history
+    assert sys.getsizeof(row) <= 100 * 8 + 100
 
 
 def test_tau_and_statistic_belong_to_the_group():

@@ -157,23 +157,22 @@ class HostEngine:
         enough it has begun, and the result waits for it.
         """
         n, statistics = len(tasks), self.statistics
-        if sums is None:
-            sums = torch.zeros((n, 3), dtype=torch.float64, device="cpu")
+        # Infinity is no evidence, whatever other ranks add to it. The last row is for the tensors
+        # that this rank lacks.
+        rows = torch.full((n + 1, 3), math.inf, dtype=torch.float64, device="cpu")
+        if sums is not None:
+            complete = statistics.is_complete(tasks)
+            rows[:n][complete] = sums[complete]
         if ranks is None:
-            values = statistics.of(sums)
+            values = statistics.of(rows[:n])
             return lambda: values
-        # Infinity is "no evidence", whatever others add; the last row is for tensors that this rank
-        # lacks.
-        everywhere = torch.full((n + 1, 3), math.inf, dtype=torch.float64, device="cpu")
-        complete = statistics.is_complete(tasks)
-        everywhere[:n][complete] = sums[complete]
         if self.shards is None:
-            self.shards = ranks.shard_rows(table.units, self.position, everywhere)
+            self.shards = ranks.shard_rows(table.units, self.position, rows)
         if ranks.one_mesh:
-            finish = ranks.start_sum(table, everywhere, self.shards)
+            finish = ranks.start_sum(table, rows, self.shards)
             return lambda: statistics.of(finish()[:n])
-        ranks.add_shards(everywhere, self.shards)
-        values = ranks.largest_values(table, statistics.of(everywhere[:n]))
+        ranks.add_shards(rows, self.shards)
+        values = ranks.largest_values(table, statistics.of(rows[:n]))
         return lambda: values
 
     def sync(self) -> Outcome | None:
@@ -201,7 +200,7 @@ class Statistics:
     def of(self, sums: Tensor) -> dict[Unit, float]:
         """The statistic of every unit whose check is not void.
 
-        `sums` are those of `run_tasks`, of shape [tensors, 3]; zeros are no evidence.
+        `sums` are those of `run_tasks`, of shape [tensors, 3].
         """
         numerators, denominators, magnitudes = sums.T.contiguous()
         values, divisors = self._per_unit(numerators), self._per_unit(denominators)
