@@ -67,20 +67,23 @@ def make_room(unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:
     """
     params = [p for p, _ in unit_map.monitored]
     if t > 0 and params and not any(state.get(p) for p in params):
-        _init_state(params[0], state, groups)
+        _init_states(params[:1], state, groups)
 
 
-def write_unit(unit: Unit, unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:
-    """Copy a row of the table into the state of the unit's tensors."""
-    for p in unit_map.members[unit]:
-        if unit.is_decided and not state.get(p):
-            _init_state(p, state, groups)
-        own = state.get(p)
-        if not own:
-            continue
-        own.update(unit_numbers(unit), grades_t=t)
-        if unit.statistic == "change" and unit.is_decided:
-            own["prev_grad"] = placeholder(p)  # it is measured no more
+def write_units(
+    units: Sequence[Unit], unit_map: UnitMap, state: State, groups: Groups, t: int
+) -> None:
+    """Copy rows of the table into the state of the units' tensors."""
+    decided = [p for unit in units if unit.is_decided for p in unit_map.members[unit]]
+    _init_states([p for p in decided if not state.get(p)], state, groups)
+    for unit in units:
+        for p in unit_map.members[unit]:
+            own = state.get(p)
+            if not own:
+                continue
+            own.update(unit_numbers(unit), grades_t=t)
+            if unit.statistic == "change" and unit.is_decided:
+                own["prev_grad"] = placeholder(p)  # it is measured no more
 
 
 def read_units(unit_map: UnitMap, state: State) -> None:
@@ -282,19 +285,20 @@ def complete_loaded_state(
         add_missing_moments(own, p, amsgrad=amsgrad[p])
 
 
-def _init_state(p: Tensor, state: State, groups: Groups) -> None:
-    """Make the state of a tensor that is decided before it ever had a gradient.
+def _init_states(params: Sequence[Tensor], state: State, groups: Groups) -> None:
+    """Make the state of tensors that are decided before they ever had a gradient.
 
     It is as `Adam._init_group` makes it on the first gradient; plain AdamW reads `step` of every
-    entry of a checkpoint.
+    entry of a checkpoint. A tensor that was taken out of its group meanwhile gets none.
     """
-    group = next((g for g in groups if any(q is p for q in g["params"])), None)
-    if group is None:  # the tensor was taken out of its group since the units were made
+    if not params:
         return
-    on_device = group["capturable"] or group["fused"]
-    device = p.device if on_device else "cpu"
-    state[p]["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device=device)
-    add_missing_moments(state[p], p, amsgrad=group["amsgrad"])
+    group_of = {p: group for group in groups for p in group["params"]}
+    for p in params:
+        if (group := group_of.get(p)) is not None:
+            device = p.device if group["capturable"] or group["fused"] else "cpu"
+            state[p]["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device=device)
+            add_missing_moments(state[p], p, amsgrad=group["amsgrad"])
 
 
 def _steps_on_host(state: State, groups: Groups) -> dict[Tensor, Tensor]:

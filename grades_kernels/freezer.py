@@ -215,9 +215,8 @@ class Freezer:
         """Write what was decided into the state; returns the freezes not returned before."""
         if not self.table.has_changes:
             return []
-        for unit in self.table.units:
-            if unit.is_decided and not unit.is_published:
-                self._write_unit(optimizer, unit)
+        new = [unit for unit in self.table.units if unit.is_decided and not unit.is_published]
+        self._write_units(optimizer, new)
         return self.table.unpublished_events()
 
     def release_batch(self, optimizer: Any) -> None:
@@ -251,8 +250,7 @@ class Freezer:
 
     def _release_units(self, optimizer: Any, units: list[Unit]) -> None:
         self.release.release(units, self.unit_map, optimizer.state, self.table.t)
-        for unit in units:
-            self._write_unit(optimizer, unit)
+        self._write_units(optimizer, units)
 
     def release_all(self, optimizer: Any, ddp: DistributedDataParallel | None) -> None:
         """Release all frozen units now; `ddp` is their wrapper, if there is one.
@@ -281,7 +279,7 @@ class Freezer:
                 self.release.take_back(members)
             if unit.is_decided:
                 unit.thaw()
-                self._write_unit(optimizer, unit)
+                self._write_units(optimizer, [unit])
         self.release.rewrap(self.release.ddp)
         if self.release.rewrap_ddp and self._why_not_release(optimizer):
             self.warn_once(
@@ -354,17 +352,16 @@ class Freezer:
 
     # State and checkpoints
 
-    def _write_unit(self, optimizer: Any, unit: Unit) -> None:
-        checkpoint.write_unit(
-            unit, self.unit_map, optimizer.state, optimizer.param_groups, self.table.t
+    def _write_units(self, optimizer: Any, units: Sequence[Unit]) -> None:
+        checkpoint.write_units(
+            units, self.unit_map, optimizer.state, optimizer.param_groups, self.table.t
         )
 
     def write_state(self, optimizer: Any) -> None:
         """Copy the whole table into the state."""
         self._adopt_state(optimizer)
         checkpoint.make_room(self.unit_map, optimizer.state, optimizer.param_groups, self.table.t)
-        for unit in self.unit_map.members:
-            self._write_unit(optimizer, unit)
+        self._write_units(optimizer, list(self.unit_map.members))
 
     def _adopt_state(self, optimizer: Any) -> None:
         """Read the table from a state that was put in place without `load_state_dict`.

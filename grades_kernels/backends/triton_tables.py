@@ -197,8 +197,9 @@ class DeviceTables:
     def _lay_out_units(self) -> None:
         """The fields of a unit that never change; `fill_units` adds the others."""
         self.unit_rows = np.zeros(len(self.own_units), dtype=UNIT)
-        members = [np.flatnonzero(self.rows["unit"] == m) for m in range(len(self.own_units))]
-        sizes = np.array([len(own) for own in members], dtype=np.int64)
+        by_unit = np.argsort(self.rows["unit"], kind="stable")
+        members = by_unit[self.rows["unit"][by_unit] >= 0]
+        sizes = np.bincount(self.rows["unit"][members], minlength=len(self.own_units))
         self.unit_rows["first_member"] = np.cumsum(sizes) - sizes
         self.unit_rows["n_members"] = sizes
         self.n_tensors = np.array([unit.n_tensors for unit in self.own_units], dtype=np.int64)
@@ -206,7 +207,7 @@ class DeviceTables:
         self.unit_rows["is_ratio"] = [statistic.is_ratio for statistic in statistics]
         self.unit_rows["must_be_positive"] = [statistic.of_update for statistic in statistics]
         self.unit_rows["without_evidence"] = np.inf
-        self.members = self._upload(np.concatenate([*members, [0]]).astype(np.int32))
+        self.members = self._upload(np.append(members, 0).astype(np.int32))
         self.unit_of = self.rows["unit"].copy()
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
         least = [STATISTICS[unit.statistic].least_steps if unit else 0 for unit in self.units]
