@@ -57,6 +57,7 @@ class Freezer:
         self.engines: list[Engine] = []
         self.release = Release(config.stop_grad)
         self._job: Any = None  # the units have been exchanged for this one
+        self._known_t = 0  # what steps up to this one have decided is known on every rank
         self._warned: set[str] = set()
 
     # Readings, none of which makes anything anew
@@ -73,7 +74,9 @@ class Freezer:
 
     @property
     def all_frozen(self) -> bool:
-        """Whether every unit is frozen, as far as the host knows."""
+        """Whether every unit is frozen, as far as the host knows, and every other rank's."""
+        if self.ranks is not None:
+            return self.table.all_frozen(self._known_t)
         # Whether a step that a device is still taking has happened is unknown (GradScaler).
         ahead = any(engine.pending is not None for engine in self.engines)
         return self.table.all_frozen(self.table.t - ahead)
@@ -130,17 +133,9 @@ class Freezer:
         Raises:
             RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
         """
-        if (  # reading back is not possible in a graph
-            torch.cuda.is_available()
-            and torch.cuda.is_current_stream_capturing()
-            and any([group["tau"] is not None for group in optimizer.param_groups])
-        ):
-            raise RuntimeError(
-                "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
-                "computes every gradient, so freezing would save nothing. Capture with tau=None, "
-                "or run the steps outside of the graph."
-            )
+        _refuse_capture(optimizer.param_groups)  # a graph could not be read back from
         read_back(self.engines, self.table, self.ranks)
+        self._known_t = self.table.t
         self._adopt_state(optimizer)
         groups, ranks = optimizer.param_groups, self.ranks
         if not self.unit_map.is_current(groups):
@@ -204,6 +199,7 @@ class Freezer:
             step_engines(self.engines, table, self.ranks, grad_scale, found_inf)
         if any(engine.pending is not None for engine in self.engines):
             return []
+        self._known_t = table.t
         return self._publish(optimizer)
 
     def _decides_on_device(self, names: Sequence[str]) -> bool:
@@ -383,6 +379,7 @@ class Freezer:
         params = [p for group in groups for p in group["params"]]
         checkpoint.complete_loaded_state(params, state, groups, prev_grads)
         self.table = FreezeTable(self.config, t=checkpoint.loaded_t(params, state))
+        self._known_t = self.table.t
         self.map_units(optimizer)
         for unit in self.table.units:
             unit.is_published = unit.is_frozen  # before the checkpoint was written
@@ -435,6 +432,19 @@ class Freezer:
             while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
                 level, frame = level + 1, frame.f_back
             warnings.warn(message, stacklevel=level)
+
+
+def _refuse_capture(groups: Iterable[dict[str, Any]]) -> None:
+    if (
+        torch.cuda.is_available()
+        and torch.cuda.is_current_stream_capturing()
+        and any([group["tau"] is not None for group in groups])
+    ):
+        raise RuntimeError(
+            "step() with tau set cannot be captured in a CUDA graph: a captured backward pass "
+            "computes every gradient, so freezing would save nothing. Capture with tau=None, or "
+            "run the steps outside of the graph."
+        )
 
 
 def _idle_units(table: FreezeTable, unit_map: UnitMap) -> str:

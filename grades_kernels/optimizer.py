@@ -181,8 +181,8 @@ class GradESAdamW(AdamW):
     def all_frozen(self) -> bool:
         """Whether there is a monitored unit and every one is frozen: the signal to stop.
 
-        Never waits for the device or other ranks, and so is at most one step late where they
-        decide.
+        The same on every rank of a job. Never waits for the device or for other ranks, and so is at
+        most one step late where they decide.
         """
         return self._freezer.all_frozen
 

@@ -528,6 +528,20 @@ def test_a_check_is_void_on_all_ranks_where_one_has_no_gradient(timing, backend)
     return [event.decided_at for event in optimizer.freeze_events]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@ranks.on_ranks(2)
+def test_all_frozen_is_the_same_on_a_rank_that_reads_and_on_one_that_does_not(backend):
+    """All stop after the same step, and none waits to know it."""
+    with only(backend) as options:
+        _, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 1e9, **options)
+        seen = []
+        for _ in range(3):
+            optimizer.step()
+            assert dist.get_rank() == 1 or len(optimizer.freeze_events) == 1
+            seen.append(optimizer.all_frozen)
+    assert seen == [False, True, True]
+
+
 @ranks.on_ranks(2)
 def test_a_rank_that_is_waited_for_in_vain_is_named():
     """Rank 0 reads a check of which rank 1 has no part."""

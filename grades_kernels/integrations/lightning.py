@@ -165,9 +165,8 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
 
 def _are_finished(trainer: Trainer) -> bool:
     """Whether all units of all optimizers are frozen."""
-    # A list, so that every rank calls is_finished for every optimizer.
-    finished = [is_finished(optimizer) for optimizer in _optimizers(trainer)]
-    return bool(finished) and all(finished)
+    optimizers = _optimizers(trainer)
+    return bool(optimizers) and all(map(is_finished, optimizers))
 
 
 def _stop(trainer: Trainer, pl_module: LightningModule) -> None:

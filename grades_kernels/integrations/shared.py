@@ -10,12 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut
-from ..distributed import is_initialized
 from ..optimizer import GradESAdamW
 
 
@@ -60,15 +58,11 @@ def release_under_ddp(optimizer: GradESAdamW, find_wrapper: Callable[[], Any]) -
 
 
 def is_finished(optimizer: GradESAdamW) -> bool:
-    """Return whether all units are frozen, with the same answer on every rank of a job.
+    """Return `all_frozen` of the GradESAdamW inside the wrappers of a trainer.
 
-    `all_frozen` may be one step behind the device. A rank that stopped one step before the others
-    would leave them waiting for its gradients, so with several ranks the device is read first.
+    It has the same answer on every rank of a job, so that all stop after the same step.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    if is_initialized() and dist.get_world_size() > 1:
-        return bool(optimizer.frozen_units) and optimizer.all_frozen
-    return optimizer.all_frozen
+    return unwrap_optimizer(optimizer).all_frozen
 
 
 def measurements(optimizer: GradESAdamW) -> dict[str, float]:
