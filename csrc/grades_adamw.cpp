@@ -185,8 +185,9 @@ Array array_of(const Tensor& x, const char* name, int64_t n_elements) {
 bool lie_alike(const Array* const* arrays, size_t n) {
   const Array& first = *arrays[0];
   for (size_t k = 0; k < n; ++k) {
-    if (!arrays[k]->strided) return false;
+    if (!arrays[k]->strided || arrays[k]->n_dims != first.n_dims) return false;
     for (int d = 0; d < first.n_dims; ++d) {
+      if (arrays[k]->sizes[d] != first.sizes[d]) return false;
       if (arrays[k]->strides[d] != first.strides[d] && first.sizes[d] > 1) return false;
     }
   }

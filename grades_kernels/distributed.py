@@ -276,7 +276,7 @@ class Ranks:
         total = mine.to(_device(group, sums.device))
         work = dist.all_reduce(total, group=group, async_op=True)
         # A process that ends takes part until the others have what they need.
-        at_exit = Finalize(None, _wait, (work,), exitpriority=0)
+        at_exit = Finalize(None, _wait, (work, total), exitpriority=0)
 
         def finish() -> Tensor:
             at_exit.cancel()
@@ -372,9 +372,10 @@ class Ranks:
         )
 
 
-def _wait(work: Any) -> None:
+def _wait(work: Any, total: Tensor) -> None:
     with contextlib.suppress(RuntimeError):  # another rank has failed
         work.wait()
+        total.cpu()  # with NCCL the host has waited for nothing so far
 
 
 def _shards(p: Any) -> tuple[Any, tuple[int, ...]] | None:

@@ -30,7 +30,7 @@ def local(x: Any) -> Tensor:
 
 def full_shape(x: Tensor, p: Tensor) -> Tensor:
     """A moment or previous gradient of `p`: itself, or zeros in place of a placeholder."""
-    return x if x.shape == p.shape else torch.zeros_like(p, dtype=x.dtype)
+    return x if x.numel() or not p.numel() else torch.zeros_like(p, dtype=x.dtype)
 
 
 def add_missing_moments(state: dict[str, Any], p: Tensor, *, amsgrad: bool) -> None:

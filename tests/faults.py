@@ -247,16 +247,16 @@ def _(real):
 # What is evidence
 
 
-Statistics = host_step.Statistics
+UnitStatistics = host_step.UnitStatistics
 
 
-@around("NaN counts as a hit", Statistics, "of")
+@around("NaN counts as a hit", UnitStatistics, "of")
 def _(self, sums):
     sums[~sums.isfinite().all(dim=1)] = torch.tensor([0.0, 1.0, 1.0], dtype=sums.dtype)
     yield
 
 
-@around("a zero gradient is evidence", Statistics, "of")
+@around("a zero gradient is evidence", UnitStatistics, "of")
 def _(self, sums):
     sums[:, 2].clamp_(min=1e-30)
     yield
@@ -264,14 +264,14 @@ def _(self, sums):
 
 @around("half a LoRA pair decides for both", HostEngine, "_values")
 def _(engine, freeze_table, ranks, tasks, sums):
-    statistics = engine.statistics
+    statistics = engine.unit_statistics
     right, measured = statistics.n_tensors, torch.tensor(tasks) != 0
     statistics.n_tensors = statistics._per_unit(measured).clamp(min=1)
     yield
     statistics.n_tensors = right
 
 
-@wrapping("a weight that did not move counts as converged", Statistics, "of", STATISTICS)
+@wrapping("a weight that did not move counts as converged", UnitStatistics, "of", STATISTICS)
 def _(real):
     def of(self, sums):
         changes = zip(self.units, self._per_unit(sums[:, 0]).tolist(), strict=True)

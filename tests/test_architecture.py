@@ -104,7 +104,7 @@ def test_triton_is_imported_by_its_backend_alone():
     absolute = [(name, node.module) for name, node in nodes(ast.ImportFrom) if not node.level]
     absolute += [(name, x.name) for name, node in nodes(ast.Import) for x in node.names]
     importing = {name for name, target in absolute if "triton" in target}
-    assert importing == {"backends.triton_kernels", "backends.triton_engine"}
+    assert importing == {"backends.triton_kernels"}
 
 
 def test_no_file_and_no_class_is_too_long():

@@ -11,6 +11,7 @@ import torch
 from harness import feed
 
 from grades_kernels import GradESAdamW, grades_adamw
+from grades_kernels.backends import reference
 from grades_kernels.freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
 from grades_kernels.report.tables import standard_error
 
@@ -238,3 +239,17 @@ def test_the_functional_form_refuses_weight_change_before_the_update():
 def test_every_statistic_has_the_code_of_its_position():
     codes = [statistic.code for statistic in STATISTICS.values()]
     assert codes == list(range(1, len(STATISTICS) + 1))
+
+
+def test_sums_are_fp32_where_the_device_has_no_fp64():
+    """As on Apple's GPUs, which refuse it."""
+
+    class OfDevice:
+        def __init__(self, kind):
+            self.device = torch.device(kind)
+
+        def sum(self, dtype):
+            return dtype
+
+    assert reference._sum(OfDevice("mps")) == torch.float32
+    assert reference._sum(OfDevice("cuda")) == torch.float64

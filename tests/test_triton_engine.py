@@ -398,6 +398,85 @@ def test_a_parameter_that_is_transposed_in_place_is_read_in_its_new_order():
         tr.assert_close(p, q, 1e-5, "a parameter")
 
 
+@pytest.mark.skipif(tr.CUDA, reason="there, kernels are compiled in other places too")
+@pytest.mark.parametrize("interrupted", ["warmup", "run"])
+def test_training_goes_on_after_an_interrupted_step(interrupted, monkeypatch):
+    """Ctrl-C while the kernels are compiled, or before they are launched, loses that step alone."""
+    ours, theirs = tr.both(tau=None)
+    kernel = tr.module("triton_engine").step_kernel
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kernel), interrupted, raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ours.step(*tr.usual(ours))
+    ours.t = 0
+    for run in (ours, theirs):
+        run.steps(4)
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        tr.assert_close(p, q, 1e-5, "a parameter")
+    assert [own["step"].item() for own in ours.opt.state.values()] == [4.0] * len(ours.params)
+
+
+def raising(error):
+    def call(*args, **options):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_a_step_between_forward_and_backward_is_an_error(fused):
+    """As with torch's AdamW: autograd sees that a tensor which it saved has been overwritten."""
+    run = tr.start(fused, [(4, 4)], tau=None)
+    (p,) = run.params
+    p.grad = torch.ones_like(p)
+    loss = p.square().sum()
+    run.opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def grow(run):
+    (p,) = run.params
+    p.grad, p.data = None, torch.ones(16, 8, device=tr.DEVICE)
+    p.grad = torch.ones_like(p)
+
+
+def moment_of_another_dtype(run):
+    own = run.opt.state[run.params[0]]
+    own["exp_avg"] = own["exp_avg"].bfloat16()
+
+
+def wide_moments(run):
+    own = run.opt.state[run.params[0]]
+    own.update({key: own[key].double() for key in tr.MOMENTS})
+
+
+def wide_gradient(run):
+    (p,) = run.params
+    p.grad, p.grad_dtype = None, None
+    p.grad = torch.ones_like(p, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (grow, r"exp_avgs\[0\] is .* with shape \(8, 8\).*shape and order, \(16, 8\)"),
+        (moment_of_another_dtype, r"exp_avg_sqs\[0\] is torch.float32.*read torch.bfloat16"),
+        (wide_moments, r"the exp_avg of tensor 0 is torch.float64.*Use fused=False"),
+        (wide_gradient, r"the gradient of tensor 0 is torch.float64.*Use fused=False"),
+    ],
+)
+def test_what_the_kernels_cannot_read_is_an_error(change, message):
+    """They would take other bytes for it, behind the end of a tensor too."""
+    run = tr.start(True, [(8, 8)], tau=None)
+    run.steps(1)
+    change(run)
+    before = run.params[0].detach().clone()
+    with pytest.raises(ValueError, match=message):
+        run.opt.step()
+    assert torch.equal(run.params[0], before)
+
+
 # Checkpoints, copies, another backend ---------------------------------------------------------
 
 

@@ -98,6 +98,17 @@ def test_a_run_with_overflows_equals_one_without(overflows, timing, watch):
     tr.assert_same_bits(skipping, plain)
 
 
+def test_grad_scale_and_found_inf_may_be_numbers():
+    ours, theirs = tr.start(tau=None), tr.start(tau=None)
+    for run, number in ((ours, float), (theirs, lambda x: torch.full((), x, device=tr.DEVICE))):
+        run.opt.grad_scale, run.opt.found_inf = number(2.0), number(0.0)
+        run.steps(2)
+        run.opt.found_inf = number(1.0)
+        run.steps(1)
+    tr.assert_same_bits(ours, theirs)
+    assert {own["step"].item() for own in ours.opt.state.values()} == {2.0}
+
+
 def test_found_inf_may_be_the_number_zero():
     """GradScaler passes 0 where no tensor has a gradient."""
     run, plain = tr.start().steps(2), tr.start().steps(2)

@@ -85,7 +85,7 @@ class HostEngine:
     ) -> None:
         self.run_tasks, self.units, self.layout = run_tasks, units, layout
         self.decides, self.unscales = decides, unscales
-        self.statistics = Statistics(units if decides else [])
+        self.unit_statistics = UnitStatistics(units if decides else [])
         self.position = {p: n for n, p in tensors.dtensors}
         self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
         self.tensors: StepTensors | None = tensors
@@ -118,7 +118,7 @@ class HostEngine:
         unscale = 0 if grad_scale is None else UNSCALE
         measured = measure_tasks(tensors, units, table) if check else []
         if check and same_step:
-            first = [task and task | unscale for task in measured]
+            first = [task and (task | unscale) for task in measured]
             sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
             table.decide(self._values(table, ranks, measured, sums)())
 
@@ -130,7 +130,7 @@ class HostEngine:
             tasks = [a | b for a, b in zip(tasks, keeps, strict=True)]
         if unscale:
             done = measured if check and same_step else [0] * len(tasks)
-            tasks = [a and a | (0 if b else unscale) for a, b in zip(tasks, done, strict=True)]
+            tasks = [a and (a | (0 if b else unscale)) for a, b in zip(tasks, done, strict=True)]
         sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
         # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
         increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
@@ -156,7 +156,7 @@ class HostEngine:
         In a job of several processes all of them call this together. Where a single exchange is
         enough it has begun, and the result waits for it.
         """
-        n, statistics = len(tasks), self.statistics
+        n, statistics = len(tasks), self.unit_statistics
         # Infinity is no evidence, whatever other ranks add to it. The last row is for the tensors
         # that this rank lacks.
         rows = torch.full((n + 1, 3), math.inf, dtype=torch.float64, device="cpu")
@@ -180,7 +180,7 @@ class HostEngine:
         return pending() if pending else None
 
 
-class Statistics:
+class UnitStatistics:
     """The statistics of units, from the sums of their tensors; without a loop in Python.
 
     Args:

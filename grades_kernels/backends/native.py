@@ -145,11 +145,8 @@ def _chosen(
         own, factors = tasks[first : first + n], lr_factors[first : first + n]
         first += n
         chosen += [task and task | _AMSGRAD for task in own] if options.amsgrad else own
-        kinds = list(dict.fromkeys(factors))
-        if len(kinds) == 1:
-            rows += [n_rows] * n
-        else:
-            rows += [n_rows + kinds.index(factor) for factor in factors]
+        kinds = {factor: n_rows + k for k, factor in enumerate(dict.fromkeys(factors))}
+        rows += [n_rows] * n if len(kinds) == 1 else [kinds[factor] for factor in factors]
         n_rows += len(kinds)
         # In the op's order; as Python floats, since fp32 would change 1 - beta2.
         lr, *others = map(float, options[:5])

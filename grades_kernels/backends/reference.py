@@ -16,7 +16,10 @@ from ..freezing.table import STATISTICS
 from .tasks import KEEP, STATISTIC_BITS, UPDATE, GroupOptions, StepTensors
 
 _LEAST_STEPS = {statistic.code: statistic.least_steps for statistic in STATISTICS.values()}
-_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = _LEAST_STEPS.keys()
+_CHANGE, _NORM, _MOMENTUM, _SIGNAL, _WEIGHT_CHANGE, _GAIN = (
+    STATISTICS[name].code
+    for name in ("change", "norm", "momentum", "signal", "weight_change", "gain")
+)
 
 
 def run_tasks(
@@ -49,7 +52,7 @@ def run_tasks(
     device = next(iter(sums.values()))[0].device
     measured = torch.stack([x.to(device) for row in sums.values() for x in row]).cpu().view(-1, 3)
     result = torch.zeros((len(tasks), 3), dtype=torch.float64, device="cpu")
-    result[list(sums)] = measured
+    result[list(sums)] = measured.double()
     return result
 
 
@@ -78,12 +81,11 @@ def _measure(
     bias_correction2 = 1 - float(options.beta2) ** step
     if statistic == _GAIN:
         denominator = v.sqrt() / math.sqrt(bias_correction2) + options.eps
-        gain = (signed * m / denominator).sum(dtype=torch.float64)
+        gain = _sum(signed * m / denominator)
         return gain / (1 - beta1**step), zero, magnitude
     # The share of the gradient's variance that is left in exp_avg when gradients are pure noise.
     noise = (1 - beta1) / (1 + beta1) * (1 - beta1 ** (2 * step))
-    squares = m.square().sum(dtype=torch.float64)
-    return squares / noise, v.sum(dtype=torch.float64) / bias_correction2, magnitude
+    return _sum(m.square()) / noise, _sum(v) / bias_correction2, magnitude
 
 
 def _update(
@@ -99,11 +101,11 @@ def _update(
         by_factor.setdefault(lr_factors[i], []).append(i)
     for factor, alike in by_factor.items():
         lr = options.lr if factor == 1.0 else options.lr * factor
-        mixed = [i for i in alike if _dtype(tensors.grads[i]) != tensors.params[i].dtype]
+        mixed = {i for i in alike if _dtype(tensors.grads[i]) != tensors.params[i].dtype}
         plain = [i for i in alike if i not in mixed] if mixed else alike
         if plain:
             _adamw(options, lr, grad_scale, *_columns(tensors, options, plain))
-        for i in mixed:
+        for i in sorted(mixed):
             _adamw_mixed(tensors, options, lr, i)
 
 
@@ -175,4 +177,9 @@ def _widened(x: Any) -> Tensor:
 
 
 def _abs_sum(x: Tensor) -> Tensor:
-    return x.abs().sum(dtype=torch.float64)
+    return _sum(x.abs())
+
+
+def _sum(x: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    return x.sum(dtype=torch.float32 if x.device.type == "mps" else torch.float64)

@@ -13,13 +13,14 @@ import contextlib
 import logging
 import math
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..distributed import Ranks, ShardRows
 from ..freezing.table import FreezeTable, Unit
@@ -36,11 +37,10 @@ from .step_tensors import (
     with_local_gradients,
 )
 from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
-from .triton_kernels import decide_kernel, launch_options, step_kernel
+from .triton_kernels import DTYPES, decide_kernel, launch_options, step_kernel
 from .triton_tables import DEPENDS, FIELDS, FREEZES, DeviceTables
 
 _logger = logging.getLogger(__name__)
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class TritonEngine:
@@ -100,12 +100,13 @@ class TritonEngine:
         self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
         self.pending: Any = None  # the arguments of `_outcome`
         self.is_compiled, self.only_compiles = layout is None, False
+        self.in_step = False  # also after an exception: what the device has done is unknown then
         self.stream = torch.cuda.current_stream(device) if self.cuda else None
 
     def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
         self.tensors = None
         assert self.layout is not None
-        if not self.layout.is_valid(groups, state):
+        if self.in_step or not self.layout.is_valid(groups, state):
             return False
         # Whether previous gradients fit shows in their addresses and in the gradients' dtypes.
         tensors = self.layout.collect(groups, state, prev_grads=False)
@@ -142,6 +143,7 @@ class TritonEngine:
     ) -> None:
         tensors, self.tensors = self.tensors, None
         assert tensors is not None
+        self.in_step = True
         tensors = with_local_gradients(tensors)
         if ranks is not None and self.shards is None:
             self.tables.leave_to_others(ranks.members)
@@ -155,6 +157,7 @@ class TritonEngine:
         scaled = found is not None or scale is not None
         grads, copies = self._readable(tensors)
         staging = self.tables.next_staging()
+        # Of an empty gradient any aligned address but 0, which is "none".
         staging.inputs["grad"] = [0 if g is None else g.data_ptr() or 16 for g in grads]
         staging.inputs["task"] = tasks
         self.tables.fill_coefficients(staging, tensors, lr_factors, self.steps)
@@ -191,11 +194,17 @@ class TritonEngine:
         for g, copy in copies if scaled else ():
             g.copy_(copy)
         updated, agreed = (tasks & UPDATE) // UPDATE, decides and ranks is not None
+        # Autograd compares versions to notice that a tensor which it saved has been overwritten.
+        increment_version(list(compress(tensors.params, updated)))
+        increment_version([p for n, p in tensors.dtensors if updated[n]])
         self.pending = updated, kept, decides, agreed, found is not None
+        self.in_step = False
 
     def sync(self) -> Outcome | None:
-        pending, self.pending = self.pending, None
-        return self._outcome(*pending) if pending else None
+        if self.pending is None:
+            return None
+        outcome, self.pending = self._outcome(*self.pending), None
+        return outcome
 
     def _outcome(
         self, updated: np.ndarray, kept: list[Unit], decides: bool, agreed: bool, scaled: bool
@@ -268,15 +277,16 @@ class TritonEngine:
 
     def _scalar(self, value: Any) -> Tensor | None:
         """GradScaler's scalars as this device's; it passes the number 0 for "nothing found"."""
-        if not isinstance(value, Tensor):
-            return None
-        return value.to(self.device, torch.float32, non_blocking=True)
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float32, non_blocking=True)
+        return torch.full((), value, dtype=torch.float32, device=self.device) if value else None
 
     def _use_on(self, stream: Any) -> None:
         """Reuse no memory of this engine that is replaced before `stream` has read it."""
         if stream != self.stream:
             self.stream = stream
-            for x in (*vars(self).values(), *vars(self.tables).values()):
+            rows = (own for *_, own in self.shards or ())
+            for x in (*vars(self).values(), *vars(self.tables).values(), *rows):
                 if isinstance(x, Tensor) and x is not self.mirror:
                     x.record_stream(stream)
 
@@ -344,9 +354,9 @@ class TritonEngine:
                 *scalars,
                 first,
                 FIELDS=FIELDS,
-                PARAM=_DTYPES[launch.param],
-                GRAD=_DTYPES[launch.grad],
-                MOMENT=_DTYPES[launch.moment],
+                PARAM=DTYPES[launch.param],
+                GRAD=DTYPES[launch.grad],
+                MOMENT=DTYPES[launch.moment],
                 STATISTIC=launch.statistic if measures or keeps else "norm",
                 MEASURE=measures,
                 UPDATE=update,

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""What the kernels read and write, and the names that it has in them."""
 PARTIALS = 3
 """What a program stores of its tensor, fp32: its part of the statistic, of its denominator (0 if it
 is no ratio), and of the sum of |g|."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..freezing.table import NEVER, STATISTICS, FreezeTable, Unit
 from ..state_tensors import gradient_dtype, same_memory_order
 from .tasks import KEEP, STATISTIC_BITS, StepTensors
-from .triton_kernels import PARTIALS, block_size
+from .triton_kernels import DTYPES, PARTIALS, block_size
 
 DEPENDS, FREEZES = 64, 128
 """Flags of a task beside those of `tasks`: the decision of this very step has to be read, and a
@@ -354,18 +354,30 @@ class DeviceTables:
 
 
 def _check_readable(tensors: StepTensors, n: int, grad_dtype: torch.dtype) -> None:
-    p = tensors.params[n]
+    p, grad, moment_dtype = tensors.params[n], tensors.grads[n], tensors.exp_avgs[n].dtype
+    if isinstance(grad, Tensor) and not hasattr(grad, "_spec") and grad.shape != p.shape:
+        raise ValueError(
+            f"the gradient of tensor {n} has shape {tuple(grad.shape)}, the parameter "
+            f"{tuple(p.shape)}."
+        )
+    for what, dtype in (("gradient", grad_dtype), ("exp_avg", moment_dtype)):
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"the {what} of tensor {n} is {dtype}: the Triton kernels read "
+                f"{', '.join(map(str, DTYPES))}. Use fused=False."
+            )
     dtypes = {"state_steps": torch.float32, "prev_grads": grad_dtype}
     for name in ("state_steps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "prev_grads"):
         x = getattr(tensors, name)[n]
-        if x is None or (name == "prev_grads" and x.shape != p.shape):  # a placeholder
+        if x is None or (name == "prev_grads" and not x.numel()):  # a placeholder
             continue
-        dtype = dtypes.get(name, x.dtype)
-        in_order = name == "state_steps" or same_memory_order(x, p)
-        if x.device != p.device or x.dtype != dtype or not in_order:
+        dtype = dtypes.get(name, moment_dtype)  # a launch knows one dtype of all moments
+        in_order = x.shape == p.shape and same_memory_order(x, p)
+        if x.device != p.device or x.dtype != dtype or not (in_order or name == "state_steps"):
             raise ValueError(
-                f"{name}[{n}] is {x.dtype} on {x.device} with strides {x.stride()}: the Triton "
-                f"kernels read {dtype} on {p.device}, and moments and previous gradients in the "
-                f"parameter's order, {p.stride()}. After moving the model, move the optimizer's "
-                "state as well: load_state_dict(state_dict())."
+                f"{name}[{n}] is {x.dtype} on {x.device} with shape {tuple(x.shape)} and strides "
+                f"{x.stride()}: the Triton kernels read {dtype} on {p.device}, and moments and "
+                f"previous gradients in the parameter's shape and order, {tuple(p.shape)} and "
+                f"{p.stride()}. After moving the model, move the optimizer's state as well: "
+                "load_state_dict(state_dict())."
             )

@@ -315,7 +315,7 @@ class FreezeTable:
             taus: Whether the thresholds are part of it.
         """
         rows = tuple((u.tau if taus else 0, u.hits, u.decided_at, u.frozen_at) for u in self.units)
-        return hash((self.t, rows)) & (1 << 48) - 1
+        return hash((self.t, rows)) & ((1 << 48) - 1)
 
     def lr_factor(self, unit: Unit | None) -> float:
         """Learning-rate factor of a tensor at this step: 1, the cooldown factor, 0 where frozen.

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut
+from ..freezing.naming import layer_and_kind
 from ..optimizer import GradESAdamW
 
 
@@ -73,16 +74,19 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
         "grades/STATISTIC/KIND", e.g. "grades/change/q_proj": the median of the last statistic over
         the units of one kind of matrix, for every kind that has been measured.
     """
-    report = unwrap_optimizer(optimizer).report()
+    optimizer = unwrap_optimizer(optimizer)
+    measured, freezer = optimizer.statistics(), optimizer._freezer
+    units = freezer.table.units
+    frozen = [unit.n_elements for unit in units if unit.is_frozen]
     numbers = {
-        "grades/frozen_share": report.frozen_share()[-1][1],
-        "grades/trainable_elements": float(report.trainable_elements()[-1][1]),
+        "grades/frozen_share": len(frozen) / max(1, len(units)),
+        "grades/trainable_elements": float(freezer.n_elements - sum(frozen)),
     }
     statistics: dict[str, list[float]] = {}
-    for unit in report.units:
-        if math.isfinite(unit.statistic):
-            name = f"grades/{unit.criterion}/{unit.kind}"
-            statistics.setdefault(name, []).append(unit.statistic)
+    for unit in units:
+        if math.isfinite(measured[unit.name]):
+            _, kind = layer_and_kind(unit.name)
+            statistics.setdefault(f"grades/{unit.statistic}/{kind}", []).append(unit.value)
     return numbers | {name: median(values) for name, values in statistics.items()}
 
 

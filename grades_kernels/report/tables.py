@@ -98,8 +98,9 @@ def _gain_table(
     Over the checks that measured all of them: a frozen unit is measured no more.
     """
     rows, means = [], []
+    position = {unit.name: k for k, unit in enumerate(units)}
     for kind, members in units_by_kind(units).items():
-        columns = [units.index(unit) for unit in members if unit.criterion == "gain"]
+        columns = [position[unit.name] for unit in members if unit.criterion == "gain"]
         values = [[row[k] for k in columns] for _, row in history]
         sums = [sum(row) for row in values if all(map(math.isfinite, row))]
         if columns and len(sums) > 1:
