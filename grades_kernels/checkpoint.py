@@ -89,7 +89,8 @@ def write_units(
 def read_units(unit_map: UnitMap, state: State) -> None:
     """Fill the rows of a new map from the state: the least on which all tensors of a unit agree.
 
-    Tensors that are not monitored have AdamW's keys and no other.
+    Tensors that are not monitored have AdamW's keys and no other, those excepted that need no
+    gradient now: they keep their row until they do again, without the previous gradient.
 
     Raises:
         ValueError: For a unit of which some tensors are frozen, and others not.
@@ -107,14 +108,15 @@ def read_units(unit_map: UnitMap, state: State) -> None:
                 setattr(unit, name, values[0] if values[0] >= 0 else math.nan)
             else:
                 setattr(unit, name, min(values))
+    untrained = set(unit_map.untrained)
     for p, unit_of_p in zip(unit_map.params, unit_map.units, strict=True):
         own = state.get(p)
         if own is None:
             continue
-        if unit_of_p is None:
+        if unit_of_p is None and p not in untrained:
             for key in OWN_KEYS:
                 own.pop(key, None)
-        elif unit_of_p.statistic != "change":
+        elif unit_of_p is None or unit_of_p.statistic != "change":
             own.pop("prev_grad", None)
 
 

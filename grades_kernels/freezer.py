@@ -167,7 +167,8 @@ class Freezer:
         table, groups, state = self.table, optimizer.param_groups, optimizer.state
         if not table.units and any([group["tau"] is not None for group in groups]):
             self.warn_once(nothing_is_monitored(groups, self.unit_map))
-        if table.t == 0 and (unused := unused_options(self.config, groups)):
+        may_follow = optimizer.defaults.get("tau") is not None  # groups that take it
+        if table.t == 0 and not may_follow and (unused := unused_options(self.config, groups)):
             self.warn_once(unused)
         self.release.begin_run(self.unit_map, optimizer.process_group, self.ranks)
         total_steps = self.config.total_steps

@@ -232,6 +232,59 @@ def test_checkpointing_of_adapters_does_not_reach_below_the_cut(tmp_path):
     assert not base.get_input_embeddings()(batch).requires_grad
 
 
+class Preference(transformers.Trainer):
+    """Its reference is the model without adapters, computed between forward and backward pass."""
+
+    ref_model = None
+
+    def compute_loss(self, model, inputs, **options):
+        policy = super().compute_loss(model, inputs)
+        with torch.no_grad(), model.disable_adapter():
+            reference = super().compute_loss(model, inputs)
+        return torch.nn.functional.softplus(policy - reference)
+
+
+def preference_trainer(folder, **changes):
+    peft = pytest.importorskip("peft")
+    own = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {**TRAINER, "gradient_checkpointing": True, **NO_REENTRANT, **changes}
+    return Preference(
+        model=peft.get_peft_model(tiny_llama(), own),
+        args=transformers.TrainingArguments(str(folder), **settings),
+        train_dataset=sentences(),
+    )
+
+
+LOWEST = {"tau": 0.0, "taus": {r"layers\.0": 1e9}}
+
+
+def test_adapters_freeze_where_the_model_without_them_is_the_reference(tmp_path):
+    """Under checkpointing nothing is released there; without it, as elsewhere."""
+    optimizer = train(preference_trainer(tmp_path), **LOWEST)
+    assert optimizer.frozen_units and optimizer.report().step == STEPS
+    optimizer = train(preference_trainer(tmp_path, gradient_checkpointing=False), **LOWEST)
+    assert optimizer.frozen_units and optimizer._freezer.config.stop_grad == "auto"
+
+
+def test_a_release_there_would_stop_the_run(tmp_path):
+    """Negative control: recomputed with other flags."""
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        train(preference_trainer(tmp_path), **LOWEST, stop_grad="auto")
+
+
+def test_a_cut_is_refused_where_the_model_without_adapters_is_the_reference(tmp_path):
+    with pytest.raises(ValueError, match=r"no ref_model.*disable_adapter.*give the trainer"):
+        add_grades(preference_trainer(tmp_path), cut="auto", **OPTIONS)
+
+
+def test_a_chosen_cut_needs_batches_that_are_dicts(tmp_path):
+    """GRPO's are lists of prompts."""
+    trainer = make_trainer(tmp_path, model=deep_llama())
+    trainer.data_collator = list
+    with pytest.raises(ValueError, match=r"needs batches that are dicts, not list.*choose_cut"):
+        add_grades(trainer, cut="auto", **OPTIONS)
+
+
 def test_a_model_that_train_makes_has_the_cut_too(tmp_path):
     cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut="auto", **OPTIONS).cut.at(2)
     arguments = transformers.TrainingArguments(str(tmp_path), **TRAINER)

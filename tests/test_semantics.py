@@ -522,6 +522,31 @@ def test_max_frozen_needs_no_check_no_gradient_and_no_tau():
     assert freezes(opt) == [(1, 0), (2, 1), (2, 2)]
 
 
+@pytest.mark.parametrize(
+    ("options", "turn", "expected", "n_updates"),
+    [
+        ({"patience": 2}, 1, [(3, 0), (4, 1)], 1),
+        ({"cooldown": 3}, 2, [(4, 0), (6, 1)], 2),
+        ({"patience": 2, "statistic": "change", "tau": 1e9}, 3, [(3, 0), (6, 1)], 2),
+    ],
+)
+def test_matrices_that_train_in_turns_keep_their_hits_and_decisions(
+    options, turn, expected, n_updates
+):
+    """A step in which one needs no gradient is void for it, and no more than that."""
+    opt = optimizer(matrices(2), **options)
+    for t in range(6):
+        on = t // turn % 2
+        for i, p in enumerate(tensors_of(opt)):
+            p.requires_grad_(i == on)
+        feed(opt, *[LOW if i == on else None for i in range(2)])
+    for p in tensors_of(opt):
+        p.requires_grad_(True)
+    feed(opt, HIGH, HIGH)
+    assert freezes(opt) == expected
+    assert [state_of(opt, i)["step"].item() for i in range(2)] == [n_updates] * 2
+
+
 # 6. Timing
 
 
@@ -741,6 +766,21 @@ def test_vectors_scalars_and_empty_tensors_are_not_monitored():
     opt = optimizer([p for shape in shapes for p in matrices(1, shape)])
     assert opt.monitored_units == ["group0.param0", "group0.param4"]
     assert sum(e.n_elements for e in run([LOW]).freeze_events) == 1
+
+
+def test_a_head_may_come_before_the_groups_that_are_monitored():
+    head, block = matrices(2)
+    first = {"params": [("lm_head.weight", head)]}
+    alone = optimizer([first])
+    with pytest.raises(ValueError, match='are added later, this group alone takes "tau": None'):
+        alone.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = optimizer([{**first, "tau": None}])
+        feed(opt, LOW)
+        opt.add_param_group({"params": [("layers.0.weight", block)]})
+        feed(opt, LOW, HIGH)
+    assert opt.statistics() == {"layers.0.weight": HIGH}
 
 
 def test_a_group_added_in_the_middle_of_a_run_is_monitored():

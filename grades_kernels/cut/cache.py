@@ -31,7 +31,8 @@ class ActivationCache:
             loss.backward()
 
     Not for data that is augmented anew in every epoch, and only where every batch of an example has
-    the same padded length.
+    the same padded length. Weights that are written through `.data` make another cache necessary:
+    that leaves no trace.
 
     Args:
         model: The model, after `cut.apply(model, eval_frozen=True)`.

@@ -272,7 +272,8 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
     raise ValueError(
         "tau is set but not one tensor can be monitored: units are floating tensors of two or more "
         "dimensions that need a gradient, by name neither embedding, output head, norm nor bias. "
-        f"Seen: {'; '.join(seen)}. Pass the weight matrices, or tau=None."
+        f"Seen: {'; '.join(seen)}. Pass the weight matrices, or tau=None; where groups with "
+        'matrices are added later, this group alone takes "tau": None.'
     )
 
 

@@ -66,7 +66,8 @@ def add_grades(
         TypeError: For an option that GradESAdamW does not have.
         ValueError: Under FSDP1 or DeepSpeed, for an option that `TrainingArguments` sets,
             without `tau`, for a value that GradESAdamW refuses, or if the Trainer has another
-            optimizer already, or any with a `cut`. Also the errors of `choose_cut` and `Cut.apply`.
+            optimizer already, or any with a `cut`; for a `cut` where the Trainer cannot have one.
+            Also the errors of `choose_cut` and `Cut.apply`.
     """
     to_choose = choice_options(cut)
     is_fsdp1 = trainer.is_fsdp_enabled and (
@@ -115,6 +116,15 @@ def add_grades(
                 f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW whose moments have "
                 "the dtype of the parameters. Remove optim."
             )
+        if _recomputes_with_other_flags(trainer):
+            if cut is not None:
+                raise ValueError(
+                    "add_grades: with gradient checkpointing and no ref_model, the reference of "
+                    "this trainer is the model in disable_adapter(), which lets adapters below a "
+                    "cut train again before their recomputation. Set gradient_checkpointing=False, "
+                    "or give the trainer a ref_model."
+                )
+            options.setdefault("stop_grad", False)
         of_groups = ("taus", "verbose", "fused")  # the tensors decide about the last one
         own = {name: value for name, value in options.items() if name not in of_groups}
         GradESAdamW([nn.Parameter(torch.zeros(1, 1))], **{"grace_steps": 0, **own})  # checks them
@@ -136,6 +146,17 @@ def add_grades(
     return callback
 
 
+def _recomputes_with_other_flags(trainer: Any) -> bool:
+    """Whether PEFT's `disable_adapter` runs between a forward pass and its recomputation.
+
+    As in TRL's DPOTrainer with adapters. Its end sets `requires_grad` of all adapters, also of
+    released ones, and checkpointing raises where a recomputation saves other tensors.
+    """
+    has_adapters = hasattr(trainer.model, "disable_adapter")
+    is_own_reference = getattr(trainer, "ref_model", trainer) is None
+    return bool(trainer.args.gradient_checkpointing and has_adapters and is_own_reference)
+
+
 def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     """The cut that `choose_cut` chooses from the Trainer's own batches and loss."""
     model: Any = trainer.model
@@ -144,6 +165,12 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
     def loss(model: nn.Module, inputs: Any) -> Any:
+        if not isinstance(inputs, Mapping):
+            raise ValueError(
+                f"cut='auto' needs batches that are dicts, not {type(inputs).__name__}: a trainer "
+                "that generates its own data (GRPO) compares no two weights on the same. Pass a "
+                "Cut that choose_cut has made with fixed batches."
+            )
         # train() has autocast from the wrapped model
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             return trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
