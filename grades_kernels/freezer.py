@@ -74,12 +74,15 @@ class Freezer:
 
     @property
     def all_frozen(self) -> bool:
-        """Whether every unit is frozen, as far as the host knows, and every other rank's."""
-        if self.ranks is not None:
-            return self.table.all_frozen(self._known_t)
+        """Whether every unit is frozen, as far as the host knows."""
         # Whether a step that a device is still taking has happened is unknown (GradScaler).
         ahead = any(engine.pending is not None for engine in self.engines)
         return self.table.all_frozen(self.table.t - ahead)
+
+    @property
+    def all_frozen_everywhere(self) -> bool:
+        """The same as far as all ranks know, whatever one of them has read meanwhile."""
+        return self.table.all_frozen(self._known_t) if self.ranks else self.all_frozen
 
     @property
     def n_elements(self) -> int:

@@ -181,8 +181,9 @@ class GradESAdamW(AdamW):
     def all_frozen(self) -> bool:
         """Whether there is a monitored unit and every one is frozen: the signal to stop.
 
-        The same on every rank of a job. Never waits for the device or for other ranks, and so is at
-        most one step late where they decide.
+        Never waits for the device or other ranks, and so is at most one step late where they
+        decide, unless something exact has been read: in a job of several processes, stop by
+        `grades_kernels.integrations.is_finished`, which is the same on every rank.
         """
         return self._freezer.all_frozen
 

@@ -142,7 +142,7 @@ def in_a_job(options, missing=()):
     """
     rank = torch.distributed.get_rank()
     runs = tr.both(**options)
-    for t in range(1, 12):  # one more than decides: `all_frozen` of a job is one late
+    for t in range(1, 11):
         for run in runs:
             grads = [g * (1 + 0.5 * rank) for g in tr.usual(run)]
             run.step(*([None, *grads[1:]] if (rank, t) in missing else grads))

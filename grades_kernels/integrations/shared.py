@@ -59,11 +59,12 @@ def release_under_ddp(optimizer: GradESAdamW, find_wrapper: Callable[[], Any]) -
 
 
 def is_finished(optimizer: GradESAdamW) -> bool:
-    """Return `all_frozen` of the GradESAdamW inside the wrappers of a trainer.
+    """Return whether all units are frozen, with the same answer on every rank of a job.
 
-    It has the same answer on every rank of a job, so that all stop after the same step.
+    A rank that stopped one step before the others would leave them waiting for its gradients. Never
+    waits for the device or other ranks, and so is at most one step late where they decide.
     """
-    return unwrap_optimizer(optimizer).all_frozen
+    return unwrap_optimizer(optimizer)._freezer.all_frozen_everywhere
 
 
 def measurements(optimizer: GradESAdamW) -> dict[str, float]:
