@@ -206,8 +206,8 @@ def test_fp32_moments_of_bf16_parameters(timing, statistic):
     ("key", "wrong", "message"),
     [
         ("prev_grad", lambda x: x.double(), r"prev_grads\[0\] is torch.float64"),
-        ("prev_grad", lambda x: x.t().contiguous().t(), r"prev_grads\[0\] is .* with strides"),
-        ("exp_avg", lambda x: x.t().contiguous().t(), r"exp_avgs\[0\] is .* with strides"),
+        ("prev_grad", lambda x: x.t().contiguous().t(), r"prev_grads\[0\] is .* and strides"),
+        ("exp_avg", lambda x: x.t().contiguous().t(), r"exp_avgs\[0\] is .* and strides"),
         ("exp_avg_sq", lambda x: x.to("meta"), r"exp_avg_sqs\[0\] is torch.float32 on meta"),
     ],
     ids=["dtype", "strides", "moment's strides", "moment's device"],
