@@ -355,7 +355,7 @@ class DeviceTables:
 
 def _check_readable(tensors: StepTensors, n: int, grad_dtype: torch.dtype) -> None:
     p, grad, moment_dtype = tensors.params[n], tensors.grads[n], tensors.exp_avgs[n].dtype
-    if isinstance(grad, Tensor) and not hasattr(grad, "_spec") and grad.shape != p.shape:
+    if grad is not None and not hasattr(grad, "_spec") and grad.shape != p.shape:
         raise ValueError(
             f"the gradient of tensor {n} has shape {tuple(grad.shape)}, the parameter "
             f"{tuple(p.shape)}."

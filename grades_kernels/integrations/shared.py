@@ -75,8 +75,7 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
         "grades/STATISTIC/KIND", e.g. "grades/change/q_proj": the median of the last statistic over
         the units of one kind of matrix, for every kind that has been measured.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    measured, freezer = optimizer.statistics(), optimizer._freezer
+    freezer = unwrap_optimizer(optimizer)._exact()
     units = freezer.table.units
     frozen = [unit.n_elements for unit in units if unit.is_frozen]
     numbers = {
@@ -85,7 +84,7 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
     }
     statistics: dict[str, list[float]] = {}
     for unit in units:
-        if math.isfinite(measured[unit.name]):
+        if math.isfinite(unit.value):
             _, kind = layer_and_kind(unit.name)
             statistics.setdefault(f"grades/{unit.statistic}/{kind}", []).append(unit.value)
     return numbers | {name: median(values) for name, values in statistics.items()}
