@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,6 @@ from .step_tensors import (
     State,
     Units,
     keep_tasks,
-    kept_units,
     measure_tasks,
     update_tasks,
     uses_prev_grads,
@@ -85,7 +85,7 @@ class HostEngine:
     ) -> None:
         self.run_tasks, self.units, self.layout = run_tasks, units, layout
         self.decides, self.unscales = decides, unscales
-        self.unit_statistics = UnitStatistics(units if decides else [])
+        self.unit_statistics = UnitStatistics(units)
         self.position = {p: n for n, p in tensors.dtensors}
         self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
         self.tensors: StepTensors | None = tensors
@@ -125,8 +125,10 @@ class HostEngine:
         tasks, lr_factors = update_tasks(tensors, units, table)
         if check and not same_step:
             tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
+        kept: list[Unit] = []
         if config.is_check(t + 1):
             keeps = keep_tasks(tensors, units)
+            kept = self.unit_statistics.complete_units(keeps)
             tasks = [a | b for a, b in zip(tasks, keeps, strict=True)]
         if unscale:
             done = measured if check and same_step else [0] * len(tasks)
@@ -135,7 +137,6 @@ class HostEngine:
         # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
         increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
 
-        kept = kept_units(units, tasks) if config.is_check(t + 1) else []
         if check and not same_step:
             values = self._values(table, ranks, measured, sums)
             if ranks is not None and ranks.one_mesh:
@@ -161,7 +162,7 @@ class HostEngine:
         # that this rank lacks.
         rows = torch.full((n + 1, 3), math.inf, dtype=torch.float64, device="cpu")
         if sums is not None:
-            complete = statistics.is_complete(tasks)
+            complete = statistics.in_complete_unit(tasks)
             rows[:n][complete] = sums[complete]
         if ranks is None:
             values = statistics.of(rows[:n])
@@ -211,11 +212,18 @@ class UnitStatistics:
         found = zip(self.units, values.tolist(), evidence.tolist(), strict=True)
         return {unit: value for unit, value, has_evidence in found if has_evidence}
 
-    def is_complete(self, tasks: Sequence[int]) -> Tensor:
+    def complete_units(self, tasks: Sequence[int]) -> list[Unit]:
+        """The units every tensor of which has a task."""
+        complete = self._is_complete(_numbers(tasks) != 0)
+        return list(compress(self.units, complete.tolist()))
+
+    def in_complete_unit(self, tasks: Sequence[int]) -> Tensor:
         """Per tensor whether every tensor of its unit has a task: a check of others is void."""
-        measured = _numbers(tasks) != 0
-        complete = self._per_unit(measured) == self.n_tensors
-        return measured & torch.cat([complete, complete.new_zeros(1)])[self.unit_of]
+        complete = self._is_complete(_numbers(tasks) != 0)
+        return torch.cat([complete, complete.new_zeros(1)])[self.unit_of]
+
+    def _is_complete(self, chosen: Tensor) -> Tensor:
+        return self._per_unit(chosen) == self.n_tensors
 
     def _per_unit(self, x: Tensor) -> Tensor:
         """The sums over the tensors of each unit, one tensor after the other, fp64."""

@@ -422,15 +422,6 @@ def keep_tasks(tensors: StepTensors, units: Units) -> list[int]:
     ]
 
 
-def kept_units(units: Units, tasks: Sequence[int]) -> list[Unit]:
-    """The units of which every tensor has the task KEEP."""
-    n_kept: dict[Unit, int] = {}
-    for unit, task in zip(units, tasks, strict=True):
-        if unit is not None and task & KEEP:
-            n_kept[unit] = n_kept.get(unit, 0) + 1
-    return [unit for unit, n in n_kept.items() if n == unit.n_tensors]
-
-
 def _flags(groups: Groups) -> list[Any]:
     """Of every group, the settings that change which state a step needs and who can take it."""
     return [
