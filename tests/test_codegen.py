@@ -22,11 +22,11 @@ KERNELS = ROOT / "grades_kernels" / "backends" / "triton_kernels.py"
 
 
 # For each list of arguments the rows and the status, of AdamW alone and of the variants with the
-# most tensors: every fault shows in them.
+# most tensors: every fault shows in them. A kernel takes half a second to disassemble.
 SEVERAL = """
 import json, sys
 from benchmarks import codegen
-codegen.FLAGS = [codegen.FLAGS[0], codegen.FLAGS[-1]]
+codegen.FLAGS, codegen.DECISIONS = [codegen.FLAGS[0], codegen.FLAGS[-1]], ()
 for arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = arguments
     print("status", codegen.main())
