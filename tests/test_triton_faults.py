@@ -128,7 +128,7 @@ ENGINE_FAULTS = {
         engine.test_no_step_waits_for_a_compiler, {}, False
     ),
     "if happened: -> if True:": partial(
-        scaling.test_a_run_with_overflows_equals_one_without, (3,), "next_step", False
+        scaling.test_a_run_with_overflows_equals_one_without, (3,), False, "next_step"
     ),
     "not (scaled and results[-1] != 0) -> True": OVERFLOW,
 }
