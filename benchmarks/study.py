@@ -54,7 +54,7 @@ class Rule(NamedTuple):
 RULES = {
     "GradES": Rule({"statistic": "change"}, per="unit"),
     "signal, auto": Rule({"statistic": "signal"}, per=""),
-    # What the authors' package does, step for step: tests/test_authors_package.py.
+    # The rule of the authors' package: tests/test_authors_package.py.
     "authors' rule": Rule({"statistic": "weight_change", "freeze_timing": "next_step"}, per="all"),
 }
 
