@@ -149,7 +149,7 @@ class Results:
         return row["loss"] - curve.loss(row[axis])
 
     def table(self) -> list[Row]:
-        """Means over the seeds for each task, budget and arm."""
+        """Means over the seeds for each task, budget and arm, with the range of speed-ups."""
         lines = []
         for (task, budget, arm), rows in grouped(self.runs, "task", "budget", "arm").items():
             if arm.startswith("cut ") and arm not in ("cut 0",):
@@ -164,7 +164,8 @@ class Results:
                 line[f"difference, {axis}"] = (
                     f"{fmean(differences):+.3f} ({standard_error(differences):.3f})"
                 )
-                line[f"speed-up, {axis}"] = f"{beyond}{math.exp(fmean(ratios)):.2f}"
+                mean, low, high = map(math.exp, (fmean(ratios), min(ratios), max(ratios)))
+                line[f"speed-up, {axis}"] = f"{beyond}{mean:.2f} ({low:.1f}-{high:.1f})"
             line["frozen"] = f"{fmean(r['frozen'] for r in rows):.2f}"
             line["probe"] = ""
             if arm.startswith("chosen"):

@@ -1319,7 +1319,7 @@ def test_parameters_in_the_same_memory_are_updated_one_after_the_other(fused):
         return train(cls([{"params": [a]}, {"params": [b]}], **options), 3)
 
     if fused:
-        with pytest.raises(RuntimeError, match="two parameters share memory|op is not built"):
+        with pytest.raises(RuntimeError, match=r"two parameters share memory|op is not built"):
             tied(GradESAdamW, fused=True)
         return
     ours = tied(GradESAdamW)
