@@ -23,7 +23,8 @@ from harness import run_python
 CASE_LIMIT = timedelta(seconds=60)
 CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports once what every process would import anew; the first step imports _dynamo.
-CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "harness", __name__])
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "harness", "conftest", __name__]
+CONTEXT.set_forkserver_preload(PRELOADED)
 _POOLS = {}
 
 
