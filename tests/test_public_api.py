@@ -51,6 +51,12 @@ assert optimizer.all_frozen
 print(optimizer.frozen_units, len(optimizer.report().to_dict()["units"]))
 """
 
+RUN_THE_COMMAND = """
+from grades_kernels.cli import main
+
+assert main(["info"]) == 0
+"""
+
 
 def test_the_package_has_exactly_the_public_names():
     public = {name for name in vars(grades_kernels) if not name.startswith("_")}
@@ -89,10 +95,12 @@ print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} & 
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_importing_and_freezing_work_with_torch_alone():
-    done = run_python("-c", HIDE_OPTIONAL + FREEZE_ONE_MATRIX)
-    expected = "['layers.0.attn.q_proj.weight'] 1"
-    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+def test_importing_freezing_and_the_command_work_with_torch_alone():
+    done = run_python("-c", HIDE_OPTIONAL + FREEZE_ONE_MATRIX + RUN_THE_COMMAND)
+    assert done.returncode == 0, done.stderr
+    first, *info = done.stdout.splitlines()
+    assert first == "['layers.0.attn.q_proj.weight'] 1"
+    assert info[0].startswith("grades-kernels ")
 
 
 def test_the_optional_packages_are_really_hidden():
