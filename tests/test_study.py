@@ -53,7 +53,7 @@ def test_the_quick_study_runs_and_a_rerun_skips_its_rows(results, capsys):
             assert row["share"] == pytest.approx(row["budget"])
     arms = {row["arm"] for row in rows if row["stage"] == "run"}
     assert arms >= {"all weights", "cut 0", "cut 1", "GradES", "authors' rule", "early stopping"}
-    study.main([*quick, "--jobs", "2"])
+    study.main([*quick, "--jobs", "2", "--part", "run"])
     assert study_report.read("study-quick-runs") == rows
 
 
@@ -242,7 +242,7 @@ def test_every_case_has_its_number_of_frozen_units(case):
 
 
 def test_recompilations_are_counted():
-    row = bench_training.compile_row(every=2)
+    row = bench_training.compile_row(every=1)
     assert row["units"] == row["frozen"] == 28
     assert row["recompilations"] <= 6 and row["eager_steps"] == 0
 
@@ -252,7 +252,7 @@ def test_recompilations_are_counted():
 )
 def test_steps_that_run_eagerly_past_the_recompile_limit_are_counted():
     with torch._dynamo.config.patch(recompile_limit=2):
-        assert bench_training.compile_row(every=2)["eager_steps"] > 0
+        assert bench_training.compile_row(every=1)["eager_steps"] > 0
 
 
 def test_the_authors_package_is_skipped_where_it_is_missing(monkeypatch, capsys):
@@ -264,6 +264,6 @@ def test_the_authors_package_is_skipped_where_it_is_missing(monkeypatch, capsys)
 def test_the_authors_package_is_timed_beside_adamw():
     pytest.importorskip("transformers")
     pytest.importorskip("grades")
-    rows = list(bench_training.peer_rows("tiny", TINY, CPU, rounds=2, steps=4))
+    rows = list(bench_training.peer_rows("tiny", TINY, CPU, rounds=1, steps=3))
     assert [row["case"] for row in rows][:3] == ["AdamW", "AdamW again", "authors' callback"]
     assert rows[0]["ratio"] == 1 and all(row["step_ms"] > 0 for row in rows)
