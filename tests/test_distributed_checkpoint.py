@@ -5,6 +5,7 @@ that was never interrupted. On as many ranks as before its weights are the same 
 or fewer they differ by less than 1e-4, because sums are added in another order.
 """
 
+import functools
 import warnings
 
 import pytest
@@ -118,17 +119,27 @@ def on(size, *args):
     return [run(*args)] if size == 1 else ranks.run(size, run, *args)
 
 
-def check(saver, loader, own, folder, form, split, resume="new"):
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
     """Compare the resumed with the uninterrupted run; some units freeze after the checkpoint."""
-    uninterrupted, *_ = on(*saver, own, str(folder), form, split)
-    resumed = on(*loader, own, str(folder), form, split, resume)
-    assert same_on_all(resumed)
-    assert max(event.step for event in uninterrupted["events"]) > split
-    assert decisions(resumed[0]) == decisions(uninterrupted)
-    assert resumed[0]["hits"] == uninterrupted["hits"]
-    if saver == loader:
-        assert resumed[0] == uninterrupted
-    assert distance(resumed[0], uninterrupted) < 1e-4
+
+    @functools.cache
+    def saved(saver, name, form, split):
+        folder = str(tmp_path_factory.mktemp("checkpoint"))
+        return folder, on(*saver, OWN[name], folder, form, split)[0]
+
+    def check(saver, loader, name, form, split, resume="new"):
+        folder, uninterrupted = saved(saver, name, form, split)
+        resumed = on(*loader, OWN[name], folder, form, split, resume)
+        assert same_on_all(resumed)
+        assert max(event.step for event in uninterrupted["events"]) > split
+        assert decisions(resumed[0]) == decisions(uninterrupted)
+        assert resumed[0]["hits"] == uninterrupted["hits"]
+        if saver == loader:
+            assert resumed[0] == uninterrupted
+        assert distance(resumed[0], uninterrupted) < 1e-4
+
+    return check
 
 
 TWO, DDP = (2, "fsdp2"), (2, "ddp")
@@ -140,23 +151,23 @@ JOBS = [
 IDS = [f"{n}-{a}-to-{m}-{b}" for (n, a), (m, b) in JOBS]
 
 
-@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize(("saver", "loader"), JOBS, ids=IDS)
-def test_another_job_resumes_a_checkpoint(saver, loader, own, tmp_path):
+def test_another_job_resumes_a_checkpoint(saver, loader, name, check):
     """Some units have frozen before the checkpoint, others freeze after it."""
-    check(saver, loader, own, tmp_path, "nested", 7)
+    check(saver, loader, name, "nested", 7)
 
 
 @pytest.mark.parametrize("form", ["flat", "full", "async"])
 @pytest.mark.parametrize("split", [2, 5, 7])
 @pytest.mark.parametrize("loader", [(2, "fsdp2"), (1, "alone")], ids=["to-2", "to-1"])
-def test_every_form_of_a_checkpoint_can_be_resumed(form, split, loader, tmp_path):
-    check((2, "fsdp2"), loader, OWN["change"], tmp_path, form, split)
+def test_every_form_of_a_checkpoint_can_be_resumed(form, split, loader, check):
+    check(TWO, loader, "change", form, split)
 
 
 @pytest.mark.parametrize("form", ["nested", "flat", "full"])
-def test_units_that_froze_after_the_checkpoint_train_again_when_it_is_loaded(form, tmp_path):
-    check((2, "fsdp2"), (2, "fsdp2"), OWN["change"], tmp_path, form, 5, resume="same")
+def test_units_that_froze_after_the_checkpoint_train_again_when_it_is_loaded(form, check):
+    check(TWO, TWO, "change", form, 5, resume="same")
 
 
 def test_without_the_freeze_table_a_resumed_run_differs(tmp_path):
