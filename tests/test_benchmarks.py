@@ -1,25 +1,22 @@
 """What the benchmarks do besides measuring: where rows go, and that a command ends in time."""
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
+
+from harness import run_python
 
 from benchmarks import gpu
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_the_environment_names_folder_and_commit_of_results(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADES_RESULTS", str(tmp_path / "new" / "folder"))
-    monkeypatch.setenv("GRADES_COMMIT", "abc1234")
+def test_the_environment_names_folder_and_commit_of_results(tmp_path):
+    folder = tmp_path / "new" / "folder"
     code = """
 import torch
 from benchmarks import harness
 harness.append_rows("rows", [{"case": "a"}, {"case": "b"}], torch.device("cpu"))
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    with open(tmp_path / "new" / "folder" / "rows.csv", newline="") as file:
+    done = run_python("-c", code, GRADES_RESULTS=str(folder), GRADES_COMMIT="abc1234")
+    assert done.returncode == 0, done.stderr
+    with open(folder / "rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["commit"]) for row in rows] == [("a", "abc1234"), ("b", "abc1234")]
 
