@@ -64,7 +64,7 @@ def test_runs_start_alike_and_see_the_same_batches(job):
     assert [step for step, _, _ in full["validations"]] == list(range(0, 81, 4))  # every 5 %
 
 
-def test_the_plan_determines_the_report(job, tmp_path):
+def test_the_plan_determines_the_report(job, tmp_path, without_plots):
     assert run_job(TINY, tmp_path / "again").report == job.report
 
 
