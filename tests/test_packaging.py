@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -32,7 +33,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CEILINGS = {"triton"}  # the CUDA build of torch needs an older one than the CPU build allows

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FUSED
-from harness import assert_same, feed, parameters, snapshot, tensors_of, train
+from harness import TIMINGS, assert_same, feed, parameters, snapshot, tensors_of, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,6 @@ from grades_kernels.freezing import table
 
 LOW, HIGH = 1.0, 8.0  # gradients whose norm lies below and above the default tau of these tests
 NAN, INF = math.nan, math.inf
-TIMINGS = ("same_step", "next_step")
 DEFAULTS = {"lr": 0.1, "tau": 2.0, "statistic": "norm", "fused": False}
 
 

@@ -6,12 +6,11 @@ Wrong are optimizers with one fault each, as small as those of real implementati
 import importlib.util
 import re
 from collections import Counter
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from harness import run_python
+from harness import ROOT, run_python
 
 from grades_kernels import GradESAdamW, cli
 from grades_kernels.cli import main
@@ -249,7 +248,7 @@ def test_the_command_exits_with_1_at_a_mismatch(use_fault, capsys):
 
 def test_the_example_workflow_uses_valid_commands(monkeypatch):
     yaml = pytest.importorskip("yaml")
-    text = (Path(__file__).parent.parent / "examples" / "validate.yml").read_text()
+    text = (ROOT / "examples" / "validate.yml").read_text()
     jobs = yaml.safe_load(text.replace("${{ github.run_number }}", "7"))["jobs"]
     runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     commands = [run.split("grades-kernels ", 1)[1].split() for run in runs if "validate" in run]
