@@ -44,5 +44,6 @@ def patching_once(patch_language):
 
 
 def speed_up():
-    interpreter._patch_builtin = patch_builtins
-    interpreter._patch_lang = patching_once(interpreter._patch_lang)
+    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_lang"):
+        interpreter._patch_builtin = patch_builtins
+        interpreter._patch_lang = patching_once(interpreter._patch_lang)
