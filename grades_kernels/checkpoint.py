@@ -318,6 +318,17 @@ def _steps_on_host(state: State, groups: Groups) -> dict[Tensor, Tensor]:
     return dict(zip(params, (step.clone() for step in steps), strict=True))
 
 
+def _are_same(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether these are the same names, up to the module from which they are counted."""
+    if len(names) != len(others):
+        return False
+    one, other = ([f".{canonical_name(name)}" for name in both] for both in (names, others))
+    outer, inner = (one, other) if len(one[0]) >= len(other[0]) else (other, one)
+    pairs = zip(outer, inner, strict=True)
+    outside = {a.removesuffix(b) if a.endswith(b) else None for a, b in pairs}
+    return len(outside) == 1 and None not in outside
+
+
 def _check_same_parameters(
     i: int,
     group: dict[str, Any],
@@ -336,6 +347,10 @@ def _check_same_parameters(
         group["param_names"] = live_group.get("param_names", list(keys))
     if not saved_names or len(saved_names) != len(live):
         saved_names = None
+    # A checkpoint has the names that the groups were made with, or those in the model.
+    both = (live_group.get("param_names"), live_names)
+    if saved_names and any(names and _are_same(saved_names, names) for names in both):
+        live_names = saved_names
     for j, (p, key) in enumerate(zip(live, keys, strict=True)):
         nameless = f"parameter {j} of group {i}"
         saved_name = saved_names[j] if saved_names else nameless

@@ -320,6 +320,7 @@ class Freezer:
             )
         self.table = self.table.successor(list(unit_map.members), former)
         self.unit_map, self.engines, self._job = unit_map, [], None
+        self.release.released.intersection_update(unit_map.params)
 
     def _follow_taus(self, optimizer: Any) -> None:
         """Read the thresholds, as lr is read, once all decisions with the former ones are known."""
@@ -397,13 +398,13 @@ class Freezer:
 
     @contextlib.contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
-        """Undo every change of this object, and of `requires_grad`, if the body raises."""
+        """Undo every change of this object, and of `requires_grad`, where the body raises."""
         kept = dict(self.__dict__)
         released = set(self.release.released)
         flags = [(p, p.requires_grad) for p in self.unit_map.params]
         try:
             yield
-        except Exception:
+        except BaseException:
             self.__dict__.update(kept)
             self.release.released = released
             for p, flag in flags:
@@ -497,7 +498,7 @@ def _make_engines(
     for key, chosen in parts.items():
         layout = Layout(groups, state, chosen)
         tensors = layout.collect(groups, state, prev_grads=prev_grads)
-        assert tensors is not None
+        assert tensors is not None, "amsgrad was set after the state of a tensor had been made"
         if key != "host":
             from .backends.triton_engine import TritonEngine
 

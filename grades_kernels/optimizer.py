@@ -312,6 +312,7 @@ class GradESAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._begin_step()  # it may have changed the groups
         self._take_step()
         return loss
 
@@ -375,6 +376,7 @@ class GradESAdamW(AdamW):
         return checkpoint.plain(state_dict)
 
     @torch._disable_dynamo
+    @torch.inference_mode(False)  # as `thaw`
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of GradESAdamW or of plain AdamW.
 
@@ -400,7 +402,7 @@ class GradESAdamW(AdamW):
         try:
             with self._freezer.unchanged_on_error():
                 super().load_state_dict(state_dict)
-        except Exception:
+        except BaseException:
             self.state, self.param_groups = state, groups
             raise
         finally:

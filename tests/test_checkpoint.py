@@ -22,7 +22,9 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -798,7 +800,12 @@ def edited(name, value=None):
     return make
 
 
+def of_two_modules(params):
+    return [(f"part{i % 2}.{name}", p) for i, (name, p) in enumerate(params)]
+
+
 MISMATCHES = {
+    "of-two-modules": (named, saved_by(over(of_two_modules)), ValueError, ("'part0.",)),
     "reordered": (named, saved_by(over(swap)), ValueError, (Q, K)),
     "renamed": (named, saved_by(renamed), ValueError, (K, K.replace("k_proj", "key"))),
     "reshaped": (named, saved_by(wider(named)), ValueError, (UP, "7, 4", "5, 4")),
@@ -847,6 +854,49 @@ def test_wrapper_prefixes_are_no_other_names(prefix, side):
     result, expected = outcome(resumed.advance(STEPS)), dict(uninterrupted("change"))
     del result["param_names"], expected["param_names"]
     assert differences(expected, result) == []
+
+
+@flat_or_nested
+def test_names_may_be_counted_from_another_module(flat):
+    """DCP names tensors from the model, the groups from a part of it, or as a tied tensor first."""
+    backbone = nn.ModuleDict(
+        {name: nn.Linear(4, 4, bias=False) for name in ("embed", "up", "head")}
+    )
+    backbone.head.weight = backbone.embed.weight
+    run = SimpleNamespace(model=nn.ModuleDict({"backbone": backbone}), scheduler=None)
+    run.opt = GradESAdamW(backbone.named_parameters(), tau=1e9, statistic="norm", grace_steps=0)
+    feed(run.opt, 1.0, 2.0)
+    for attach in (False, True):
+        if attach:
+            run.opt.attach(run.model)
+        events = run.opt.freeze_events
+        dcp_restore(run, dcp_state(run, flat), flat)
+        run.opt.load_state_dict(run.opt.state_dict())
+        assert run.opt.freeze_events == events != []
+
+
+@pytest.mark.parametrize("name", ["change", "groups"])
+def test_an_interrupted_load_changes_nothing(name, monkeypatch):
+    run = fresh(CASES[name]).advance(7)
+    saved = checkpoint(fresh(CASES[name], seed=99).advance(9))
+    before = outcome(run)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("grades_kernels.checkpoint.read_units", Mock(side_effect=KeyboardInterrupt))
+        run.opt.load_state_dict(saved["optimizer"])
+    assert differences(before, outcome(run)) == []
+    assert_ends_as(name, run, 7)
+
+
+def test_a_run_goes_on_from_a_load_in_inference_mode():
+    p = nn.Parameter(torch.ones(4, 4))
+    opt = GradESAdamW([p], tau=0.0, grace_steps=1, fused=False)
+    feed(opt, 1.0)
+    feed(opt, 2.0)
+    saved = copy.deepcopy(opt.state_dict())
+    with torch.inference_mode():
+        opt.load_state_dict(saved)
+    feed(opt, 4.0)
+    assert opt.statistics() == {"group0.param0": 32.0}
 
 
 def test_a_load_hook_may_translate_old_names():

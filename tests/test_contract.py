@@ -1309,6 +1309,25 @@ def test_options_of_freezing_without_a_tau_are_reported():
         GradESAdamW([{"params": [p], "tau": 0.0}], total_steps=10).step()
 
 
+@pytest.mark.parametrize("tau", [None, 0.0])
+def test_a_closure_may_change_the_groups(tau):
+    def run(cls, **options):
+        a, b = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+        opt = cls([{"params": [a]}, {"params": [b]}], lr=0.1, **options)
+
+        def replace():
+            opt.param_groups[1]["params"] = [nn.Parameter(torch.full((4, 4), 2.0))]
+            for group in opt.param_groups:
+                group["params"][0].grad = torch.ones(4, 4)
+
+        for closure in (replace, lambda: opt.param_groups.pop(0), lambda: None):
+            opt.step(closure)
+        return values(opt)
+
+    ours = run(GradESAdamW, tau=tau, grace_steps=None if tau is None else 0, fused=False)
+    assert_same(ours, run(AdamW, foreach=False))
+
+
 @pytest.mark.parametrize("fused", [None, True])
 def test_parameters_in_the_same_memory_are_updated_one_after_the_other(fused):
     """Tied through `.data` they stay two parameters, which a fused backend would race on."""

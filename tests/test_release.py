@@ -7,6 +7,7 @@ import gc
 import math
 import multiprocessing
 import warnings
+import weakref
 
 import psutil
 import pytest
@@ -652,6 +653,30 @@ def test_a_frozen_tensor_that_is_no_leaf_keeps_its_flag():
     for _ in range(3):
         feed(opt, 1.0)
     assert opt.frozen_units and w.requires_grad
+
+
+def test_a_released_tensor_that_leaves_the_optimizer_is_free():
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    groups = [{"params": [p], "tau": tau} for p, tau in zip(params, (1e9, 0.0), strict=True)]
+    opt = GradESAdamW(groups, statistic="norm", grace_steps=0)
+
+    def train_with(*optimizers):
+        sum(p.sum() for p in params).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    train_with(opt)
+    train_with(opt)
+    assert not params[0].requires_grad
+    del opt.param_groups[0], opt.state[params[0]]
+    other = torch.optim.AdamW([params[0].requires_grad_(True)], weight_decay=0.0)
+    train_with(opt, other)
+    train_with(opt, other)
+    assert (params[0] != 1).all()
+    removed = weakref.ref(params.pop(0))
+    del groups, other
+    gc.collect()
+    assert removed() is None
 
 
 def test_released_tensors_stay_without_gradients():
