@@ -61,7 +61,8 @@ def plot():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the tests marked `gpu` where there is no CUDA device."""
+    """Run the slow tests first, and skip those marked `gpu` where there is no CUDA device."""
+    items.sort(key=lambda item: "slow" not in item.keywords)  # the last ones keep no worker waiting
     if torch.cuda.is_available():
         return
     for item in items:
