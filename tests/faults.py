@@ -265,17 +265,18 @@ def _(self, sums):
 @around("half a LoRA pair decides for both", HostEngine, "_values")
 def _(engine, freeze_table, ranks, tasks, sums):
     statistics = engine.unit_statistics
-    right, measured = statistics.n_tensors, torch.tensor(tasks) != 0
-    statistics.n_tensors = statistics._per_unit(measured).clamp(min=1)
+    right = statistics.positions
+    measured = {unit: [n for n in own if tasks[n]] for unit, own in right.items()}
+    statistics.positions = {unit: own for unit, own in measured.items() if own}
     yield
-    statistics.n_tensors = right
+    statistics.positions = right
 
 
 @wrapping("a weight that did not move counts as converged", UnitStatistics, "of", STATISTICS)
 def _(real):
     def of(self, sums):
-        changes = zip(self.units, self._per_unit(sums[:, 0]).tolist(), strict=True)
-        still = {u: x for u, x in changes if u.statistic == "weight_change" and not x}
+        changes = {u: sums[own, 0].sum().item() for u, own in self.positions.items()}
+        still = {u: x for u, x in changes.items() if u.statistic == "weight_change" and not x}
         return {**still, **real(self, sums)}
 
     return of

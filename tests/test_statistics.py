@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
+from conftest import FUSED
 from harness import feed
 
 from grades_kernels import GradESAdamW, grades_adamw
 from grades_kernels.backends import reference
+from grades_kernels.backends.tasks import UPDATE
 from grades_kernels.freezing.table import STATISTICS, FreezeConfig, FreezeTable, Unit
 from grades_kernels.report.tables import standard_error
 
@@ -253,3 +255,16 @@ def test_sums_are_fp32_where_the_device_has_no_fp64():
 
     assert reference._sum(OfDevice("mps")) == torch.float32
     assert reference._sum(OfDevice("cuda")) == torch.float64
+
+
+def test_a_tensor_that_is_not_measured_has_sums_of_zero(backend):
+    """A check of its unit is void, whatever else is done to it."""
+    params = [torch.nn.Parameter(torch.ones(3, 5)) for _ in range(3)]
+    opt = GradESAdamW(params, tau=0.0, grace_steps=0, statistic="norm", fused=FUSED[backend])
+    feed(opt, 2.0, 2.0, 2.0)
+    [engine] = opt._freezer.engines
+    assert engine.is_valid(opt.param_groups, opt.state, opt._freezer.table)
+    tasks = [UPDATE, UPDATE | STATISTICS["norm"].code, 0]
+    with torch.no_grad():
+        sums = engine.run_tasks(engine.tensors, tasks, [1.0] * 3, None)
+    assert sums.tolist() == [[0.0] * 3, [30.0, 0.0, 30.0], [0.0] * 3]

@@ -8,8 +8,9 @@ with `tasks` one number per tensor: the code of a statistic to measure, plus any
 UPDATE (AdamW), KEEP (store the gradient in `prev_grad`) and UNSCALE (divide the gradient by
 `grad_scale`, in place); 0 leaves the tensor alone. `lr_factors` has one factor of the learning rate
 per tensor. `sums` is None where nothing was measured, else a float64 CPU tensor of shape [n, 3]:
-the numerator of the statistic, its denominator (0 unless it is a ratio), and the sum of |g|. The
-numerator is NaN where the moments have not seen as many gradients as the statistic needs.
+the numerator of the statistic, its denominator (0 unless it is a ratio), and the sum of |g|; three
+zeros for a tensor that was not measured. The numerator is NaN where the moments have not seen as
+many gradients as the statistic needs.
 """
 
 from __future__ import annotations
