@@ -41,7 +41,7 @@ def test_the_kernels_tests_pass_on_compiled_code(target):
     done = run_compiled("-m", "pytest", "-q", "-p", "ptx", *files, PTX_TARGET=target)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     launches = re.search(r"(\d+) launches of PTX", done.stdout)
-    assert launches and int(launches[1]) > 20
+    assert launches and int(launches[1]) > 50
 
 
 def several_steps(dtype=torch.float32, **options):
@@ -125,7 +125,7 @@ def test_sixteen_bits_are_rounded_as_by_the_fused_adamw_of_torch(dtype):
     ours = start(True, ((64, 64),), dtype=dtype, tau=None, lr=1e-3)
     theirs = torch.nn.Parameter(ours.params[0].detach().clone())
     adamw = torch.optim.AdamW([theirs], **{**HYPER, "lr": 1e-3}, fused=True)
-    for seed in range(6):
+    for seed in range(20):
         [theirs.grad] = grads = noise([theirs], seed)
         ours.step(*(g.clone() for g in grads))
         adamw.step()
