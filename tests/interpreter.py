@@ -1,28 +1,10 @@
-"""Triton's interpreter in half the time: what it repeats at every call is done once.
+"""Triton's interpreter in less time: what it repeats at every call is done once.
 
-While a kernel runs, the interpreter replaces the builtin functions of Triton's language by its own.
-It looks for them among all names and replaces them again whenever a kernel calls a function.
-Triton 3.6 to 3.9 do so by the functions that `speed_up` wraps.
+While a kernel runs, the interpreter replaces the functions of Triton's language by its own, and
+does so again whenever a kernel calls a function, by `_patch_lang` in Triton 3.6 to 3.9.
 """
 
-import functools
-import inspect
-
 from triton.runtime import interpreter
-
-
-@functools.cache
-def builtins_of(namespace):
-    """First called before anything is replaced: a replaced builtin is none any more."""
-    members = inspect.getmembers(namespace)
-    return [name for name, member in members if interpreter.tl.core.is_builtin(member)]
-
-
-def patch_builtins(namespace, builder, scope):
-    for name in builtins_of(namespace):
-        member = getattr(namespace, name)
-        if interpreter.tl.core.is_builtin(member):
-            interpreter._patch_attr(namespace, name, member, builder, scope)
 
 
 def patching_once(patch_language):
@@ -44,6 +26,5 @@ def patching_once(patch_language):
 
 
 def speed_up():
-    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_lang"):
-        interpreter._patch_builtin = patch_builtins
+    if hasattr(interpreter, "_patch_lang"):
         interpreter._patch_lang = patching_once(interpreter._patch_lang)
