@@ -602,7 +602,7 @@ def test_a_cut_can_be_pickled_printed_drawn_and_written(tmp_path):
         Cut.load(tmp_path / "other.json")
 
 
-def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
+def test_peft_adapters_below_the_cut_are_inactive_and_inputs_need_no_gradient():
     peft = pytest.importorskip("peft")
     base = tiny_llama(num_hidden_layers=3)
     base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -620,13 +620,24 @@ def test_peft_adapters_below_the_cut_are_disabled_and_inputs_need_no_gradient():
     assert all(gain != 0 for gain in cut.gains[1:4])  # of B, while A has no gradient
     cut.at(2).apply(model)
     assert hooks() == []
-    disabled = [
-        m.disable_adapters for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)
-    ]
-    assert disabled == [True] * 4 + [False] * 2
-    language_loss(model, batches()[0]).backward()
-    trained = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert trained and all(".layers.2." in name for name in trained)
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert [m.active_adapters for m in layers] == [[]] * 4 + [["default"]] * 2
+    for _ in range(2):
+        language_loss(model, batches()[0]).backward()
+        trained = [name for name, p in model.named_parameters() if p.grad is not None]
+        assert trained and all(".layers.2." in name for name in trained)
+        with model.disable_adapter():  # as the reference of DPO: it asks for gradients on its exit
+            pass
+
+
+def test_peft_adapters_below_the_cut_that_were_trained_before_stay_active():
+    peft = pytest.importorskip("peft")
+    own = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_llama(num_hidden_layers=3), own)
+    cut = choose_cut(model, language_loss, batches())
+    before = language_loss(model, batches()[0])
+    cut.at(2).apply(model)
+    assert torch.equal(language_loss(model, batches()[0]), before)
 
 
 def recompute(reentrant):

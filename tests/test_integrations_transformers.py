@@ -272,9 +272,24 @@ def test_a_release_there_would_stop_the_run(tmp_path):
         train(preference_trainer(tmp_path), **LOWEST, stop_grad="auto")
 
 
-def test_a_cut_is_refused_where_the_model_without_adapters_is_the_reference(tmp_path):
+def test_a_cut_holds_where_the_model_without_adapters_is_the_reference(tmp_path):
+    """Also under checkpointing, whose recomputation finds the flags of the forward pass."""
+    cut = add_grades(preference_trainer(tmp_path), cut="auto", **OPTIONS).cut.at(1)
+    trainer = preference_trainer(tmp_path)
+    train(trainer, cut=cut, tau=0.0)
+    trains = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trains and not set(trains) & set(cut.frozen)
+
+
+def test_a_cut_below_trained_adapters_is_refused_where_the_model_without_them_is_the_reference(
+    tmp_path,
+):
+    trainer = preference_trainer(tmp_path)
+    name, used = next((n, p) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    assert ".layers.0." in name
+    torch.nn.init.ones_(used)
     with pytest.raises(ValueError, match=r"no ref_model.*disable_adapter.*give the trainer"):
-        add_grades(preference_trainer(tmp_path), cut="auto", **OPTIONS)
+        add_grades(trainer, cut="auto", **OPTIONS)
 
 
 def test_a_chosen_cut_needs_batches_that_are_dicts(tmp_path):

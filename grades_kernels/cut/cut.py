@@ -102,8 +102,8 @@ class Cut:
 
         The tensors get `requires_grad=False` and lose their gradients. What would keep the backward
         pass alive below the cut is undone: `enable_input_require_grads` of transformers and PEFT.
-        LoRA adapters below the cut that have not changed anything yet (B = 0) are disabled, which
-        spares their forward pass.
+        LoRA adapters below the cut that have not changed anything yet (B = 0) are no longer active,
+        which spares their forward pass.
 
         Args:
             model: The model that the cut was chosen for, or a copy of it.
@@ -147,10 +147,12 @@ class Cut:
             p.grad = None
         disable_input_grads(model)
         for module in list(_maximal(model, set(frozen), blocks[: self.k])):
-            for inner in module.modules():  # a ModuleList itself is never called
+            inner: Any  # a ModuleList itself is never called
+            for inner in module.modules():
                 if eval_frozen:
                     inner.register_forward_pre_hook(_stay_in_eval)
-                _disable_idle_adapters(inner)
+                if has_adapters(inner) and not has_trained_adapters(inner):
+                    inner.set_adapter([])  # which lasts, unlike `enable_adapters(False)`
         return list(self.frozen)
 
     def summary(self) -> str:
@@ -288,10 +290,14 @@ def _stay_in_eval(module: nn.Module, args: Sequence[Any]) -> None:
         module.eval()
 
 
-def _disable_idle_adapters(module: Any) -> None:
-    """Disable the adapters of a PEFT layer that do not change its output yet."""
+def has_adapters(module: Any) -> bool:
+    """Whether a module is a layer of PEFT with LoRA adapters."""
     factors = getattr(module, "lora_B", None)
-    if isinstance(factors, nn.ModuleDict) and len(factors) and hasattr(module, "enable_adapters"):
-        weights = [p for factor in factors.values() for p in factor.parameters()]
-        if not any(p.count_nonzero() for p in weights):
-            module.enable_adapters(False)
+    return (
+        isinstance(factors, nn.ModuleDict) and len(factors) > 0 and hasattr(module, "set_adapter")
+    )
+
+
+def has_trained_adapters(module: Any) -> bool:
+    """Whether LoRA adapters of this very module change its output."""
+    return has_adapters(module) and any(p.count_nonzero() for p in module.lora_B.parameters())

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..cut.choose import choose_cut
-from ..cut.cut import Cut, disable_input_grads
+from ..cut.cut import Cut, disable_input_grads, has_trained_adapters
 from ..freezing.config import exact_grace_steps
 from ..freezing.param_groups import grades_param_groups
 from ..optimizer import GradESAdamW
@@ -116,13 +116,14 @@ def add_grades(
                 f"TrainingArguments.optim={optim!r}: GradES freezes under AdamW whose moments have "
                 "the dtype of the parameters. Remove optim."
             )
+        model: Any = trainer.model
         if _recomputes_with_other_flags(trainer):
-            if cut is not None:
+            if cut is not None and any(has_trained_adapters(m) for m in model.modules()):
                 raise ValueError(
                     "add_grades: with gradient checkpointing and no ref_model, the reference of "
                     "this trainer is the model in disable_adapter(), which lets adapters below a "
-                    "cut train again before their recomputation. Set gradient_checkpointing=False, "
-                    "or give the trainer a ref_model."
+                    "cut train again before their recomputation, unless they are new (B = 0). Set "
+                    "gradient_checkpointing=False, or give the trainer a ref_model."
                 )
             options.setdefault("stop_grad", False)
         of_groups = ("taus", "verbose", "fused")  # the tensors decide about the last one
@@ -133,7 +134,6 @@ def add_grades(
         if isinstance(cut, Cut):
             if trainer.is_world_process_zero():
                 print(cut)
-            model: Any = trainer.model
             cut.apply(model)
         alpha = options.get("alpha", (GradESAdamW.__init__.__kwdefaults__ or {})["alpha"])
         if options.get("total_steps") is not None or options.get("grace_steps") is not None:
