@@ -232,6 +232,23 @@ def test_checkpointing_of_adapters_does_not_reach_below_the_cut(tmp_path):
     assert not base.get_input_embeddings()(batch).requires_grad
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"),
+    reason="this version of Transformers checkpoints all layers or none",
+)
+def test_a_cut_is_chosen_where_every_second_layer_is_checkpointed(tmp_path):
+    settings = {"every_n_layers": 2, "use_reentrant": False}
+    trainer = make_trainer(
+        tmp_path,
+        model=deep_llama(),
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs=settings,
+    )
+    add_grades(trainer, cut="auto", **OPTIONS)
+    layers = trainer.model.model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
+
+
 class Preference(transformers.Trainer):
     """Its reference is the model without adapters, computed between forward and backward pass."""
 

@@ -154,15 +154,25 @@ def _recomputes_with_other_flags(trainer: Any) -> bool:
     """
     has_adapters = hasattr(trainer.model, "disable_adapter")
     is_own_reference = getattr(trainer, "ref_model", trainer) is None
-    return bool(trainer.args.gradient_checkpointing and has_adapters and is_own_reference)
+    return _checkpointing(trainer.args) is not None and has_adapters and is_own_reference
+
+
+def _checkpointing(args: Any) -> dict[str, Any] | None:
+    """The options of the Trainer's activation checkpointing; None where it is off."""
+    renamed = hasattr(args, "activation_checkpointing")  # the old name goes with Transformers 6
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    return dict(getattr(args, f"{name}_kwargs") or {}) if getattr(args, name) else None
 
 
 def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     """The cut that `choose_cut` chooses from the Trainer's own batches and loss."""
     model: Any = trainer.model
-    args = trainer.args
-    if args.gradient_checkpointing:  # as train() does
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    checkpointing = _checkpointing(trainer.args)
+    if checkpointing is not None:  # as train() does
+        of_layers = {"every_n_layers", "offload"} & checkpointing.keys()
+        own = {name: checkpointing.pop(name) for name in of_layers}
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)(checkpointing or None, **own)
 
     def loss(model: nn.Module, inputs: Any) -> Any:
         if not isinstance(inputs, Mapping):
