@@ -10,7 +10,7 @@ from .optimizer import GradESAdamW
 from .report.calibration import Calibration, calibrate
 from .report.report import FreezeReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ActivationCache",

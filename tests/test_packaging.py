@@ -90,7 +90,8 @@ def dist_info(built):
 def test_the_version_is_the_same_everywhere(dist_info):
     newest = re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     version = Parser().parsestr(dist_info["METADATA"])["Version"]
-    assert version == grades_kernels.__version__ == newest
+    cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert version == grades_kernels.__version__ == newest == cited
 
 
 def test_the_wheel_contains_every_module_and_nothing_else(built):
