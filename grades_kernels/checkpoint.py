@@ -82,7 +82,7 @@ def write_units(
             if not own:
                 continue
             own.update(unit_numbers(unit), grades_t=t)
-            if unit.statistic == "change" and unit.is_decided:
+            if unit.uses_prev_grad and unit.is_decided:
                 own["prev_grad"] = placeholder(p)  # it is measured no more
 
 
@@ -116,7 +116,7 @@ def read_units(unit_map: UnitMap, state: State) -> None:
         if unit_of_p is None and p not in untrained:
             for key in OWN_KEYS:
                 own.pop(key, None)
-        elif unit_of_p is None or unit_of_p.statistic != "change":
+        elif unit_of_p is None or not unit_of_p.uses_prev_grad:
             own.pop("prev_grad", None)
 
 

@@ -71,10 +71,10 @@ def grades_adamw(
                     f"unit {unit.name!r} is no row of the table: pass a FreezeTable with every "
                     "unit in it, or None in place of the unit."
                 )
-            if unit.statistic == "change" and prev_grad is None:
+            if unit.uses_prev_grad and prev_grad is None:
                 raise ValueError(
-                    f"unit {unit.name!r} measures 'change' but has no prev_grads buffer: pass a "
-                    "tensor of the gradient's shape and dtype, or use 'norm' or 'momentum'."
+                    f"unit {unit.name!r} measures {unit.statistic!r} but has no prev_grads buffer: "
+                    "pass a tensor of the gradient's shape and dtype, or use 'norm' or 'momentum'."
                 )
             if STATISTICS[unit.statistic].of_update and table.config.freeze_timing != "next_step":
                 raise ValueError(

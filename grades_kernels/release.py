@@ -252,7 +252,7 @@ def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Me
     for unit, tensors in unit_map.members.items():
         for p in tensors:
             grad_bytes = _n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
-            if unit.is_decided and unit.statistic == "change":
+            if unit.is_decided and unit.uses_prev_grad:
                 given_back += grad_bytes
             if p in given_up:
                 amsgrad = "max_exp_avg_sq" in state.get(p, {})

@@ -21,6 +21,7 @@ from ..freezing.table import STATISTICS
 from ..state_tensors import local
 from .tasks import KEEP, STATISTIC_BITS, UNSCALE, UPDATE, StepTensors
 
+_USE_PREV_GRAD = {x.code for x in STATISTICS.values() if x.uses_prev_grad}
 _AMSGRAD = 64  # a flag of the op alone: the groups' options have it
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -156,4 +157,4 @@ def _chosen(
 
 
 def _uses_prev_grad(task: int) -> bool:
-    return bool(task & KEEP) or task & STATISTIC_BITS == STATISTICS["change"].code
+    return bool(task & KEEP) or task & STATISTIC_BITS in _USE_PREV_GRAD

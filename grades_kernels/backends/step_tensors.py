@@ -106,7 +106,7 @@ class Layout:
             self.sizes.append(len(self.params) - n_before)
         self.positions = [position[p] for p in self.params]
         self.gradients = [(p.shape, gradient_dtype(p.grad, p), torch.strided) for p in self.params]
-        self.comparing = [u if u and u.statistic == "change" else None for u in self.units]
+        self.comparing = [u if u and u.uses_prev_grad else None for u in self.units]
         self.compares = any(unit is not None for unit in self.comparing)
         self.kinds = list(map(_kind, self.params))
         self.like_params = self.like_grads = Alike(())  # the first step looks
@@ -386,7 +386,7 @@ def measure_tasks(tensors: StepTensors, units: Units, table: FreezeTable) -> lis
         if unit is None
         or grad is None
         or unit.decided_at != NEVER
-        or (unit.statistic == "change" and unit.prev_step != before)
+        or (unit.uses_prev_grad and unit.prev_step != before)
         else STATISTICS[unit.statistic].code
         for unit, grad in zip(units, tensors.grads, strict=True)
     ]

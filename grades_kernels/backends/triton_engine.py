@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..distributed import Ranks, ShardRows
-from ..freezing.table import FreezeTable, Unit
+from ..freezing.table import STATISTICS, FreezeTable, Unit
 from ..state_tensors import same_memory_order
 from .step_tensors import (
     Groups,
@@ -341,7 +341,7 @@ class TritonEngine:
             if n == 0:
                 continue
             measures = measure and n_monitored > 0
-            keeps = keep and n_monitored > 0 and launch.statistic == "change"
+            keeps = keep and n_monitored > 0 and STATISTICS[launch.statistic].uses_prev_grad
             self._run(
                 step_kernel,
                 n,

@@ -33,16 +33,18 @@ class Statistic(NamedTuple):
         is_ratio: Whether it is a quotient of two sums, which does not grow with the number of
             elements, rather than a sum.
         of_update: Whether it measures the update itself: known after it, void where nothing moved.
+        uses_prev_grad: Whether it needs the gradient of the step before, in `prev_grad`.
     """
 
     code: int
     least_steps: int = 0
     is_ratio: bool = False
     of_update: bool = False
+    uses_prev_grad: bool = False
 
 
 STATISTICS = {
-    "change": Statistic(1),
+    "change": Statistic(1, uses_prev_grad=True),
     "norm": Statistic(2),
     "momentum": Statistic(3, least_steps=1),
     "signal": Statistic(4, least_steps=2, is_ratio=True),
@@ -160,9 +162,14 @@ class Unit:
         return self.released_at != NEVER
 
     @property
+    def uses_prev_grad(self) -> bool:
+        """Whether its statistic needs the gradient of the step before."""
+        return STATISTICS[self.statistic].uses_prev_grad
+
+    @property
     def needs_prev_grad(self) -> bool:
         """Whether the gradients of the unit have to be stored for the next step."""
-        return self.statistic == "change" and self.decided_at == NEVER
+        return self.uses_prev_grad and self.decided_at == NEVER
 
     def decide(self, t: int, value: float) -> None:
         self.decided_at, self.decided_value, self.decided_tau = t, value, self.tau
