@@ -63,11 +63,6 @@ class Freezer:
     # Readings, none of which makes anything anew
 
     @property
-    def config(self) -> FreezeConfig:
-        """When checks take place and what they lead to."""
-        return self.table.config
-
-    @property
     def is_mapped(self) -> bool:
         """Whether the units have been made."""
         return "unit_map" in self.__dict__
@@ -171,10 +166,10 @@ class Freezer:
         if not table.units and any([group["tau"] is not None for group in groups]):
             self.warn_once(nothing_is_monitored(groups, self.unit_map))
         may_follow = optimizer.defaults.get("tau") is not None  # groups that take it
-        if table.t == 0 and not may_follow and (unused := unused_options(self.config, groups)):
+        if table.t == 0 and not may_follow and (unused := unused_options(table.config, groups)):
             self.warn_once(unused)
         self.release.begin_run(self.unit_map, optimizer.process_group, self.ranks)
-        total_steps = self.config.total_steps
+        total_steps = table.config.total_steps
         if total_steps is not None and table.t >= total_steps:
             self.warn_once(
                 f"total_steps={total_steps} is exceeded: the optimizer continues, but the grace "
@@ -233,9 +228,9 @@ class Freezer:
             self.table.has_changes = False
 
     def _release_where_safe(self, optimizer: Any, units: list[Unit]) -> None:
-        if not units or self.config.stop_grad is False:
+        if not units or self.table.config.stop_grad is False:
             return
-        reason = self._why_not_release(optimizer, automatic=self.config.stop_grad == "auto")
+        reason = self._why_not_release(optimizer, automatic=self.table.config.stop_grad == "auto")
         self.release.raise_if_required(reason)
         if reason is None:
             ddp = self.release.ddp
@@ -297,7 +292,7 @@ class Freezer:
         """
         groups, state, old = optimizer.param_groups, optimizer.state, self.table.units
         for group in groups:
-            check_group(self.config, group)
+            check_group(self.table.config, group)
         refuse_flat([p for g in groups if g["tau"] is not None for p in g["params"]])
         if attached is None and self.is_mapped:
             attached = self.unit_map.attached
@@ -327,7 +322,7 @@ class Freezer:
         groups = optimizer.param_groups
         if thresholds(groups) != self.unit_map.taus:
             for group in groups:
-                check_group(self.config, group)
+                check_group(self.table.config, group)
             self.unit_map = self.unit_map.with_taus(groups)
 
     def _join_ranks(self, optimizer: Any) -> None:
@@ -383,7 +378,7 @@ class Freezer:
         groups, state = optimizer.param_groups, optimizer.state
         params = [p for group in groups for p in group["params"]]
         checkpoint.complete_loaded_state(params, state, groups, prev_grads)
-        self.table = FreezeTable(self.config, t=checkpoint.loaded_t(params, state))
+        self.table = FreezeTable(self.table.config, t=checkpoint.loaded_t(params, state))
         self._known_t = self.table.t
         self.map_units(optimizer)
         for unit in self.table.units:

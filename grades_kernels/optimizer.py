@@ -277,7 +277,7 @@ class GradESAdamW(AdamW):
         if isinstance(param_group, dict):
             for key, value in self._own_defaults.items():
                 param_group.setdefault(key, value)
-            check_new_group(self._freezer.config, param_group)
+            check_new_group(self._freezer.table.config, param_group)
         super().add_param_group(param_group)
         if not self._freezer.is_mapped:  # in the constructor all groups come before the units
             return

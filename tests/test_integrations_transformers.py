@@ -280,7 +280,7 @@ def test_adapters_freeze_where_the_model_without_them_is_the_reference(tmp_path)
     optimizer = train(preference_trainer(tmp_path), **LOWEST)
     assert optimizer.frozen_units and optimizer.report().step == STEPS
     optimizer = train(preference_trainer(tmp_path, gradient_checkpointing=False), **LOWEST)
-    assert optimizer.frozen_units and optimizer._freezer.config.stop_grad == "auto"
+    assert optimizer.frozen_units and optimizer._freezer.table.config.stop_grad == "auto"
 
 
 def test_a_release_there_would_stop_the_run(tmp_path):
@@ -423,7 +423,7 @@ def test_before_train_the_length_is_that_of_max_steps(tmp_path):
         trainer.create_optimizer()
     trainer = make_trainer(tmp_path, max_steps=5)
     add_grades(trainer, **OPTIONS)
-    assert trainer.create_optimizer()._freezer.config.total_steps == 5
+    assert trainer.create_optimizer()._freezer.table.config.total_steps == 5
 
 
 def test_the_grace_period_follows_the_plan_of_another_batch_size(tmp_path, monkeypatch):

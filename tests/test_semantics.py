@@ -1044,7 +1044,8 @@ def test_a_group_cannot_have_an_option_of_the_whole_optimizer(name):
 
 def test_integers_of_numpy_are_integers():
     opt = optimizer(matrices(1), patience=np.int64(2), total_steps=np.int32(4), alpha=0.5)
-    assert type(opt._freezer.config.grace_steps) is type(opt._freezer.config.patience) is int
+    config = opt._freezer.table.config
+    assert type(config.grace_steps) is type(config.patience) is int
     assert freezes(run([LOW] * 3, patience=np.int64(2))) == [(2, 0)]
 
 
