@@ -86,7 +86,7 @@ def run_tasks(
     if any(kind & _AMSGRAD for kind in kinds):
         max_exp_avg_sqs = column(tensors.max_exp_avg_sqs, [task & _AMSGRAD for task in chosen])
     prev_grads: list[Tensor] = []
-    uses_prev_grad = {kind: _uses_prev_grad(kind) for kind in kinds}
+    uses_prev_grad = {x: x & KEEP or x & STATISTIC_BITS in _USE_PREV_GRAD for x in kinds}
     if any(uses_prev_grad.values()):
         prev_grads = column(tensors.prev_grads, [uses_prev_grad[task] for task in chosen])
     params, grads = column(tensors.params), column(tensors.grads)
@@ -154,7 +154,3 @@ def _chosen(
         for factor in kinds:
             hypers += [lr * factor, *others, -1.0 if options.maximize else 1.0]
     return chosen, rows, hypers
-
-
-def _uses_prev_grad(task: int) -> bool:
-    return bool(task & KEEP) or task & STATISTIC_BITS in _USE_PREV_GRAD
