@@ -96,12 +96,13 @@ def _update(
     grad_scale: Tensor | None,
 ) -> None:
     """AdamW on the chosen tensors of a group, those of one learning-rate factor together."""
+    grads: list[Any] = tensors.grads  # a tensor without a gradient gets no task
     by_factor: dict[float, list[int]] = {}
     for i in chosen:
         by_factor.setdefault(lr_factors[i], []).append(i)
     for factor, alike in by_factor.items():
         lr = options.lr if factor == 1.0 else options.lr * factor
-        mixed = {i for i in alike if _dtype(tensors.grads[i]) != tensors.params[i].dtype}
+        mixed = {i for i in alike if grads[i].dtype != tensors.params[i].dtype}
         plain = [i for i in alike if i not in mixed] if mixed else alike
         if plain:
             _adamw(options, lr, grad_scale, *_columns(tensors, options, plain))
@@ -115,7 +116,7 @@ def _adamw_mixed(tensors: StepTensors, options: GroupOptions, lr: float | Tensor
     torch's own AdamW raises a dtype mismatch here (an fp32 gradient on a bf16 parameter).
     """
     columns = _columns(tensors, options, [i])
-    dtype = torch.promote_types(tensors.params[i].dtype, _dtype(tensors.grads[i]))
+    dtype = torch.promote_types(tensors.params[i].dtype, columns[1][0].dtype)
     *wide, steps = [[x.to(dtype) for x in column] for column in columns[:-1]] + [columns[-1]]
     _adamw(options, lr, None, *wide, steps)
     for column, wide_column in zip(columns, wide, strict=False):
@@ -165,11 +166,6 @@ def _columns(tensors: StepTensors, options: GroupOptions, chosen: list[int]) -> 
         tensors.state_steps,
     ]
     return [[column[i] for i in chosen] if column else [] for column in columns]
-
-
-def _dtype(grad: Tensor | None) -> torch.dtype:
-    assert grad is not None  # a tensor without a gradient gets no task
-    return grad.dtype
 
 
 def _widened(x: Any) -> Tensor:
