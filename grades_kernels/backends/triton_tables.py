@@ -208,7 +208,6 @@ class DeviceTables:
         self.unit_rows["must_be_positive"] = [statistic.of_update for statistic in statistics]
         self.unit_rows["without_evidence"] = np.inf
         self.members = self._upload(np.append(members, 0).astype(np.int32))
-        self.unit_of = self.rows["unit"].copy()
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
         least = [STATISTICS[unit.statistic].least_steps if unit else 0 for unit in self.units]
         self.least_steps = np.array(least, dtype=np.int64)
@@ -349,7 +348,7 @@ class DeviceTables:
         return [self.own_units[m] for m in np.flatnonzero(self._is_complete(chosen)).tolist()]
 
     def _is_complete(self, chosen: np.ndarray) -> np.ndarray:
-        n_chosen = np.bincount(self.unit_of[chosen], minlength=len(self.own_units))
+        n_chosen = np.bincount(self.rows["unit"][chosen], minlength=len(self.own_units))
         return n_chosen == self.n_tensors
 
 
