@@ -306,7 +306,9 @@ class GradESAdamW(AdamW):
             RuntimeError: For a sparse gradient, and with tau for a step that is captured in a CUDA
                 graph. Nothing has changed then.
         """
-        self._graph_capture_health_check()
+        # Where torch has both names, the older one is an alias that warns.
+        new = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (new or self._cuda_graph_capture_health_check)()
         self._begin_step()
         loss = None
         if closure is not None:
@@ -333,13 +335,6 @@ class GradESAdamW(AdamW):
     def _call_hooks(self, events: list[FreezeEvent]) -> None:
         for hook in tuple(self._freeze_hooks.values()) if events else ():
             hook(self, events)
-
-    def _graph_capture_health_check(self) -> None:
-        # Where torch has both names, the older one is an alias that warns.
-        if hasattr(self, "_accelerator_graph_capture_health_check"):
-            self._accelerator_graph_capture_health_check()
-        else:
-            self._cuda_graph_capture_health_check()
 
     # State and checkpoints
 
