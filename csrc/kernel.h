@@ -240,7 +240,7 @@ struct Sums {
 };
 
 template <class F>
-INLINE void add_lanes(Sum& sum, int64_t n, F value) {
+NOINLINE void add(Sum& sum, int64_t n, F value) {
   double lanes[kLanes];  // a copy, which stays in registers
   for (int l = 0; l < kLanes; ++l) lanes[l] = sum.lanes[l];
   int64_t i = 0;
@@ -260,29 +260,8 @@ template <class Wide>  // one division, the slowest operation
 INLINE Wide gain(Wide eps, Wide g, Wide m, Wide v) { return (g * m) / (root(v) + eps); }
 
 template <class Wide>
-NOINLINE void add_absolute(Sum& sum, const Wide* x, int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return absolute(x[i]); });
-}
-
-template <class Wide>
-NOINLINE void add(Sum& sum, const Wide* x, int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return x[i]; });
-}
-
-template <class Wide>
-NOINLINE void add_squares(Sum& sum, const Wide* x, int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return x[i] * x[i]; });
-}
-
-template <class Wide>
-NOINLINE void add_gains(Sum& sum, Wide eps, const Wide* g, const Wide* m, const Wide* v,
-                        int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return gain(eps, g[i], m[i], v[i]); });
-}
-
-template <class Wide>
-NOINLINE void add_differences(Sum& sum, Wide sign, const Wide* x, const Wide* y, int64_t n) {
-  add_lanes(sum, n, [=](int64_t i) INLINE_LAMBDA { return difference(sign, x[i], y[i]); });
+INLINE void add_differences(Sum& sum, Wide sign, const Wide* x, const Wide* y, int64_t n) {
+  add(sum, n, [=](int64_t i) INLINE_LAMBDA { return difference(sign, x[i], y[i]); });
 }
 
 template <class Wide>  // the coefficients as the update uses them
@@ -459,7 +438,9 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
       g.flush();
       g.load(work.grad, first, n);  // what is stored, as if it had been unscaled beforehand
     }
-    if (statistic != Statistic::none) add_absolute(magnitude, g.data, n);
+    if (statistic != Statistic::none) {
+      add(magnitude, n, [x = g.data](int64_t i) INLINE_LAMBDA { return absolute(x[i]); });
+    }
     switch (statistic) {
       case Statistic::change:
         prev.load(work.prev_grad, first, n);
@@ -472,13 +453,14 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
       case Statistic::signal:
         m.load(work.exp_avg, first, n);
         v.load(work.exp_avg_sq, first, n);
-        add_squares(numerator, m.data, n);
-        add(denominator, v.data, n);
+        add(numerator, n, [x = m.data](int64_t i) INLINE_LAMBDA { return x[i] * x[i]; });
+        add(denominator, n, [x = v.data](int64_t i) INLINE_LAMBDA { return x[i]; });
         break;
       case Statistic::gain:
         m.load(work.exp_avg, first, n);
         v.load(work.exp_avg_sq, first, n);
-        add_gains(numerator, Wide(c.past_eps), g.data, m.data, v.data, n);
+        add(numerator, n, [eps = Wide(c.past_eps), g = g.data, m = m.data, v = v.data](
+                              int64_t i) INLINE_LAMBDA { return gain(eps, g[i], m[i], v[i]); });
         break;
       case Statistic::weight_change:
         p.load(work.param, first, n);
