@@ -44,29 +44,22 @@ class Outcome(NamedTuple):
     must_join: bool = False
 
 
-class Alike:
-    """Compares tensors with an earlier list of them in one call, `fits(tensors)`.
+def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """What compares other tensors, its arguments, with these in one call.
 
     It is true where types, dtypes, devices, shapes, strides and signs are the same. False means
     "look": something differs, or this torch has no such guards. torch.compile asks the same before
     it uses compiled code again; asking 300 tensors from Python takes four to five times as long.
     """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._check: Callable[..., bool] = lambda *tensors: False
-        if not tensors:
-            return
-        # They are no public interface: another torch may lack them. A sparse tensor has no strides.
-        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
-            guards: Any = torch._C._dynamo.guards
-            self._check = guards.TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(x.shape) for x in tensors],
-                dynamic_dims_strides=[list(x.stride()) for x in tensors],
-            ).check
-
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return self._check(*tensors)
+    # They are no public interface: another torch may lack them. A sparse tensor has no strides.
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+        guards: Any = torch._C._dynamo.guards
+        return guards.TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(x.shape) for x in tensors],
+            dynamic_dims_strides=[list(x.stride()) for x in tensors],
+        ).check
+    return lambda *tensors: False
 
 
 class Layout:
@@ -109,7 +102,7 @@ class Layout:
         self.comparing = [u if u and u.uses_prev_grad else None for u in self.units]
         self.compares = any(unit is not None for unit in self.comparing)
         self.kinds = list(map(_kind, self.params))
-        self.like_params = self.like_grads = Alike(())  # the first step looks
+        self.like_params = self.like_grads = lambda *tensors: False  # the first step looks
         self.unordered: list[int] | None = []
         self.is_cacheable = not any(group["differentiable"] for group in groups)
 
@@ -128,15 +121,15 @@ class Layout:
         )
 
     def _has_same_params(self) -> bool:
-        if not self.like_params.fits(self.params):
+        if not self.like_params(*self.params):
             if self.kinds != list(map(_kind, self.params)):
                 return False
-            self.like_params = Alike(self.params)
+            self.like_params = alike(self.params)
         return True
 
     def _has_gradients_like(self, like: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
         """Whether the gradients have the expected form, which the tensors `like` them show too."""
-        if not self.like_grads.fits(like):
+        if not self.like_grads(*like):
             if not all(
                 [
                     g is None or (g.shape, g.dtype, g.layout) == form
@@ -144,7 +137,7 @@ class Layout:
                 ]
             ):
                 return False
-            self.like_grads = Alike(like)
+            self.like_grads = alike(like)
             self.unordered = None if self.dtensors else _unordered(like, self.params)
         return True
 
@@ -192,7 +185,7 @@ class Layout:
             return None
         if prev_grads and self.compares:
             buffers = [g if x is None else x for x, g in zip(previous, like, strict=True)]
-            if not self.like_grads.fits(buffers) and not all(map(_fits, previous, grads)):
+            if not self.like_grads(*buffers) and not all(map(_fits, previous, grads)):
                 return None
         return with_local_shards(tensors, self.dtensors) if self.dtensors else tensors
 
