@@ -130,7 +130,7 @@ ENGINE_FAULTS = {
     "if happened: -> if True:": partial(
         scaling.test_a_run_with_overflows_equals_one_without, (3,), False, "next_step"
     ),
-    "not (scaled and results[-1] != 0) -> True": OVERFLOW,
+    "not (scaled and found[0] != 0) -> True": OVERFLOW,
 }
 FAULTS = {
     edit: (file, check)

@@ -89,10 +89,12 @@ class TritonEngine:
         self.one = torch.ones((), dtype=torch.float32, device=device)
         # Values and what ranks agree on, which go through one all-reduce; decisions; found_inf.
         n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
-        size = n + n_agreed + n + 1
+        sizes = [n, n_agreed, n, 1]
+        size = sum(sizes)
         self.results = torch.zeros(size, dtype=torch.float64, device=device)
-        self.decided = self.results[n + n_agreed :]
+        self.values, self.agreed, self.decided, self.found = self.results.split(sizes)
         self.mirror = torch.zeros(size, dtype=torch.float64, device="cpu", pin_memory=self.cuda)
+        self.mirrors = [x.numpy() for x in self.mirror.split(sizes)]  # in the same order
         self.mirrored = torch.cuda.Event() if self.cuda else None
         # Sums of every tensor that ranks add up; a last row for tensors that this rank lacks.
         self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
@@ -187,7 +189,7 @@ class TritonEngine:
             if measure:
                 self._decide(ranks)
             if decides or found is not None:
-                self.results[-1:].copy_(scalars[0])
+                self.found.copy_(scalars[0])
                 self.mirror.copy_(self.results, non_blocking=True)
                 if self.mirrored is not None:
                     self.mirrored.record()
@@ -220,20 +222,20 @@ class TritonEngine:
         """
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
-        own_units, n = self.tables.own_units, len(self.tables.own_units)
+        own_units = self.tables.own_units
         happened, ranks_agree, must_join = True, True, False
         if decides or scaled:
             if self.mirrored is not None:
                 self.mirrored.synchronize()
-            results = self.mirror.numpy()
-            happened = not (scaled and results[-1] != 0)
+            measured, of_ranks, is_decided, found = self.mirrors
+            happened = not (scaled and found[0] != 0)
             if decides:
-                pairs = zip(own_units, results[:n].tolist(), strict=True)
+                pairs = zip(own_units, measured.tolist(), strict=True)
                 values = {unit: value for unit, value in pairs if value < math.inf}
-                decided = {own_units[k] for k in np.flatnonzero(results[-1 - n : -1])}
+                decided = {own_units[k] for k in np.flatnonzero(is_decided)}
             if agreed:
-                ranks_agree = self.tables.adopt_agreed(results[n : -1 - n])
-                must_join = bool(results[-2 - n])
+                ranks_agree = self.tables.adopt_agreed(of_ranks)
+                must_join = bool(of_ranks[-1])
         if happened:
             self.steps += updated
         return Outcome(values, kept, decided, happened, ranks_agree, must_join)
@@ -379,9 +381,9 @@ class TritonEngine:
             self._launch_decide("SUM", "LOAD")
         else:
             self._launch_decide("SUM")
-        n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
-        self.results[n : n + n_agreed].copy_(self.tables.agreed)
-        dist.all_reduce(self.results[: n + n_agreed], op=dist.ReduceOp.MAX, group=ranks.group)
+        self.agreed.copy_(self.tables.agreed)
+        both = self.results[: len(self.values) + len(self.agreed)]
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=ranks.group)
         self._launch_decide("COMPARE")
 
     def _launch_decide(self, *flags: str) -> None:
