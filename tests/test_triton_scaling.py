@@ -43,6 +43,19 @@ def test_unscaling_rounds_as_torch_does():
     tr.assert_close(ours.params[0], p, 2 * tr.EPS * (p.abs() + 1), "parameter")
 
 
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_a_small_gradient_that_does_not_change_has_no_change(timing):
+    """Unscaling rounds it to a subnormal number of fp16, as the previous one was when stored."""
+    run = tr.start(True, ((17, 23),), dtype=torch.float16, tau=0.0, freeze_timing=timing)
+    g = (1e-6 * tr.usual(run)[0].float() * 65536).half()
+    for _ in range(5):
+        run.params[0].grad = g.clone()
+        run.opt.grad_scale = torch.full((), 65536.0, device=tr.DEVICE)
+        run.opt.found_inf = torch.zeros((), device=tr.DEVICE)
+        run.opt.step()
+    assert [*run.opt.statistics().values()] == [0.0]
+
+
 @pytest.mark.parametrize("layout", ["same", "transposed"])
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_the_unscaled_gradient_is_written_back(timing, layout):

@@ -206,7 +206,9 @@ def step_kernel(
             if MEASURE:
                 magnitudes += tl.abs(g)
                 if STATISTIC == "change":
-                    numerators += tl.abs(g - prev_grad.to(tl.float32))
+                    # As it is stored for the next step: unscaling leaves more than 16 bits.
+                    now = g.to(GRAD).to(tl.float32) if SCALED else g
+                    numerators += tl.abs(now - prev_grad.to(tl.float32))
                 elif STATISTIC == "momentum":
                     numerators += tl.abs(signed - m)
                 elif STATISTIC == "signal":
