@@ -65,7 +65,7 @@ DTYPES = {  # of parameter, gradient and moments
 }
 QUICK_DTYPES = ("fp32", "bf16", "bf16, fp32 m")
 
-# MEASURE, UPDATE, STORE_GRAD as a step launches them.
+# MEASURE, UPDATE, KEEP as a step launches them.
 FLAGS = [
     ("norm", False, True, False),  # AdamW alone
     ("change", False, True, True),  # the step before a check
@@ -154,7 +154,7 @@ def compile_step(kernels: ModuleType, variant: Variant, target: GPUTarget) -> tu
         "STATISTIC": variant.statistic,
         "MEASURE": variant.measure,
         "UPDATE": variant.update,
-        "STORE_GRAD": variant.keep,
+        "KEEP": variant.keep,
         "AMSGRAD": variant.amsgrad,
         "SCALED": variant.scaled,
         "BLOCK": block,

@@ -30,7 +30,7 @@ STATE_KEYS = {
     "grades_hits": "hits",
     "grades_decided_at": "decided_at",
     "grades_frozen_at": "frozen_at",
-    "grades_stopped_at": "released_at",
+    "grades_stopped_at": "released_at",  # its name in the first version
     "grades_prev_step": "prev_step",
     "grades_statistic": "value",
     "grades_tau": "decided_tau",

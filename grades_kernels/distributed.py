@@ -67,7 +67,7 @@ def in_a_job(group: ProcessGroup | None, tensors: Iterable[Tensor]) -> bool:
             "process_group: this process is not one of its ranks. Set it to the group of those "
             "that step this optimizer, on each of them."
         )
-    return size > 1 or any(_shards(p) is not None for p in tensors)
+    return size > 1 or any(_sharding(p) is not None for p in tensors)
 
 
 def all_sharded(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> bool:
@@ -140,13 +140,13 @@ class Ranks:
     token: str = ""
     asks_to_join: bool = False
     must_join: bool = False
-    _shards: dict[Any, list[tuple[Unit, int]]] = field(default_factory=dict)
+    _sharded: dict[Any, list[tuple[Unit, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for unit, tensors in self.members.items():
             for k, p in enumerate(tensors):
-                if shards := _shards(p):
-                    self._shards.setdefault(shards, []).append((unit, k))
+                if shards := _sharding(p):
+                    self._sharded.setdefault(shards, []).append((unit, k))
 
     @classmethod
     def join(
@@ -172,7 +172,7 @@ class Ranks:
         members = {unit: own for unit, own in members.items() if own}
         ranks = cls(group, members)
         own_ranks = set(dist.get_process_group_ranks(group or dist.group.WORLD))
-        for mesh, _ in ranks._shards:
+        for mesh, _ in ranks._sharded:
             others = set(mesh.mesh.flatten().tolist()) - own_ranks
             if others:
                 raise ValueError(
@@ -201,7 +201,7 @@ class Ranks:
         n_tensors = sum(map(len, members.values()))
         ranks.one_mesh = ranks.everywhere and [
             (len(dims), mesh.size(dims[0]), len(parts))
-            for (mesh, dims), parts in ranks._shards.items()
+            for (mesh, dims), parts in ranks._sharded.items()
         ] == [(1, len(own_ranks), n_tensors)]
         if not ranks.everywhere:
             ranks._name_nameless(shares, first)
@@ -241,7 +241,7 @@ class Ranks:
         """
         chosen = set(units)
         found = []
-        for (mesh, dims), parts in self._shards.items():
+        for (mesh, dims), parts in self._sharded.items():
             own = [self.members[unit][k] for unit, k in parts if unit in chosen]
             rows = torch.tensor([position.get(p, len(sums) - 1) for p in own], device=sums.device)
             found.append((mesh, dims, rows))
@@ -331,7 +331,7 @@ class Ranks:
         """A number per unit that depends on the bits of its tensors and not on their sharding."""
         members = self.members.items()
         sums = {(unit, k): _bit_sum(p) for unit, own in members for k, p in enumerate(own)}
-        for (mesh, dims), parts in self._shards.items():
+        for (mesh, dims), parts in self._sharded.items():
             total = _sum(torch.stack([sums[part] for part in parts]), mesh, dims)
             sums.update(zip(parts, total, strict=True))
         numbers = torch.stack([x.cpu() for x in sums.values()]).tolist() if sums else []
@@ -378,7 +378,7 @@ def _wait(work: Any, total: Tensor) -> None:
         total.cpu()  # with NCCL the host has waited for nothing so far
 
 
-def _shards(p: Any) -> tuple[Any, tuple[int, ...]] | None:
+def _sharding(p: Any) -> tuple[Any, tuple[int, ...]] | None:
     """The mesh of a DTensor and its dimensions over which it is sharded; None: it is whole."""
     if not hasattr(p, "device_mesh"):
         return None

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint
 from .backends.host_step import Engine, HostEngine, no_threads_after_fork, read_back, step_engines
 from .backends.select import assign, run_tasks_of, unscales
-from .backends.step_tensors import Layout, fit_state, prepare_state, uses_prev_grads
+from .backends.step_tensors import Layout, fit_state, prepare_state, prev_grads_are_due
 from .distributed import Ranks, in_a_job, is_initialized, refuse_flat
 from .freezing.config import check_group, unused_options
 from .freezing.table import NEVER, FreezeConfig, FreezeEvent, FreezeTable, Unit
@@ -180,7 +180,7 @@ class Freezer:
         # Where every tensor is frozen and no other rank takes part, a step only counts.
         at_rest = self.ranks is None and table.all_frozen() and None not in self.unit_map.units
         if found_inf is None and at_rest:
-            table.begin_step()
+            table.count_step()
             return []
         if not self.engines or not all(
             [engine.is_valid(groups, state, table) for engine in self.engines]
@@ -276,7 +276,7 @@ class Freezer:
                 unit.thaw()
                 self._write_units(optimizer, [unit])
         self.release.rewrap(self.release.ddp)
-        if self.release.rewrap_ddp and self._why_not_release(optimizer):
+        if self.release.changed_since_rewrap and self._why_not_release(optimizer):
             self.warn_once(
                 "DistributedDataParallel does not know of the tensors that thaw() let train again "
                 "and would not average their gradients: continue with "
@@ -477,7 +477,7 @@ def _make_engines(
             parts.setdefault(key, [[] for _ in names])[i].append((p, unit))
     if not on_device:
         parts.setdefault("host", [[] for _ in names])
-    prev_grads = uses_prev_grads(table)
+    prev_grads = prev_grads_are_due(table)
     engines: list[Engine] = []
     for key, chosen in parts.items():  # before any layout, which stores positions in the state
         prepare_state(

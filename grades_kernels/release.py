@@ -45,14 +45,14 @@ class Release:
     Attributes:
         stop_grad: As in `GradESAdamW`.
         released: The tensors that are released now.
-        rewrap_ddp: Whether a DistributedDataParallel wrapper has to be initialised anew.
+        changed_since_rewrap: Whether tensors were released or taken back since `rewrap`.
         find_wrapper: Returns the model as a loop calls it; set by `release_under_ddp`.
     """
 
     def __init__(self, stop_grad: bool | str) -> None:
         self.stop_grad = stop_grad
         self.released: set[Tensor] = set()
-        self.rewrap_ddp = False
+        self.changed_since_rewrap = False
         self.find_wrapper: Callable[[], Any] = lambda: None
         self._detector: ReentrantDetector | None = None
 
@@ -139,7 +139,7 @@ class Release:
                 self.released.add(p)
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
-            self.rewrap_ddp = True
+            self.changed_since_rewrap = True
 
     def stop_again(self) -> None:
         """Stop the gradients of released tensors again: PEFT's `disable_adapter` asks for them."""
@@ -153,14 +153,14 @@ class Release:
             p.requires_grad_(True)
             if p in self.released:
                 self.released.discard(p)
-                self.rewrap_ddp = True
+                self.changed_since_rewrap = True
 
     def rewrap(self, ddp: DistributedDataParallel | None) -> nn.Module | None:
-        """Initialise the wrapper anew if tensors were released or taken back; see `rewrap`."""
-        if ddp is None or not self.rewrap_ddp:
+        """Initialise the wrapper anew if tensors were released or taken back since it last was."""
+        if ddp is None or not self.changed_since_rewrap:
             return ddp
-        self.rewrap_ddp = False
-        return rewrap(ddp)
+        self.changed_since_rewrap = False
+        return initialise_anew(ddp)
 
 
 class ReentrantDetector:
@@ -202,7 +202,7 @@ class ReentrantDetector:
             frame = frame.f_back
 
 
-def rewrap(ddp: DistributedDataParallel) -> nn.Module:
+def initialise_anew(ddp: DistributedDataParallel) -> nn.Module:
     """Initialise a DDP wrapper anew, with its settings, for the tensors that still need gradients.
 
     It stays the same object, so every reference to it stays right. Forward hooks that were

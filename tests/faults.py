@@ -82,7 +82,7 @@ def around(name, owner, attribute, *tests):
 def for_idle_tensors(name, spoil):
     @fault(name)
     def apply(patch):
-        real = select.RUN_TASKS["reference"]
+        real = select.HOST_BACKENDS["reference"]
 
         def run_tasks(tensors, tasks, *rest):
             sums = real(tensors, tasks, *rest)
@@ -91,7 +91,7 @@ def for_idle_tensors(name, spoil):
                     spoil(tensors, i)
             return sums
 
-        patch.setitem(select.RUN_TASKS, "reference", run_tasks)
+        patch.setitem(select.HOST_BACKENDS, "reference", run_tasks)
 
 
 def decay(tensors, i):
@@ -425,7 +425,7 @@ wrapping("reentrant checkpointing is not noticed", release.ReentrantDetector, "_
     lambda real: lambda self, p, grad: self._handles.pop(p).remove()
 )
 
-wrapping("DDP is not initialised anew for the released", release, "rewrap", RELEASE)(
+wrapping("DDP is not initialised anew for the released", release, "initialise_anew", RELEASE)(
     lambda real: lambda ddp: ddp
 )
 

@@ -610,13 +610,13 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change, message)
     ids=["keeps nothing", "measures the norm", "updates what is frozen"],
 )
 def test_a_fault_is_noticed(change, monkeypatch):
-    real = select.RUN_TASKS["native"]
+    real = select.HOST_BACKENDS["native"]
 
     def faulty(tensors, tasks, *rest):
         changed = [change(t, g) for t, g in zip(tasks, tensors.grads, strict=True)]
         return real(tensors, changed, *rest)
 
-    monkeypatch.setitem(select.RUN_TASKS, "native", faulty)
+    monkeypatch.setitem(select.HOST_BACKENDS, "native", faulty)
     # A frozen tensor has given its moments back: the op refuses to update it.
     with pytest.raises((AssertionError, RuntimeError)):
         test_a_run_equals_the_reference("change", "next_step", {}, torch.float32)

@@ -229,11 +229,11 @@ def test_random_changes(backend):
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_a_backend_that_measures_nothing_is_noticed(backend, monkeypatch):
     """Negative control."""
-    real = select.RUN_TASKS["native"]
+    real = select.HOST_BACKENDS["native"]
 
     def unmeasured(tensors, tasks, *rest):
         return real(tensors, [task & ~STATISTIC_BITS for task in tasks], *rest)
 
-    monkeypatch.setitem(select.RUN_TASKS, "native", unmeasured)
+    monkeypatch.setitem(select.HOST_BACKENDS, "native", unmeasured)
     with pytest.raises(AssertionError):
         run(Changes, 200, phases=[Phase.generate])

@@ -26,8 +26,8 @@ from .step_tensors import (
     Units,
     keep_tasks,
     measure_tasks,
+    prev_grads_are_due,
     update_tasks,
-    uses_prev_grads,
     with_local_gradients,
 )
 from .tasks import UNSCALE, UPDATE, RunTasks, StepTensors
@@ -94,7 +94,7 @@ class HostEngine:
         self.tensors = None
         assert self.layout is not None
         if self.layout.is_valid(groups, state):
-            self.tensors = self.layout.collect(groups, state, prev_grads=uses_prev_grads(table))
+            self.tensors = self.layout.collect(groups, state, prev_grads=prev_grads_are_due(table))
         return self.tensors is not None
 
     def step(
@@ -268,7 +268,7 @@ def step_engines(
     runs_ahead = bool(engines) and all(engine.runs_ahead for engine in engines)
     if found_inf is not None and not runs_ahead and float(found_inf) != 0:
         return
-    table.begin_step()
+    table.count_step()
     for engine in engines:
         engine.step(table, ranks, grad_scale, found_inf)
 
@@ -288,7 +288,7 @@ def read_back(engines: Sequence[Engine], table: FreezeTable, ranks: Ranks | None
             ranks.raise_difference(table)
         ranks.must_join |= any(outcome.must_join for outcome in outcomes)
     if not all(outcome.happened for outcome in outcomes):
-        table.undo_begin_step()
+        table.uncount_step()
         return
     values: dict[Unit, float] = {}
     for outcome in outcomes:

@@ -17,7 +17,7 @@ from . import native, reference
 from .native import why_not_native
 from .tasks import GroupOptions, RunTasks, StepTensors
 
-RUN_TASKS: dict[str, RunTasks] = {"native": native.run_tasks, "reference": reference.run_tasks}
+HOST_BACKENDS: dict[str, RunTasks] = {"native": native.run_tasks, "reference": reference.run_tasks}
 """The backends that the host drives."""
 
 
@@ -136,7 +136,7 @@ def run_tasks_of(names: Sequence[str]) -> RunTasks:
     """The function that takes the tasks of groups served by these backends, one name per group."""
     own = set(names) - {"triton"}
     if len(own) <= 1:
-        return RUN_TASKS[own.pop() if own else "reference"]
+        return HOST_BACKENDS[own.pop() if own else "reference"]
 
     def run_tasks(tensors: StepTensors, tasks: list[int], *rest: Any) -> Tensor | None:
         sizes = [n for _, n in tensors.groups]
@@ -144,7 +144,7 @@ def run_tasks_of(names: Sequence[str]) -> RunTasks:
         sums = None
         for name in sorted(own):
             chosen = [t if b == name else 0 for t, b in zip(tasks, backend_of, strict=True)]
-            part = RUN_TASKS[name](tensors, chosen, *rest)
+            part = HOST_BACKENDS[name](tensors, chosen, *rest)
             sums = part if sums is None else sums if part is None else sums + part
         return sums
 

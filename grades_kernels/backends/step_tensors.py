@@ -99,8 +99,8 @@ class Layout:
             self.sizes.append(len(self.params) - n_before)
         self.positions = [position[p] for p in self.params]
         self.gradients = [(p.shape, gradient_dtype(p.grad, p), torch.strided) for p in self.params]
-        self.comparing = [u if u and u.uses_prev_grad else None for u in self.units]
-        self.compares = any(unit is not None for unit in self.comparing)
+        self.with_prev_grad = [u if u and u.uses_prev_grad else None for u in self.units]
+        self.has_prev_grads = any(unit is not None for unit in self.with_prev_grad)
         self.kinds = list(map(_kind, self.params))
         self.like_params = self.like_grads = lambda *tensors: False  # the first step looks
         self.unordered: list[int] | None = []
@@ -165,10 +165,10 @@ class Layout:
                     s["max_exp_avg_sq"] if amsgrad else None
                     for s, amsgrad in zip(own, amsgrads, strict=True)
                 ]
-            if self.compares:
+            if self.has_prev_grads:
                 previous = [
                     s["prev_grad"] if unit is not None and unit.decided_at == NEVER else None
-                    for s, unit in zip(own, self.comparing, strict=True)
+                    for s, unit in zip(own, self.with_prev_grad, strict=True)
                 ]
             tensors = StepTensors(
                 list(self.params),
@@ -183,7 +183,7 @@ class Layout:
             )
         except KeyError:
             return None
-        if prev_grads and self.compares:
+        if prev_grads and self.has_prev_grads:
             buffers = [g if x is None else x for x, g in zip(previous, like, strict=True)]
             if not self.like_grads(*buffers) and not all(map(_fits, previous, grads)):
                 return None
@@ -366,7 +366,7 @@ def check_capturable(p: Tensor) -> None:
         )
 
 
-def uses_prev_grads(table: FreezeTable) -> bool:
+def prev_grads_are_due(table: FreezeTable) -> bool:
     """Whether the next step compares with previous gradients, or stores its own for later."""
     return table.config.is_check(table.t + 1) or table.config.is_check(table.t + 2)
 
@@ -379,7 +379,7 @@ def measure_tasks(tensors: StepTensors, units: Units, table: FreezeTable) -> lis
         if unit is None
         or grad is None
         or unit.decided_at != NEVER
-        or (unit.uses_prev_grad and unit.prev_step != before)
+        or (unit.prev_step != before and unit.uses_prev_grad)
         else STATISTICS[unit.statistic].code
         for unit, grad in zip(units, tensors.grads, strict=True)
     ]

@@ -32,8 +32,8 @@ from .step_tensors import (
     State,
     keep_tasks,
     measure_tasks,
+    prev_grads_are_due,
     update_tasks,
-    uses_prev_grads,
     with_local_gradients,
 )
 from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
@@ -114,7 +114,7 @@ class TritonEngine:
         tensors = self.layout.collect(groups, state, prev_grads=False)
         if tensors is None or not self._has_addresses_of(tensors):
             return False
-        if self.lacks_prev_grads and uses_prev_grads(table):
+        if self.lacks_prev_grads and prev_grads_are_due(table):
             return False
         self.tensors = tensors
         return True
@@ -177,8 +177,8 @@ class TritonEngine:
                 self.is_compiled = True
                 self._compile(table, ranks, scalars, scaled=scaled)
             self.tables.step_inputs.copy_(staging.buffer, non_blocking=True)
-            if staging.read is not None:
-                staging.read.record()
+            if staging.was_read is not None:
+                staging.was_read.record()
             same_step = table.config.freeze_timing == "same_step"
             if decides and same_step:
                 self._launch(scalars, measure=True, scaled=scaled)
@@ -362,7 +362,7 @@ class TritonEngine:
                 STATISTIC=launch.statistic if measures or keeps else "norm",
                 MEASURE=measures,
                 UPDATE=update,
-                STORE_GRAD=keeps,
+                KEEP=keeps,
                 AMSGRAD=launch.amsgrad,
                 SCALED=scaled,
                 BLOCK=launch.block,

@@ -87,7 +87,7 @@ def step_kernel(
     STATISTIC: tl.constexpr,  # one of `STATISTICS`
     MEASURE: tl.constexpr,  # accumulate the statistic
     UPDATE: tl.constexpr,  # AdamW
-    STORE_GRAD: tl.constexpr,  # store the gradient for the next step's check
+    KEEP: tl.constexpr,  # store the gradient for the next step's check
     AMSGRAD: tl.constexpr,
     SCALED: tl.constexpr,  # GradScaler's in-kernel protocol
     BLOCK: tl.constexpr,
@@ -100,7 +100,7 @@ def step_kernel(
     """
     READS_V: tl.constexpr = UPDATE or STATISTIC == "signal" or STATISTIC == "gain"
     READS_M: tl.constexpr = READS_V or STATISTIC == "momentum"
-    COMPARES: tl.constexpr = MEASURE and STATISTIC == "change"
+    READS_PREV: tl.constexpr = MEASURE and STATISTIC == "change"
 
     program = programs_ptr + (first_program + tl.program_id(0)) * 2
     tensor = tl.load(program).to(tl.int64)
@@ -112,7 +112,7 @@ def step_kernel(
         if tl.load(found_inf_ptr) != 0.0:
             return
     measuring = MEASURE and ((task & FIELDS.statistic_bits) != 0)
-    keeping = STORE_GRAD and ((task & FIELDS.keep_flag) != 0)
+    keeping = KEEP and ((task & FIELDS.keep_flag) != 0)
     if UPDATE:
         if task == 0:
             return
@@ -131,7 +131,7 @@ def step_kernel(
     origin = index * span
     n_elements = tl.minimum(tl.load(row + FIELDS.n_elements) - origin, span).to(tl.int32)
     grad_ptr = _tensor(input_row + FIELDS.grad, GRAD) + origin
-    if COMPARES or STORE_GRAD:
+    if READS_PREV or KEEP:
         prev_grad_ptr = _tensor(row + FIELDS.prev_grad, GRAD) + origin
     if READS_M:
         exp_avg_ptr = _tensor(row + FIELDS.exp_avg, MOMENT) + origin
@@ -182,7 +182,7 @@ def step_kernel(
             mask = tl.max_constancy(offsets < end, 1 if NARROW else _GRAIN)
             # All loads come first, so that they are under way at the same time.
             grad = _load(grad_ptr, offsets, mask, NARROW)
-            if COMPARES:
+            if READS_PREV:
                 prev_grad = _load(prev_grad_ptr, offsets, tl.where(mask, measuring, False), NARROW)
             if READS_M:
                 m = _load(exp_avg_ptr, offsets, mask, NARROW)
@@ -220,7 +220,7 @@ def step_kernel(
                     numerators += tl.where(mask, tl.div_rn(signed * m, past_root + eps), 0.0)
                 elif STATISTIC == "norm":
                     numerators += tl.abs(g)
-            if STORE_GRAD:
+            if KEEP:
                 _store(prev_grad_ptr, offsets, tl.where(mask, keeping, False), g, NARROW)
 
             if UPDATE:

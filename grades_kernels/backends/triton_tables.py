@@ -103,7 +103,7 @@ class Staging:
             views.append(self.buffer.numpy()[self.slices[-1]].view(table))
             start = self.slices[-1].stop
         self.inputs, self.past, self.units, self.agreed, self.coefficients = views
-        self.read = torch.cuda.Event() if cuda else None
+        self.was_read = torch.cuda.Event() if cuda else None
 
 
 class DeviceTables:
@@ -264,8 +264,8 @@ class DeviceTables:
     def next_staging(self) -> Staging:
         self.turn = (self.turn + 1) % len(self.ring)
         staging = self.ring[self.turn]
-        if staging.read is not None:
-            staging.read.synchronize()  # it was used four steps ago
+        if staging.was_read is not None:
+            staging.was_read.synchronize()  # it was used four steps ago
         return staging
 
     def fill_coefficients(

@@ -175,7 +175,7 @@ class Unit:
         self.decided_at, self.decided_value, self.decided_tau = t, value, self.tau
 
     def thaw(self) -> None:
-        """Become an undecided unit that has measured nothing yet."""
+        """Become an undecided unit without hits and previous gradients; `value` stays."""
         self.hits = 0
         self.decided_at = self.frozen_at = self.released_at = self.prev_step = NEVER
         self.decided_tau = self.decided_value = math.nan
@@ -259,7 +259,7 @@ class FreezeTable:
         frozen_at = [unit.frozen_at for unit in self.units] or [NEVER]
         return min(frozen_at) > NEVER and max(frozen_at) <= (self.t if t is None else t)
 
-    def begin_step(self) -> int:
+    def count_step(self) -> int:
         """Count a step and apply what earlier decisions lead to; returns the step `t`."""
         self.t += 1
         n = len(self.units)
@@ -272,8 +272,8 @@ class FreezeTable:
             self._freeze_cooled()
         return self.t
 
-    def undo_begin_step(self) -> None:
-        """Take `begin_step` back: the step turned out not to have happened (GradScaler)."""
+    def uncount_step(self) -> None:
+        """Take `count_step` back: the step turned out not to have happened (GradScaler)."""
         for unit in self.units:
             if unit.decided_at == self.t:
                 unit.decided_at, unit.decided_tau = NEVER, math.nan
