@@ -53,6 +53,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from grades_kernels import GradESAdamW
+from grades_kernels.checkpoint import STATE_KEYS
+from grades_kernels.freezing.table import Unit
 
 STEPS = 15
 GRACE = 4
@@ -916,6 +918,15 @@ def test_a_load_hook_may_translate_old_names():
 
 
 # The form of state_dict().
+
+
+def test_the_state_has_all_that_a_unit_remembers():
+    """What it lacks follows from the groups, or, for `is_published`, from `frozen_at`."""
+    saved = set(STATE_KEYS.values())
+    fields = {field.name for field in dataclasses.fields(Unit)}
+    assert fields - saved == {
+        "name", "statistic", "tau", "n_elements", "n_tensors", "is_published"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
