@@ -510,6 +510,13 @@ def test_names_may_come_after_the_load(name):
     assert_ends_as("attached", resumed, 7)
 
 
+def test_names_may_come_in_the_middle_of_a_run():
+    """attach(model) keeps hits and previous gradients, which no checkpoint has written yet."""
+    run = fresh(dataclasses.replace(CASES["attached"], build=nameless)).advance(5)
+    run.opt.attach(run.model)
+    assert_ends_as("attached", run, 5)
+
+
 @flat_or_nested
 def test_dcp_matches_a_reordered_model_by_name(flat):
     """DCP gives names, not positions: an optimizer built in another order resumes rightly."""
