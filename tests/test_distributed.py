@@ -968,3 +968,4 @@ def test_deepspeed_is_refused(monkeypatch):
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(9))]
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
         optimizer.step()
+    GradESAdamW([nn.Parameter(torch.zeros(9))]).step()  # without tau: plain AdamW
