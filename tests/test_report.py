@@ -206,6 +206,12 @@ class TestText:
         assert "Observing only" not in str(CASES["seven_units"])
         assert "No unit is monitored" in str(CASES["no_units"])
 
+    def test_text_says_in_the_grace_period_when_it_ends(self):
+        for step in (0, 20):
+            text = str(report([unit()], step=step, grace=20))
+            assert "No check yet: the grace period ends with step 20." in text
+        assert "No check yet" not in str(report([unit()], step=21, grace=20))
+
     def test_repr_is_short(self):
         expected = "FreezeReport(step=100, units=28, frozen=28, events=28, history=40 rows)"
         assert repr(CASES["all_frozen"]) == expected
