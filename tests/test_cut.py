@@ -534,7 +534,9 @@ def test_a_task_that_the_head_learns_is_cut_and_one_that_needs_the_embedding_is_
 def test_a_cut_stops_the_backward_pass_and_the_optimizer_gets_the_rest(tmp_path):
     model = make()
     cut = cut_of(model).at(2)
+    loss_of(model, batches()[0]).backward()
     names = cut.apply(model)
+    assert all(p.requires_grad == (p.grad is not None) for p in model.parameters())
     assert set(names) == {n for n, p in model.named_parameters() if not p.requires_grad}
     assert set(names) == {*BELOW, *(n for n in names if n.startswith(("layers.0.", "layers.1.")))}
     inputs = []
@@ -578,8 +580,9 @@ def test_dropout_below_the_cut_follows_eval_frozen(eval_frozen):
     [
         ({"dim": 8}, r"'position' has shape \(6, 12\).*choose_cut"),
         ({"n": 5}, r"with 4 blocks in 'layers'; Model has 5"),
+        ({"tied": True}, r"'head.weight' has shape \(9, 12\) there, in Model it is nothing"),
     ],
-    ids=["width", "depth"],
+    ids=["width", "depth", "missing"],
 )
 def test_a_cut_for_another_model_changes_nothing(other, message):
     cut, model = cut_of(), make(**other)
