@@ -74,7 +74,7 @@ NAMES = {
         embed_tokens.modules_to_save.default.weight prompt_encoder.default.embedding.weight
         layers.0.rel_attn.seg_embed embed_tokens.lora_embedding_A.default
         0.model.shared.weight 0.auto_model.shared.weight item_table.weight
-        layers.0.attn.rel_pos_h layers.0.attn.rel_pos_w
+        layers.0.attn.rel_pos_h layers.0.attn.rel_pos_w tok.lora_embedding_A.default
         """,
     "output head": """
         head.weight lm_head.weight classifier.weight score.weight LMHead.weight
@@ -92,7 +92,7 @@ NAMES = {
         """,
     "norm": """
         ln_f.weight ln_1.weight norm.weight q_norm.weight norm_f.weight norms.0.weight
-        LayerNorm.weight RMSNorm.weight layers.0.input_layernorm.weight
+        LayerNorm.weight RMSNorm.weight layers.0.input_layernorm.weight blocks.0.norm1.weight
         """,
     "bias": """
         bias fc.bias layers.0.SelfAttention.relative_attention_bias.weight in_proj_bias
