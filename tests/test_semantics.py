@@ -983,9 +983,9 @@ BAD_ARGUMENTS = [
     for name, allowed, *bad in (
         ("alpha", "0 1", 1.0, -0.1, NAN),
         ("tau", "0 None", -1.0, NAN),
-        ("patience", "1", 0, -3, 1.5),
-        ("check_every", "1", 0, 2.5),
-        ("cooldown", "0", -1, NAN),
+        ("patience", "1", 0, -3, 1.5, None),
+        ("check_every", "1", 0, 2.5, None),
+        ("cooldown", "0", -1, NAN, None),
         ("max_frozen", "0 1", 0.0, 1.01, NAN),
         ("grace_steps", "0", -1),
         ("total_steps", "1", 0),
