@@ -205,6 +205,7 @@ class TestText:
         assert "Observing only: tau is 0" in str(CASES["observing"])
         assert "Observing only" not in str(CASES["seven_units"])
         assert "No unit is monitored" in str(CASES["no_units"])
+        assert "Before the first step" not in str(CASES["seven_units"])  # there was no cut
 
     def test_text_says_in_the_grace_period_when_it_ends(self):
         for step in (0, 20):
