@@ -415,6 +415,21 @@ def test_monitored_groups_that_need_triton_and_the_host_are_refused():
     GradESAdamW([triton, host | {"tau": None}], **OBSERVES)
 
 
+def test_monitored_groups_that_ask_for_nothing_are_all_served_by_the_host(monkeypatch):
+    """Where Triton could serve only some of them, as on a GPU with a float64 matrix."""
+
+    def why_not_triton(params, **rest):
+        return None if params[0].dtype == torch.float32 else "the Triton kernels have no float64"
+
+    monkeypatch.setattr(select, "why_not_triton", why_not_triton)
+    dtypes = (torch.float32, torch.float64)
+    groups = [{"params": parameters(dtype=dtype)} for dtype in dtypes]
+    assert GradESAdamW(groups[:1], **OBSERVES).backend == "triton"
+    optimizer = GradESAdamW(groups, **OBSERVES)
+    assert optimizer.backend == "reference"
+    train(optimizer, 2)
+
+
 @monitored_or_not
 def test_fused_accepts_parameters_on_the_meta_device(own):
     # new behaviour: deferred initialisation
