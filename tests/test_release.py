@@ -618,8 +618,14 @@ def test_ddp_only_masks_and_warns_how_to_release():
     assert stopped(model) == []
     with pytest.raises(RuntimeError, match=r"apply_freezes\(model\): DistributedDataParallel"):
         opt.apply_freezes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the wrapper knows of all tensors that train again
+        opt.thaw()
     model, opt = build(stop_grad=True)
     with pytest.raises(RuntimeError, match=r"stop_grad=True: DistributedDataParallel"):
+        train(DistributedDataParallel(model), opt, 1)
+    model, opt = build(stop_grad=True, tau=None)
+    with pytest.warns(UserWarning, match="Without effect.*stop_grad=True"):
         train(DistributedDataParallel(model), opt, 1)
 
 
