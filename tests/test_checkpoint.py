@@ -564,6 +564,22 @@ def test_going_back_through_dcp_needs_a_thaw_first(flat):
     assert_ends_as("change", dcp_restore(run, saved, flat), 7)
 
 
+@flat_or_nested
+def test_dcp_may_lack_a_tensor_that_has_never_trained(flat):
+    """As the base weights beside a LoRA adapter: they have no state that could be missing."""
+
+    def build(model, options):
+        model["embed_tokens"].requires_grad_(False)
+        return named(model, options)
+
+    case = dataclasses.replace(CASES["change"], build=build)
+    saved = dcp_state(fresh(case).advance(7), flat)
+    resumed = dcp_restore(fresh(case, seed=99), saved, flat)
+    resumed.t = 7
+    expected = outcome(fresh(case).advance(STEPS))
+    assert differences(expected, outcome(resumed.advance(STEPS))) == []
+
+
 # Negative controls: each thing that the checkpoint carries is needed.
 
 
