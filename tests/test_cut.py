@@ -560,6 +560,7 @@ def test_no_cut_freezes_nothing():
     model = make()
     cut = cut_of(model).at(None)
     assert cut.apply(model) == [] and all(p.requires_grad for p in model.parameters())
+    assert cut.frozen == ()
     assert cut.summary() == "no cut: everything trains"
 
 
@@ -824,6 +825,13 @@ def test_the_ranks_choose_the_cut_of_one_process_with_the_whole_batch(kind):
     for got, expected in zip(first.candidates, alone.candidates, strict=True):
         assert got.gain == pytest.approx(expected.gain, rel=1e-3)
         assert got.cost == pytest.approx(expected.cost, rel=1e-3)
+
+
+@ranks.on_ranks(2)
+def test_the_ranks_have_the_times_of_one_of_them():
+    """Their own would differ, and with them perhaps the cuts."""
+    costs = [candidate.cost for candidate in cut_of(make(n=2), cost="time").candidates]
+    assert ranks.gathered(costs) == [costs] * 2
 
 
 # Activations of the frozen prefix
