@@ -530,6 +530,20 @@ def test_a_pattern_applies_to_the_whole_lora_pair(hf, peft, pattern):
     assert all(len(values) == 1 for values in taus.values())
 
 
+@pytest.mark.parametrize("other", [{"tau": 2.0}, {"statistic": "norm"}], ids=str)
+def test_groups_that_differ_about_a_lora_pair_are_refused(other):
+    """A unit has one threshold and one statistic, also after a change of tau."""
+    pair = [(f"layers.0.q.lora_{x}.weight", nn.Parameter(torch.ones(2, 2))) for x in "AB"]
+    a, b = ({"params": [factor]} for factor in pair)
+    different = r"'layers.0.q.lora' lie in groups with different tau or statistic"
+    with pytest.raises(ValueError, match=different):
+        GradESAdamW([dict(a), b | other], tau=1.0, grace_steps=0)
+    opt = GradESAdamW([a, b], tau=1.0, grace_steps=0)
+    opt.param_groups[1].update(other)
+    with pytest.raises(ValueError, match=different):
+        opt.step()
+
+
 @pytest.mark.parametrize("argument", ["tau", "weight_decay", "taus"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, "0.1", True, torch.tensor(1.0)], ids=repr)
 def test_numbers_out_of_range_raise(argument, value):
