@@ -92,10 +92,12 @@ def test_an_overflow_writes_nothing(at, timing, with_scale):
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize(
-    ("overflows", "watch"), [((3,), True), ((1, 2), True), ((4, 5), True), ((3, 6), False)], ids=str
+    ("overflows", "watch"),
+    [((3,), True), ((1, 2), True), ((4, 5), True), ((5,), True), ((3, 6), False)],
+    ids=str,
 )
 def test_a_run_with_overflows_equals_one_without(overflows, watch, timing):
-    """A skipped step counts for nothing, wherever it falls, and with half-counted patience.
+    """A skipped step counts for nothing: with half-counted patience, and where a cooldown ends.
 
     Whether the host reads back after each step (`watch`) or at the end.
     """
