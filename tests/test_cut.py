@@ -209,6 +209,16 @@ def test_a_stack_may_alternate_two_classes_and_a_model_is_none():
             choose_cut(none, loss_of, batches())
 
 
+def test_two_modules_of_one_class_are_no_stack_outside_of_a_list():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = Model(n=2), Model(n=3)
+
+    with pytest.raises(ValueError, match=r"several stacks of blocks: 'one.layers' \(2"):
+        find_stack(Towers())
+
+
 def test_blocks_are_counted_as_they_run():
     class Reversed(Model):
         def through_blocks(self, x):
