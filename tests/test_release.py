@@ -420,6 +420,14 @@ def test_the_report_says_where_backward_stops(tmp_path):
     assert not inputs[0].requires_grad, "backward does not reach the first block"
 
 
+def test_a_matrix_outside_of_the_blocks_is_none_of_them():
+    names = ("layers.0.up_proj.weight", "projection.weight")
+    params = [(name, nn.Parameter(torch.ones(4, 4))) for name in names]
+    opt = GradESAdamW(params, tau=1e9, grace_steps=0, statistic="norm")
+    feed(opt, 1.0, 1.0)
+    assert opt.frozen_units == list(names) and opt.report().frozen_blocks == 1
+
+
 def test_of_two_stacks_none_is_the_lowest():
     stacks = nn.ModuleDict({
         name: nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
