@@ -1269,6 +1269,30 @@ def test_no_tensor_joins_a_frozen_unit(stop_grad, way):
     assert opt.monitored_units == ["layers.0.q.lora"] and not torch.equal(a, before)
 
 
+def test_the_only_tensor_of_a_group_is_matched_by_its_name_too():
+    def optimizer(name):
+        return GradESAdamW([(name, nn.Parameter(torch.ones(4, 4)))], tau=0.0, grace_steps=0)
+
+    saved = optimizer("layers.0.q.weight").state_dict()
+    with pytest.raises(ValueError, match=r"'layers.0.q.weight' where .* 'layers.0.k.weight'"):
+        optimizer("layers.0.k.weight").load_state_dict(saved)
+    optimizer("model.layers.0.q.weight").load_state_dict(saved)
+
+
+def test_tau_is_not_taken_from_a_frozen_matrix():
+    """It would neither be monitored nor train again."""
+    opt = GradESAdamW([nn.Parameter(torch.ones(4, 4))], tau=20.0, grace_steps=0, statistic="norm")
+    feed(opt, 1.0)
+    opt.param_groups[0]["tau"] = None
+    with pytest.raises(ValueError, match="is frozen but belongs to no monitored unit"):
+        opt.step()
+    opt.param_groups[0]["tau"] = 0.0
+    opt.thaw()
+    opt.param_groups[0]["tau"] = None
+    feed(opt, 1.0)
+    assert opt.monitored_units == [] and (tensors_of(opt)[0] != 1).all()
+
+
 def test_a_loaded_threshold_that_differs_is_reported():
     """It replaces the constructor's, as a loaded lr does: observing would go on for ever."""
     w = nn.Parameter(torch.ones(4, 4))
