@@ -428,6 +428,21 @@ def test_a_matrix_outside_of_the_blocks_is_none_of_them():
     assert opt.frozen_units == list(names) and opt.report().frozen_blocks == 1
 
 
+def test_a_monitored_embedding_is_below_the_blocks_until_it_freezes():
+    """With `monitor_all`; here its gradient does not stop."""
+    embedding, up = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    groups = [
+        {"params": [("embed.weight", embedding)], "monitor_all": True, "tau": 0.0},
+        {"params": [("layers.0.up_proj.weight", up)], "tau": 1e9},
+    ]
+    opt = GradESAdamW(groups, grace_steps=0, statistic="norm", stop_grad=False)
+    for tau, below in ((0.0, ("embed.weight",)), (1e9, ())):
+        opt.param_groups[0]["tau"] = tau
+        feed(opt, 1.0, 1.0)
+        report = opt.report()
+        assert (report.frozen_blocks, report.trained_below) == (1, below)
+
+
 def test_of_two_stacks_none_is_the_lowest():
     stacks = nn.ModuleDict({
         name: nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
