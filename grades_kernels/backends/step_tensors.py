@@ -260,8 +260,6 @@ def prepare_state(
     """
     check_gradients(groups)
     for group, pairs in zip(groups, chosen, strict=True):
-        if not pairs:
-            continue
         init_group({**group, "params": [p for p, _ in pairs]}, [], [], [], [], [], [])
         for p, unit in pairs:
             own = state.get(p)
