@@ -89,7 +89,13 @@ def test_per_unit_gives_the_same_fraction_of_each_median():
     expected = [fraction * scale for scale in (4.5, 6.5, 50, 80)]
     assert result.taus == pytest.approx(dict(zip(names, expected, strict=True)))
     assert result.forecast[-1] == (4, 0.5)
-    assert "Thresholds by kind" in str(result)
+    text = str(result)
+    assert text.startswith("To freeze 50% of all units by step 4 (patience 1)")
+    kinds = text.partition("Thresholds by kind")[2].splitlines()[3:]
+    assert [line.split() for line in kinds] == [
+        ["q_proj", "2", "2.368..3.421"],
+        ["v_proj", "2", "26.31..42.1"],
+    ]
 
 
 def test_equal_statistics_freeze_together():
