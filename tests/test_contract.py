@@ -820,6 +820,19 @@ def test_fused_in_kernel_scaling(fused_device, user_unscales, own):
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_grad_scaler_unscales_before_the_step_once_a_group_is_not_fused(fused_device):
+    """grad_scaler.py: it leaves that to `step()` only where every group unscales by itself."""
+    ours, theirs = (GradESAdamW(parameters(device=fused_device), fused=x) for x in (True, False))
+    others = [parameters((3, 3), device=fused_device) for _ in range(2)]
+    for optimizer, params in zip((ours, theirs), others, strict=True):
+        optimizer.add_param_group({"params": params, "fused": False})
+        scaler = torch.amp.GradScaler(fused_device, init_scale=8.0)
+        scaler.scale(torch.ones((), device=fused_device))
+        set_noise(tensors_of(optimizer), 0, scaler.get_scale())
+        scaler.step(optimizer)
+    torch.testing.assert_close(values(ours), values(theirs))
+
+
 def test_fused_found_inf_may_be_a_number(fused_device):
     """grad_scaler.py: with no gradient at all, found_inf is the sum of nothing: the integer 0."""
     optimizer = GradESAdamW(parameters(device=fused_device), fused=True)
