@@ -1194,6 +1194,16 @@ def test_a_checkpoint_is_of_the_groups_as_they_are(options):
     assert_same(saved[2:], saved[:2])
 
 
+def test_a_tied_matrix_is_attached_under_the_name_that_excludes_it():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4, bias=False), "head": nn.Linear(4, 4, bias=False)})
+    opt = GradESAdamW(model["fc"].parameters(), tau=0.0, grace_steps=0)
+    opt.attach(model)
+    assert opt.monitored_units == ["fc.weight"]
+    model["head"].weight = model["fc"].weight
+    opt.attach(model)
+    assert opt.monitored_units == []
+
+
 def test_names_that_were_attached_do_not_move_to_other_tensors():
     model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("embed", "a", "b")})
     opt = GradESAdamW([{"params": [p]} for p in model.parameters()], tau=0.0, grace_steps=0)
