@@ -957,6 +957,20 @@ def test_copies_agree_too():
     assert same_on_all(runs)
 
 
+@ranks.on_ranks(2)
+def test_checkpoints_that_differ_between_ranks_are_an_error_before_the_first_step():
+    params = [nn.Parameter(torch.ones(4, 4))]
+    optimizer = GradESAdamW(params, tau=1.0, grace_steps=9, statistic="norm")
+    feed(optimizer, 1.0)
+    saved = optimizer.state_dict()
+    saved["state"][0]["grades_hits"] = dist.get_rank()
+    optimizer.load_state_dict(saved)
+    before = values(params)
+    with pytest.raises(ValueError, match=r"as \(hits, decided_at, frozen_at\)"):
+        feed(optimizer, 1.0)
+    assert torch.equal(before[0], params[0])
+
+
 def test_deepspeed_is_refused(monkeypatch):
     """Stage 3 marks its parameters; stages 1 and 2 put flat ones into the groups later."""
     p = nn.Parameter(torch.zeros(0))
