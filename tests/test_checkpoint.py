@@ -1289,6 +1289,18 @@ def test_the_only_tensor_of_a_group_is_matched_by_its_name_too():
     optimizer("model.layers.0.q.weight").load_state_dict(saved)
 
 
+def test_a_frozen_matrix_is_not_attached_under_a_name_that_excludes_it():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4, bias=False)})
+    opt = GradESAdamW(model.parameters(), tau=1e9, grace_steps=0, statistic="norm")
+    feed(opt, 1.0)
+    with pytest.raises(ValueError, match=r"As 'head.weight' it is no matrix .* thaw\(\) first"):
+        opt.attach(model)
+    assert opt.frozen_units == ["group0.param0"]
+    opt.thaw()
+    opt.attach(model)
+    assert opt.monitored_units == []
+
+
 def test_tau_is_not_taken_from_a_frozen_matrix():
     """It would neither be monitored nor train again."""
     opt = GradESAdamW([nn.Parameter(torch.ones(4, 4))], tau=20.0, grace_steps=0, statistic="norm")

@@ -171,9 +171,12 @@ def make_unit_map(
                 unit.n_tensors += 1
                 members.setdefault(unit, []).append(p)
             elif frozen:
+                way_out = "Set its group's tau back, call thaw(), then take the tau away."
+                if tau is not None:
+                    way_out = f"As {full_name!r} it is no matrix to monitor: call thaw() first."
                 raise ValueError(
                     f"parameter {j} of group {i} is frozen but belongs to no monitored unit "
-                    f"(tau={tau}). Set its group's tau back, call thaw(), then take the tau away."
+                    f"(tau={tau}). {way_out}"
                 )
             units.append(unit)
         own = units[len(units) - len(group["params"]) :]
