@@ -228,9 +228,9 @@ class Freezer:
             self.table.has_changes = False
 
     def _release_where_safe(self, optimizer: Any, units: list[Unit]) -> None:
-        if not units or self.table.config.stop_grad is False:
+        if not units or self.release.stop_grad is False:
             return
-        reason = self._why_not_release(optimizer, automatic=self.table.config.stop_grad == "auto")
+        reason = self._why_not_release(optimizer, automatic=self.release.stop_grad == "auto")
         self.release.raise_if_required(reason)
         if reason is None:
             ddp = self.release.ddp

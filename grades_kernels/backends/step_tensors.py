@@ -59,7 +59,11 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
             dynamic_dims_sizes=[list(x.shape) for x in tensors],
             dynamic_dims_strides=[list(x.stride()) for x in tensors],
         ).check
-    return lambda *tensors: False
+    return _not_compared
+
+
+def _not_compared(*tensors: Tensor) -> bool:
+    return False
 
 
 class Layout:
@@ -102,7 +106,7 @@ class Layout:
         self.with_prev_grad = [u if u and u.uses_prev_grad else None for u in self.units]
         self.has_prev_grads = any(unit is not None for unit in self.with_prev_grad)
         self.kinds = list(map(_kind, self.params))
-        self.like_params = self.like_grads = lambda *tensors: False  # the first step looks
+        self.like_params = self.like_grads = _not_compared  # the first step looks
         self.unordered: list[int] | None = []
         self.is_cacheable = not any(group["differentiable"] for group in groups)
 

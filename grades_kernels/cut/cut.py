@@ -147,11 +147,11 @@ class Cut:
             p.grad = None
         disable_input_grads(model)
         for module in list(_maximal(model, set(frozen), blocks[: self.k])):
-            inner: Any  # a ModuleList itself is never called
-            for inner in module.modules():
+            inner: Any
+            for inner in module.modules():  # a ModuleList itself is never called
                 if eval_frozen:
                     inner.register_forward_pre_hook(_stay_in_eval)
-                if has_adapters(inner) and not has_trained_adapters(inner):
+                if _has_adapters(inner) and not has_trained_adapters(inner):
                     inner.set_adapter([])  # which lasts, unlike `enable_adapters(False)`
         return list(self.frozen)
 
@@ -290,7 +290,7 @@ def _stay_in_eval(module: nn.Module, args: Sequence[Any]) -> None:
         module.eval()
 
 
-def has_adapters(module: Any) -> bool:
+def _has_adapters(module: Any) -> bool:
     """Whether a module is a layer of PEFT with LoRA adapters."""
     factors = getattr(module, "lora_B", None)
     return (
@@ -300,4 +300,4 @@ def has_adapters(module: Any) -> bool:
 
 def has_trained_adapters(module: Any) -> bool:
     """Whether LoRA adapters of this very module change its output."""
-    return has_adapters(module) and any(p.count_nonzero() for p in module.lora_B.parameters())
+    return _has_adapters(module) and any(p.count_nonzero() for p in module.lora_B.parameters())
