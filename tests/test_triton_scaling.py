@@ -71,6 +71,22 @@ def test_the_unscaled_gradient_is_written_back(timing, layout):
     tr.assert_same(*runs)
 
 
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_an_expanded_gradient_cannot_be_unscaled(timing):
+    """An error before any tensor has changed, as of the C++ op; the next step is right."""
+    run, other = (tr.start(True, ((17, 23),), tau=0.0, freeze_timing=timing) for _ in range(2))
+    before = run.params[0].detach().clone()
+    run.params[0].grad = torch.ones(17, 1, device=tr.DEVICE).expand(17, 23)
+    run.opt.grad_scale = torch.full((), 4.0, device=tr.DEVICE)
+    run.opt.found_inf = torch.zeros((), device=tr.DEVICE)
+    with pytest.raises(RuntimeError, match="share memory cannot be unscaled"):
+        run.opt.step()
+    assert torch.equal(run.params[0], before)
+    for each in (run, other):
+        tr.scaled_step(each)
+    assert torch.equal(run.params[0], other.params[0])
+
+
 @pytest.mark.parametrize("with_scale", [True, False], ids=["scaled", "unscaled by the user"])
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("at", [1, 2, 3, 4])

@@ -157,7 +157,7 @@ class TritonEngine:
         decides = is_check and (ranks is not None or bool((tasks & STATISTIC_BITS).any()))
         found, scale = self._scalar(found_inf), self._scalar(grad_scale)
         scaled = found is not None or scale is not None
-        grads, copies = self._readable(tensors)
+        grads, copies = _readable(tensors, unscales=scale is not None)
         staging = self.tables.next_staging()
         # Of an empty gradient any aligned address but 0, which is "none".
         staging.inputs["grad"] = [0 if g is None else g.data_ptr() or 16 for g in grads]
@@ -260,22 +260,6 @@ class TritonEngine:
                 freezes = FREEZES if table.config.cooldown == 0 else 0
                 tasks[measured != 0] |= DEPENDS | freezes
         return tasks, lr_factors, kept
-
-    def _readable(
-        self, tensors: StepTensors
-    ) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
-        """The gradients, copies of those that the kernels would misread; these pairs.
-
-        They walk through memory, in which a gradient may have other strides than its parameter, or
-        the other sign (a lazily negated tensor, as the imaginary part of a conjugate).
-        """
-        grads, copies = list(tensors.grads), []
-        for n in tensors.unordered or ():
-            g, p = grads[n], tensors.params[n]
-            if g is not None and (g.is_neg() or not same_memory_order(g, p)):
-                grads[n] = copy = torch.empty_like(p, dtype=g.dtype).copy_(g)
-                copies.append((g, copy))
-        return grads, copies
 
     def _scalar(self, value: Any) -> Tensor | None:
         """GradScaler's scalars as this device's; it passes the number 0 for "nothing found"."""
@@ -403,6 +387,30 @@ class TritonEngine:
             **{flag: flag in flags for flag in ("SUM", "COMPARE", "STORE", "LOAD")},
             **self.options,
         )
+
+
+def _readable(
+    tensors: StepTensors, *, unscales: bool
+) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    """The gradients, copies of those that the kernels would misread; these pairs.
+
+    They walk through memory, in which a gradient may have other strides than its parameter, or the
+    other sign (a lazily negated tensor, as the imaginary part of a conjugate).
+
+    Raises:
+        RuntimeError: If the kernels unscale a gradient that cannot be written to.
+    """
+    grads, copies = list(tensors.grads), []
+    for n in tensors.unordered or ():
+        g, p = grads[n], tensors.params[n]
+        if g is not None and (g.is_neg() or not same_memory_order(g, p)):
+            if unscales and not all(g.stride()):
+                raise RuntimeError(
+                    "a gradient whose elements share memory cannot be unscaled in place"
+                )
+            grads[n] = copy = torch.empty_like(p, dtype=g.dtype).copy_(g)
+            copies.append((g, copy))
+    return grads, copies
 
 
 def _addresses(tensors: StepTensors) -> list[int]:
