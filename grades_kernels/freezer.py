@@ -47,6 +47,7 @@ class Freezer:
         ranks: The other processes, once they have joined; None on a single one.
         engines: What takes the steps; empty when they have to be made anew.
         release: What freezing gives back.
+        group_gave_tau: Whether a parameter group came with a tau of its own, be it None.
     """
 
     unit_map: UnitMap
@@ -56,6 +57,7 @@ class Freezer:
         self.ranks: Ranks | None = None
         self.engines: list[Engine] = []
         self.release = Release(config.stop_grad)
+        self.group_gave_tau = False
         self._job: Any = None  # the units have been exchanged for this one
         self._known_t = 0  # what steps up to this one have decided is known on every rank
         self._warned: set[str] = set()
@@ -165,8 +167,8 @@ class Freezer:
         table, groups, state = self.table, optimizer.param_groups, optimizer.state
         if not table.units and any([group["tau"] is not None for group in groups]):
             self.warn_once(nothing_is_monitored(groups, self.unit_map))
-        may_follow = optimizer.defaults.get("tau") is not None  # groups that take it
-        if table.t == 0 and not may_follow and (unused := unused_options(table.config, groups)):
+        is_unsaid = table.t == 0 and not self.group_gave_tau
+        if is_unsaid and (unused := unused_options(table.config, groups)):
             self.warn_once(unused)
         self.release.begin_run(self.unit_map, optimizer.process_group, self.ranks)
         total_steps = table.config.total_steps
@@ -408,13 +410,14 @@ class Freezer:
 
     def pickled(self) -> dict[str, Any]:
         """What a pickle or copy of the optimizer takes along; the rest follows from its state."""
-        return {"table": self.table, "attached": self.unit_map.attached}
+        own = {"table": self.table, "group_gave_tau": self.group_gave_tau}
+        return {**own, "attached": self.unit_map.attached}
 
     @classmethod
     def from_pickle(cls, optimizer: Any, saved: dict[str, Any]) -> Freezer:
         """The freezer of an unpickled or copied optimizer, from what `pickled` gave."""
         freezer = cls(saved["table"].config)
-        freezer.table = saved["table"]
+        freezer.table, freezer.group_gave_tau = saved["table"], saved["group_gave_tau"]
         freezer.map_units(optimizer, saved["attached"])
         freezer.release.released = {
             p

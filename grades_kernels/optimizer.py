@@ -275,6 +275,7 @@ class GradESAdamW(AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may bring its own `tau`, `statistic` and `fused`."""
         if isinstance(param_group, dict):
+            self._freezer.group_gave_tau |= "tau" in param_group
             for key, value in self._own_defaults.items():
                 param_group.setdefault(key, value)
             check_new_group(self._freezer.table.config, param_group)

@@ -170,8 +170,8 @@ def in_backward(model):
     """An optimizer for each parameter, which steps when the gradient arrives."""
     optimizers = {}
     for name, p in model.named_parameters():
-        tau = OWN["tau"] if p.dim() > 1 else None
-        optimizers[p] = GradESAdamW([(name, p)], **{**OWN, "tau": tau})
+        own = {"params": [(name, p)], "tau": OWN["tau"] if p.dim() > 1 else None}
+        optimizers[p] = GradESAdamW([own], **{**OWN, "tau": None})
 
     def step(p):
         optimizers[p].step()

@@ -1078,6 +1078,21 @@ def test_monitored_tensors_may_all_rest_for_a_while():
     assert freezes(opt) == [(3, 0)]
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_options_without_tau_are_reported_where_no_group_says_so(is_copy):
+    """A group with tau=None of its own is meant so, as in an optimizer for each parameter."""
+    own = {"statistic": "norm", "patience": 3}
+    for group, expected in (({}, 1), ({"tau": None}, 0)):
+        opt = GradESAdamW([{"params": matrices(1), **group}], **own)
+        opt = copy.deepcopy(opt) if is_copy else opt
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            feed(opt, LOW)
+            feed(opt, LOW)
+        assert len(caught) == expected
+        assert all("Without effect: patience=3, statistic='norm'" in str(x) for x in caught)
+
+
 def test_units_that_can_never_freeze_are_named():
     """Some models have matrices whose gradient is zero by construction."""
     opt = optimizer(matrices(3))
