@@ -3,7 +3,7 @@
     python -m benchmarks.bench_kernels [--device auto] [--cases llama-3.2-1b] [--dtypes bf16]
 
 On a GPU the fused kernels at full size, in device time; on the CPU the reference at small sizes.
-Nothing is timed before it has agreed with the reference. Every row holds one measurement: the
+Nothing is timed before it has agreed with the reference. Every row is one measurement: the
 provider, AdamW of this project with nothing monitored (the anchor) and a copy on the same device
 take turns. README.md in this folder explains the columns.
 

@@ -259,7 +259,7 @@ def native_op(repeats: int) -> Iterator[dict[str, Any]]:
         theirs_moved = Setting().bytes_per_element(target.dtype)
         yield {
             "case": case,
-            "clone": native.cpu_capability(),
+            "cpu_capability": native.cpu_capability(),
             "tensors": len(problem.params),
             "elements": problem.n_elements,
             **against_fused(seconds, anchor),

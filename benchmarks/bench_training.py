@@ -437,7 +437,7 @@ def compile_row(every: int = 4) -> dict[str, Any]:
     """28 units of a small model freeze one by one, `every` steps apart, under torch.compile.
 
     Whoever compiles is a stub that runs the graph as it is: what makes torch trace a model anew
-    does not depend on it. "eager" tells whether torch gave up compiling, as it does for good past
+    does not depend on it. "eager" is whether torch gave up compiling, as it does for good past
     `torch._dynamo.config.recompile_limit`: then the model runs with fewer graphs than it has sets
     of trained tensors.
     """

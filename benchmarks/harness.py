@@ -103,7 +103,7 @@ def _device_seconds(call: Callable[[], Any], device: torch.device, head_start: i
 
 
 def summary(seconds: Sequence[float], per_second: float = 1e3) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile; in milliseconds unless told otherwise."""
+    """Median, 20th and 80th percentile; in milliseconds by default."""
     low, *_, high = (
         statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 2
     )

@@ -4,7 +4,7 @@
 
 Every run is a row of results/study-runs.csv, every cut that was weighed by a probe a row of
 results/study-probe.csv; a rerun skips the rows that are there. README.md in this folder explains
-the arms and tells what came of it.
+the arms and prints their results.
 """
 
 from __future__ import annotations

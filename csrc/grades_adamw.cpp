@@ -1,5 +1,5 @@
 // One step of AdamW over lists of CPU tensors that measures while it updates: schema, instruction
-// sets, threads. The arithmetic is in kernel.h; what a measurement means is decided in Python
+// sets, threads. The arithmetic is in kernel.h; a measurement is interpreted in Python
 // (grades_kernels/freezing/table.py), the one place that knows the rules.
 //
 // Built against torch's stable ABI: one binary serves every torch from 2.10 on.
@@ -34,7 +34,7 @@ using torch::stable::Tensor;
 
 enum class DType { fp32, fp64, bf16, fp16 };
 
-// What is to be done with a tensor: a statistic plus any of the tasks, with the numbers of
+// The work on a tensor: a statistic plus any of the tasks, with the numbers of
 // grades_kernels/backends/tasks.py.
 enum class Statistic { none, change, norm, momentum, signal, weight_change, gain };
 constexpr int64_t kStatistics = 7, kStatisticBits = 7;
@@ -142,16 +142,16 @@ const std::vector<Capability>& capabilities() {
   return all;
 }
 
-// The CPU capability that runs; GRADES_KERNELS_CLONE asks for one by name.
+// The CPU capability that runs; GRADES_KERNELS_CPU_CAPABILITY asks for one by name.
 const Capability& current_capability() {
-  const char* asked = std::getenv("GRADES_KERNELS_CLONE");
+  const char* asked = std::getenv("GRADES_KERNELS_CPU_CAPABILITY");
   std::string available;
   for (const Capability& capability : capabilities()) {
     if (!capability.runs_here) continue;
     if (!asked || !*asked || !std::strcmp(capability.name, asked)) return capability;
     available += std::string(available.empty() ? "" : ", ") + capability.name;
   }
-  STD_TORCH_CHECK(false, "GRADES_KERNELS_CLONE=", asked, " cannot run here; choose from ",
+  STD_TORCH_CHECK(false, "GRADES_KERNELS_CPU_CAPABILITY=", asked, " cannot run here; choose from ",
                   available);
 }
 
@@ -349,22 +349,22 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
 }  // namespace
 
 STABLE_TORCH_LIBRARY(grades_kernels, m) {
-  // Per tensor: `tasks` says what to do, `rows` which six numbers of `hypers` apply: lr, beta1,
-  // beta2, eps, weight_decay, and -1 to maximize, else 1. `max_exp_avg_sqs` and `prev_grads` hold
-  // only what the tasks need, in order. Gradients are written with kUnscale alone, which divides
-  // them by `grad_scale`. `sums` receives numerator and denominator (0 unless "signal") of the
-  // statistic and the sum of |g|; NaN as the numerator where the moments have
-  // not seen as many gradients as it needs.
+  // Per tensor: `tasks` has its work, `rows` the index of its six numbers in `hypers`: lr, beta1,
+  // beta2, eps, weight_decay, and -1 to maximize, else 1. `max_exp_avg_sqs` and `prev_grads` have
+  // only the tensors that the tasks need, in order. Gradients are written with kUnscale alone,
+  // which divides them by `grad_scale`. `sums` receives numerator and denominator (0 unless
+  // "signal") of the statistic and the sum of |g|; NaN as the numerator where the moments have not
+  // seen as many gradients as it needs.
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] prev_grads, "
       "Tensor(g!)[] steps, Tensor(h!) sums, int[] tasks, int[] rows, float[] hypers, "
       "float grad_scale) -> ()");
-  m.def("clone() -> str");
+  m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grades_kernels, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
 
 STABLE_TORCH_LIBRARY_IMPL(grades_kernels, CompositeExplicitAutograd, m) {
-  m.impl("clone", TORCH_BOX(&capability_name));
+  m.impl("cpu_capability", TORCH_BOX(&capability_name));
 }

@@ -9,7 +9,7 @@
 // them. Where numbers have to be converted, a block is walked in chunks that stay in the
 // first-level cache, so that measuring, updating and keeping can be loops of their own.
 
-constexpr int64_t kChunk = 512;  // what buffers hold
+constexpr int64_t kChunk = 512;  // elements of a buffer
 constexpr int kLanes = 16;
 
 INLINE float absolute(float x) { return __builtin_fabsf(x); }
@@ -28,7 +28,7 @@ INLINE float number(uint32_t u) {
   return x;
 }
 
-// How numbers are stored; `Wide` is what they are computed in.
+// How numbers are stored; they are computed as `Wide`.
 
 template <class T>
 struct Plain {
@@ -214,7 +214,7 @@ struct Chunk {
     if (array.strided) pack_any(array, first, n, packed, true);
   }
 
-  // Brings what was written to `data` into the tensor.
+  // Stores the numbers written to `data` in the tensor.
   INLINE void flush() {
     if (data == converted) {
       store(converted);
@@ -436,7 +436,7 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
       const Wide scale = Wide(grad_scale);
       for (int64_t i = 0; i < n; ++i) g.data[i] /= scale;
       g.flush();
-      g.load(work.grad, first, n);  // what is stored, as if it had been unscaled beforehand
+      g.load(work.grad, first, n);  // as stored, and as if it had been unscaled beforehand
     }
     if (statistic != Statistic::none) {
       add(magnitude, n, [x = g.data](int64_t i) INLINE_LAMBDA { return absolute(x[i]); });
@@ -493,7 +493,7 @@ NOINLINE void run(const Work& work, int64_t first, int64_t end, double grad_scal
       if (amsgrad) v_max.flush();
     }
     if (statistic == Statistic::weight_change) {
-      p.load(work.param, first, n);  // what is stored
+      p.load(work.param, first, n);  // as stored
       add_differences(numerator, Wide(1), p.data, old_p, n);
     }
     if (work.does(kKeep)) {

@@ -5,7 +5,7 @@ tensors, because nothing else survives every way of saving: `load_state_dict` ca
 tensor but `step` to the parameter's dtype (torch/optim/optimizer.py), which turns 1001 into 1000
 in bf16, and `torch.distributed.checkpoint` drops keys beside "state" and "param_groups". The
 numbers are written when a unit is decided, and for every checkpoint, pickle and copy. None is ever
-NaN: what is not known is -1.
+NaN: an unknown number is -1.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def is_frozen(state: Mapping[str, Any] | None) -> bool:
     return (state or {}).get("grades_frozen_at", NEVER) != NEVER
 
 
-def make_room(unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:
-    """Let one monitored tensor have a state after `t` steps, in which their number can be saved.
+def init_one_state(unit_map: UnitMap, state: State, groups: Groups, t: int) -> None:
+    """Make the state of one monitored tensor after `t` steps, where none has a state yet.
 
-    Without gradients none has one yet.
+    The number of steps is saved in it. Without gradients no tensor has one.
     """
     params = [p for p, _ in unit_map.monitored]
     if t > 0 and params and not any(state.get(p) for p in params):
@@ -218,7 +218,7 @@ def prepared(
             if isinstance(prev_grad, Tensor):
                 prev_grads[position[k]] = prev_grad
             for key in DEFAULT_STATE:
-                # A flat distributed checkpoint fills in {} for what it lacks; 0.1.0 wrote NaN.
+                # A flat distributed checkpoint fills in {} for a missing key; 0.1.0 wrote NaN.
                 number = entry.get(key, 0)
                 if not isinstance(number, (int, float)):
                     del entry[key]
@@ -264,7 +264,7 @@ def loaded_t(params: Iterable[Tensor], state: State) -> int:
 def complete_loaded_state(
     params: Iterable[Tensor], state: State, groups: Groups, prev_grads: Mapping[int, Tensor]
 ) -> None:
-    """Finish what torch's casting left undone, before the units are read.
+    """Complete the state that torch has cast, before the units are read.
 
     `state` and `groups` are the loaded ones, `prev_grads` as `prepared` took them out.
     """
@@ -283,7 +283,7 @@ def complete_loaded_state(
             )
             # A copy, since the caller's tensor is not to be written to.
             own["prev_grad"] = prev_grads[n].to(p.device, copy=True) if is_used else placeholder(p)
-        # A compact checkpoint leaves out what was released.
+        # A compact checkpoint leaves out released moments.
         add_missing_moments(own, p, amsgrad=amsgrad[p])
 
 

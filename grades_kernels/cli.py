@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a small transformer, watch its matrices freeze, and see what that saved",
+        help="train a small transformer, watch its matrices freeze, and see how much that saves",
         description="Train a small transformer on Python's own source with AdamW, early stopping "
         "and GradESAdamW: about three minutes on two CPU cores; nothing is downloaded.",
     )
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     validate.set_defaults(run=run_validate, failures=[RuntimeError])
     option = validate.add_argument
     option("--device", type=usable_device, help='"cpu", "cuda", ... (default: cuda, else cpu)')
-    text = "default: what fused=True uses on the device, else the reference"
+    text = "default: that of fused=True on the device, else the reference"
     option("--backend", choices=BACKENDS, help=text)
     option("--trials", type=whole_number(1), default=50, help="problems per dtype (default: 50)")
     option("--seed", type=whole_number(0), default=0, help="of the first problem (default: 0)")

@@ -167,7 +167,7 @@ class Ranks:
 
         Raises:
             ValueError: If the ranks disagree about the configuration, about a unit that several
-                have, or about what has been decided so far.
+                have, or about the decisions so far.
         """
         members = {unit: own for unit, own in members.items() if own}
         ranks = cls(group, members)
@@ -261,7 +261,7 @@ class Ranks:
     def start_sum(
         self, table: FreezeTable, sums: Tensor, shards: Sequence[ShardRows]
     ) -> Callable[[], Tensor]:
-        """As `add_shards`, where `one_mesh`; what is returned waits for the sum.
+        """As `add_shards`, where `one_mesh`; the function it returns waits for the sum.
 
         Raises:
             RuntimeError: When waiting; on every rank, if the freeze tables of the ranks differ, and
@@ -275,7 +275,7 @@ class Ranks:
         group, t = mesh.get_group(dims[0]), table.t
         total = mine.to(_device(group, sums.device))
         work = dist.all_reduce(total, group=group, async_op=True)
-        # A process that ends takes part until the others have what they need.
+        # A process that ends takes part until the others have the sum.
         at_exit = Finalize(None, _wait, (work, total), exitpriority=0)
 
         def finish() -> Tensor:
@@ -341,7 +341,7 @@ class Ranks:
         return whole
 
     def raise_difference(self, table: FreezeTable) -> None:
-        """Name what differs between the ranks, each of which raises when it finds out.
+        """Name the difference between the ranks, each of which raises when it finds one.
 
         Raises:
             RuntimeError: Always.

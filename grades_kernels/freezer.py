@@ -1,9 +1,9 @@
-"""What an optimizer remembers of its freezing, and the order of what happens in a step.
+"""The freezing of one optimizer: its parts, and the order of the actions of a step.
 
 A `Freezer` joins the freeze table, the units, the other ranks, the engines and the release of
-frozen tensors. Two of them say for what they were made: the unit map for the parameter groups, an
-engine for the devices, dtypes, addresses and flags of its tensors. Each is made anew when its
-answer no longer holds, as the units are exchanged anew for another job; nothing else is cached.
+frozen tensors. Two of them know whether they are still valid: the unit map for the parameter
+groups, an engine for the devices, dtypes, addresses and flags of its tensors. Each is made anew
+when it is not, and the units are exchanged anew for another job; nothing else is cached.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Freezer:
         table: The freeze table.
         unit_map: Which tensors belong to which unit.
         ranks: The other processes, once they have joined; None on a single one.
-        engines: What takes the steps; empty when they have to be made anew.
-        release: What freezing gives back.
+        engines: They take the steps; empty when they have to be made anew.
+        release: Releases the frozen tensors.
         group_gave_tau: Whether a parameter group came with a tau of its own, be it None.
     """
 
@@ -59,7 +59,7 @@ class Freezer:
         self.release = Release(config.stop_grad)
         self.group_gave_tau = False
         self._job: Any = None  # the units have been exchanged for this one
-        self._known_t = 0  # what steps up to this one have decided is known on every rank
+        self._known_t = 0  # every rank knows the decisions of the steps up to this one
         self._warned: set[str] = set()
 
     # Readings, none of which makes anything anew
@@ -118,7 +118,7 @@ class Freezer:
         return next(iter([*monitored, *with_tensors, "reference"]))
 
     def sync(self, optimizer: Any) -> list[FreezeEvent]:
-        """Read back what a device has decided; returns the freezes not returned before."""
+        """Read back the decisions of a device; returns the freezes not returned before."""
         read_back(self.engines, self.table, self.ranks)
         if self.unit_map.is_current(optimizer.param_groups):
             self._follow_taus(optimizer)
@@ -140,7 +140,7 @@ class Freezer:
         groups, ranks = optimizer.param_groups, self.ranks
         if not self.unit_map.is_current(groups):
             # Where ranks have units of their own, the others do not see that `requires_grad` has
-            # changed: the next check tells them, and until then units stay as they were.
+            # changed: they read it at the next check, and until then units stay as they were.
             may_join = ranks is None or ranks.everywhere or ranks.must_join
             if may_join or not self.unit_map.has_tensors_of(groups):
                 self.write_state(optimizer)
@@ -209,7 +209,7 @@ class Freezer:
         return "triton" in names and all(name == "triton" for name, units in groups if units)
 
     def _publish(self, optimizer: Any) -> list[FreezeEvent]:
-        """Write what was decided into the state; returns the freezes not returned before."""
+        """Write new decisions into the state; returns the freezes not returned before."""
         if not self.table.has_changes:
             return []
         new = [unit for unit in self.table.units if unit.is_decided and not unit.is_published]
@@ -358,7 +358,9 @@ class Freezer:
     def write_state(self, optimizer: Any) -> None:
         """Copy the whole table into the state."""
         self._adopt_state(optimizer)
-        checkpoint.make_room(self.unit_map, optimizer.state, optimizer.param_groups, self.table.t)
+        checkpoint.init_one_state(
+            self.unit_map, optimizer.state, optimizer.param_groups, self.table.t
+        )
         self._write_units(optimizer, list(self.unit_map.members))
 
     def _adopt_state(self, optimizer: Any) -> None:
@@ -387,7 +389,7 @@ class Freezer:
             unit.is_published = unit.is_frozen  # before the checkpoint was written
         released = [unit for unit in self.table.units if unit.is_released]
         self._release_where_safe(optimizer, released)
-        self.release.rewrap(self.release.ddp)  # for what the checkpoint lets train again
+        self.release.rewrap(self.release.ddp)  # for tensors that the checkpoint lets train again
         for unit in released:
             if not self.release.released.issuperset(self.unit_map.members[unit]):
                 unit.released_at = NEVER  # it is not safe in this run
@@ -409,13 +411,13 @@ class Freezer:
             raise
 
     def pickled(self) -> dict[str, Any]:
-        """What a pickle or copy of the optimizer takes along; the rest follows from its state."""
+        """The contents of a pickle or copy; the rest follows from the optimizer's state."""
         own = {"table": self.table, "group_gave_tau": self.group_gave_tau}
         return {**own, "attached": self.unit_map.attached}
 
     @classmethod
     def from_pickle(cls, optimizer: Any, saved: dict[str, Any]) -> Freezer:
-        """The freezer of an unpickled or copied optimizer, from what `pickled` gave."""
+        """The freezer of an unpickled or copied optimizer, from the result of `pickled`."""
         freezer = cls(saved["table"].config)
         freezer.table, freezer.group_gave_tau = saved["table"], saved["group_gave_tau"]
         freezer.map_units(optimizer, saved["attached"])

@@ -39,8 +39,8 @@ def grades_adamw(
 ) -> None:
     """Functional form of `GradESAdamW`, as `torch.optim.adamw.adamw` is of `AdamW`.
 
-    Takes what `torch.optim.adamw.adamw` takes, in its order, and does the same when `table` is
-    None. Parameters, moments and steps are updated in place, the freeze table as well.
+    Takes the arguments of `torch.optim.adamw.adamw`, in its order, and does the same when `table`
+    is None. Parameters, moments and steps are updated in place, the freeze table as well.
 
     Args:
         prev_grads: Per tensor a buffer of the gradient's shape for the statistic "change", else

@@ -1,4 +1,4 @@
-"""GradESAdamW: the arguments, `step()`, and what a caller reads and does."""
+"""GradESAdamW: the arguments, `step()`, and the methods of a caller."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ class GradESAdamW(AdamW):
         alpha: Share of `total_steps` that is the grace period, in [0, 1). Default 0.5.
         total_steps: Planned optimizer steps, at least 1.
         grace_steps: Steps before the first check; in place of `alpha * total_steps`.
-        statistic: What is compared with tau, summed over all elements of a unit; may differ per
-            parameter group. "change" (default, Eq. 1): :math:`|g_t - g_{t-1}|`. "norm" (Eq. 3):
-            :math:`|g_t|`. "momentum": :math:`|g_t - m_{t-1}|` with AdamW's first moment, which
-            needs no memory. "signal": :math:`\sum \hat m_{t-1}^2 / (\rho_{t-1} \sum \hat v_{t-1})`,
-            where rho makes it 1 for noise, whatever the betas and the model. "gain": :math:`\sum
-            g_t \hat m_{t-1} / (\sqrt{\hat v_{t-1}} + \epsilon)`, the loss that a step would gain
-            per learning rate; 0 where it is negative. "weight_change": :math:`|w_t - w_{t-1}|`,
-            what the paper's own code measures; only with `freeze_timing="next_step"`.
+        statistic: The quantity that is compared with tau, summed over all elements of a unit; may
+            differ per parameter group. "change" (default, Eq. 1): :math:`|g_t - g_{t-1}|`.
+            "norm" (Eq. 3): :math:`|g_t|`. "momentum": :math:`|g_t - m_{t-1}|` with AdamW's first
+            moment, which needs no memory. "signal": :math:`\sum \hat m_{t-1}^2 / (\rho_{t-1} \sum
+            \hat v_{t-1})`, where rho makes it 1 for noise, whatever the betas and the model.
+            "gain": :math:`\sum g_t \hat m_{t-1} / (\sqrt{\hat v_{t-1}} + \epsilon)`, the loss that
+            a step would gain per learning rate; 0 where it is negative. "weight_change":
+            :math:`|w_t - w_{t-1}|`, which the paper's own code measures; only with
+            `freeze_timing="next_step"`.
         tau_per: "unit" (default, the paper) compares the sum, "element" the sum divided by the
             number of elements ("signal" excepted).
         check_every: Steps from one check to the next. Default 1.
@@ -152,7 +153,7 @@ class GradESAdamW(AdamW):
         self._freezer.backends(self, allow_meta=True)  # raises where fused=True is not possible
         self._step_supports_amp_scaling = _are_fused(self.param_groups)
 
-    # What the caller reads
+    # Readings
 
     @property
     def backend(self) -> str:
@@ -192,7 +193,7 @@ class GradESAdamW(AdamW):
         return {unit.name: unit.value for unit in self._exact().table.units}
 
     def report(self, cut: Cut | None = None) -> FreezeReport:
-        """What froze when, with every statistic, and what the `cut` had frozen before."""
+        """The statistics of every unit, when it froze, and which tensors the `cut` had frozen."""
         freezer = self._exact()
         frozen_blocks, trained_below = frozen_prefix(freezer.table.units, freezer.unit_map)
         return FreezeReport.from_table(
@@ -221,7 +222,7 @@ class GradESAdamW(AdamW):
         self._freeze_hooks[handle.id] = hook
         return handle
 
-    # What the caller does
+    # Actions
 
     def attach(self, model: torch.nn.Module) -> None:
         """Give units the names of `model`'s parameters, where groups were built without names.
@@ -349,7 +350,7 @@ class GradESAdamW(AdamW):
         released moments of a frozen tensor are zeros here too, as `thaw` makes them.
 
         Args:
-            compact: Leave out what is not stored instead of writing zeros. Such a checkpoint loads
+            compact: Leave out released tensors instead of writing zeros. Such a checkpoint loads
                 into GradESAdamW by `load_state_dict`, but neither into plain AdamW nor in place.
         """
         freezer = self._exact()

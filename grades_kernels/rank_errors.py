@@ -58,9 +58,9 @@ def raise_if_absent(
 
 
 def reports(group: ProcessGroup | None, what: str, own: str) -> dict[int, str | None]:
-    """What every rank of a group reports within `REPORTED_WITHIN`; None: nothing.
+    """The report of every rank of a group within `REPORTED_WITHIN`; None: there is none.
 
-    Through the group's store, since a rank may be alone with what it has found out.
+    They go through the group's store, since a rank may be alone with the error it has found.
     """
     group = group or dist.group.WORLD
     if group is None:  # it has been destroyed

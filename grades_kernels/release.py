@@ -1,4 +1,4 @@
-"""What freezing gives back: backward work that is skipped, and the memory of gradients and moments.
+"""Release of frozen tensors: less backward work, and the memory of their gradients and moments.
 
 The freeze table masks updates and nothing else. Releasing a frozen unit sets `requires_grad=False`
 on its tensors, drops their gradients and replaces their moments by placeholders, where that is
@@ -266,7 +266,7 @@ def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Me
 
 
 def frozen_prefix(units: Sequence[Unit], unit_map: UnitMap) -> tuple[int, tuple[str, ...]]:
-    """How many of the lowest monitored blocks are frozen, and what still trains in or below.
+    """The number of lowest monitored blocks that are frozen; names that still train in or below.
 
     Only below a prefix in which nothing trains can a backward pass end early. Of several stacks of
     blocks, such as encoder and decoder, none is the lowest: 0.

@@ -58,7 +58,7 @@ class Oracle:
     After every `step(grads)` the public attributes are the state: params, exp_avg, exp_avg_sq,
     max_exp_avg_sq, count (per tensor), events, hits, statistics, decided, frozen (per unit).
     `closest` is the smallest relative distance |statistic - tau| / tau of all comparisons so far,
-    `measured` holds (unit, statistic) of each, `terms` per unit the sum of the absolute terms of
+    `measured` has (unit, statistic) of each, `terms` per unit the sum of the absolute terms of
     its last "gain", whose terms cancel, and `seen` counts what happened, by rule.
     """
 
@@ -153,7 +153,7 @@ class Oracle:
             u = self.unit_of.get(i)
             frozen = u is not None and self.frozen[u] and u not in last_update
             if g is not None and not frozen:
-                self.adamw(i, g, self.ramp(i))
+                self.adamw(i, g, self.lr_factor(i))
         self.previous = grads
         self.seen["all frozen"] += self.all_frozen
 
@@ -229,7 +229,7 @@ class Oracle:
     def void(self, why):
         self.seen[f"void: {why}"] += 1
 
-    def ramp(self, i):
+    def lr_factor(self, i):
         """The factor on the learning rate of tensor i at this step."""
         if self.cooldown == 0 or not self.units:
             return 1.0
@@ -240,11 +240,11 @@ class Oracle:
             self.seen["unmonitored cools"] += s is not None and self.t > s
         return 1.0 if s is None else max(0.0, 1.0 - (self.t - s) / self.cooldown)
 
-    def adamw(self, i, g, ramp):
+    def adamw(self, i, g, lr_factor):
         """Loshchilov and Hutter's AdamW with torch's conventions for amsgrad and maximize."""
         group = self.group_of[i]
         beta1, beta2 = group["betas"]
-        lr = group["lr"] * ramp
+        lr = group["lr"] * lr_factor
         g = -g if group["maximize"] else g
         self.count[i] += 1
         self.params[i] *= 1 - lr * group["weight_decay"]

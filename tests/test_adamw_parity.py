@@ -2,7 +2,7 @@
 
 The numerical contract of this file: the same tensors, stepped with the same gradients by
 `GradESAdamW(fused=False)` and by `torch.optim.AdamW(foreach=False)`, have the same bits in every
-parameter and every AdamW state tensor after every step. It holds in two situations: when nothing
+parameter and every AdamW state tensor after every step. That is so in two situations: when nothing
 is monitored (tau=None), and when matrices are monitored but never frozen (tau=0.0, or a grace
 period that does not end). Every scenario runs in all of them (`MODES`); the parameters are stepped
 twice, never copied from one side to the other.

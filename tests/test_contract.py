@@ -201,7 +201,7 @@ def test_a_refused_step_changes_nothing(name):
 
 
 @monitored_or_not
-def test_defaults_hold_adamws_keys(own):
+def test_defaults_have_adamws_keys(own):
     """adam.py: `defaults` has AdamW's keys and values, and only tau and statistic of ours."""
     ours, theirs = reference(parameters(), **own).defaults, AdamW(parameters(), fused=False)
     assert {k: v for k, v in ours.items() if k not in ("tau", "statistic")} == theirs.defaults
@@ -210,7 +210,7 @@ def test_defaults_hold_adamws_keys(own):
     assert ours["statistic"] == "change"
 
 
-def test_groups_hold_no_more_than_defaults():
+def test_groups_have_no_more_than_defaults():
     """A wrapper that copies group keys one by one finds no key that `defaults` lacks."""
     optimizer = train(reference(parameters(), **FREEZES_AT_3), 4)
     assert optimizer.param_groups[0].keys() == {"params", *optimizer.defaults}

@@ -77,7 +77,7 @@ def batch(seed, step):
 
 
 def parallel(kind, net):
-    """The model as a job of this kind holds it, and which part of a batch this rank sees."""
+    """The model in a job of this kind, and the part of a batch that this rank gets."""
     if kind == "alone":
         return net, slice(None)
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -162,7 +162,7 @@ def train(kind, seed, own, *, steps=STEPS, names=True, disturb=None):
 
 
 def same_on_all(results):
-    """Whether all ranks came to the same, bit for bit; `repr` tells -0.0 and knows NaN."""
+    """Whether all ranks came to the same, bit for bit; `repr` distinguishes -0.0 and NaN."""
     return all(repr(one) == repr(results[0]) for one in results)
 
 
@@ -673,7 +673,7 @@ def test_infinity_on_one_rank_in_a_fused_step():
 
 
 def test_stopping_gradients_under_fsdp2():
-    """requires_grad goes in waves on all ranks together, and masking alone trains the same."""
+    """Batches are released on all ranks together, and masking alone trains the same."""
     own = {**CHANGE, "tau": 4.0}
     for size in (2, 4):
         masked = ranks.run(size, train, "fsdp2", 3, own)
@@ -730,7 +730,7 @@ def nameless(kind):
 
 
 def test_zero_redundancy_optimizer_without_names():
-    """A unit is called after the rank that holds it; the decisions are those of one process."""
+    """A unit is named after the rank that has it; the decisions are those of one process."""
     alone = train("alone", 3, {**CHANGE, "tau": 4.0})
     for size in (2, 4):
         results = ranks.run(size, nameless, "zero")
@@ -767,13 +767,13 @@ def test_zero_uses_fused_backends():
 
 
 def zero_of_two_layers(own, hooked):
-    """Rank 0 holds the only matrix, rank 1 a bias."""
+    """Rank 0 has the only matrix, rank 1 a bias."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     model = DistributedDataParallel(net)
     optimizer = optimizer_of(net, own, "zero", names=False)
-    told, seen = [], []
-    optimizer.optim.register_freeze_hook(lambda _, events: told.extend(events))
+    hooked, seen = [], []
+    optimizer.optim.register_freeze_hook(lambda _, events: hooked.extend(events))
     for step in range(1, 7):
         if step == hooked:
             for group in optimizer.param_groups:
@@ -786,18 +786,18 @@ def zero_of_two_layers(own, hooked):
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
     own_units = [unit for unit, own in optimizer.optim._freezer.unit_map.members.items() if own]
-    return len(own_units), seen, told, moved, result(optimizer, net)
+    return len(own_units), seen, hooked, moved, result(optimizer, net)
 
 
 def test_zero_rank_without_a_matrix():
-    """It takes part, learns what froze, tells its hooks, and follows the ramp of the job."""
+    """It takes part, reads the freezes, calls its hooks, and follows the cooldown of the job."""
     results = ranks.run(2, zero_of_two_layers, {**CHANGE, "tau": 0.0, "cooldown": 2}, 3)
     (n0, *first), (n1, *second) = results
     assert (n0, n1) == (1, 0)
     assert same_on_all([first, second])
-    seen, told, moved, run = first
+    seen, hooked, moved, run = first
     assert seen == [False] * 4 + [True] * 2
-    assert [(e.unit, e.decided_at, e.step) for e in told] == [("rank0.group0.param0", 3, 5)]
+    assert [(e.unit, e.decided_at, e.step) for e in hooked] == [("rank0.group0.param0", 3, 5)]
     assert moved == [False, False]
     assert [t for t, _ in run["history"]] == [3]
 

@@ -1,6 +1,6 @@
 """The Trainer under FSDP2, on CPU processes: it trains, freezes, saves, and resumes.
 
-Accelerate turns FSDP on for accelerators alone, so the script tells it that it has several.
+Accelerate turns FSDP on for accelerators alone, so the script presents the processes as such.
 """
 
 import json
@@ -56,7 +56,7 @@ def test_a_chosen_cut_stays_frozen(runs):
 
 
 def trained(folder, resume=None, cut=None, **changes):
-    """What can be told of a run in `folder`, resumed from a checkpoint, with a cut or without."""
+    """The outcome of a run in `folder`, resumed from a checkpoint, with a cut or without."""
     import accelerate
     import transformers
 

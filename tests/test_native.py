@@ -52,7 +52,7 @@ def pair(*args, **options):
 
 
 def assert_close(got, want, ulps=64):
-    """Values within `ulps` of the largest one that a tensor holds: what cancels loses digits."""
+    """Values within `ulps` of the largest one in a tensor: differences lose digits."""
     mine, theirs = got.tensors(), want.tensors()
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -92,7 +92,7 @@ CAPABILITIES = ("portable", "avx2", "avx512")
 
 @pytest.fixture(params=CAPABILITIES)
 def capability(request, monkeypatch):
-    monkeypatch.setenv("GRADES_KERNELS_CLONE", request.param)
+    monkeypatch.setenv("GRADES_KERNELS_CPU_CAPABILITY", request.param)
     if not can_run(request.param):
         pytest.skip(f"this machine has no {request.param}")
 
@@ -107,7 +107,7 @@ def can_run(capability):
 
 
 def test_the_best_cpu_capability_of_this_machine_is_used(monkeypatch):
-    monkeypatch.delenv("GRADES_KERNELS_CLONE", raising=False)
+    monkeypatch.delenv("GRADES_KERNELS_CPU_CAPABILITY", raising=False)
     if not os.path.exists("/proc/cpuinfo"):
         pytest.skip("there is no /proc/cpuinfo")
     with open("/proc/cpuinfo") as lines:
@@ -119,9 +119,9 @@ def test_the_best_cpu_capability_of_this_machine_is_used(monkeypatch):
 
 
 def test_an_unknown_cpu_capability_is_refused(monkeypatch):
-    monkeypatch.setenv("GRADES_KERNELS_CLONE", "sse9")
+    monkeypatch.setenv("GRADES_KERNELS_CPU_CAPABILITY", "sse9")
     with pytest.raises(
-        RuntimeError, match=r"GRADES_KERNELS_CLONE=sse9 cannot run here; .*portable"
+        RuntimeError, match=r"GRADES_KERNELS_CPU_CAPABILITY=sse9 cannot run here; .*portable"
     ):
         native.cpu_capability()
     run = make_run(None)
@@ -136,7 +136,7 @@ def test_every_cpu_capability_gives_the_same_bits(dtype, monkeypatch):
         kind = {"statistic": statistic, "freeze_timing": timing, "betas": betas, "tau": 0.0}
         runs = []
         for capability in CAPABILITIES:
-            monkeypatch.setenv("GRADES_KERNELS_CLONE", capability)
+            monkeypatch.setenv("GRADES_KERNELS_CPU_CAPABILITY", capability)
             if can_run(capability):
                 runs.append(make_run(None, **options, **kind).steps(5))
         for run in runs[1:]:
@@ -191,7 +191,7 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(statistic, timing, 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_outside_a_tensor_is_written(size, offset, dtype):
-    """Every tensor lies in the middle of a buffer whose ends must keep what they hold."""
+    """Every tensor lies in the middle of a buffer whose ends must keep their values."""
 
     def inside(value):
         buffer = torch.full((value.numel() + 40 + offset,), 77.0, dtype=value.dtype)

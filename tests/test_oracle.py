@@ -423,16 +423,16 @@ class DecaysFrozenTensors(Oracle):
 
 
 class CoolsOneStepTooLong(Oracle):
-    def ramp(self, i):
+    def lr_factor(self, i):
         self.t -= 1
-        ramp = min(1.0, super().ramp(i))
+        lr_factor = min(1.0, super().lr_factor(i))
         self.t += 1
-        return ramp
+        return lr_factor
 
 
 class LeavesUnmonitoredTensorsHot(Oracle):
-    def ramp(self, i):
-        return super().ramp(i) if i in self.unit_of else 1.0
+    def lr_factor(self, i):
+        return super().lr_factor(i) if i in self.unit_of else 1.0
 
 
 FAULTS = (MeasuresTooMuch, VoidCountsAgainst, ForgetsTheGapBetweenChecks, DecaysFrozenTensors)

@@ -574,8 +574,8 @@ def test_a_decided_unit_cools_down_before_it_freezes(timing):
     opt = run(sequence, cooldown=4, weight_decay=0.3, freeze_timing=timing, stop_grad=False)
     (event,) = opt.freeze_events
     assert (event.step, event.decided_at, event.statistic) == (7, 3, LOW)
-    ramp = [0.1, 0.1, 0.1, 0.075, 0.05, 0.025]
-    value, state = adamw(sequence[:6], lr=ramp, weight_decay=0.3)
+    cooldown = [0.1, 0.1, 0.1, 0.075, 0.05, 0.025]
+    value, state = adamw(sequence[:6], lr=cooldown, weight_decay=0.3)
     assert values(opt) == [pytest.approx(value, rel=1e-14)]
     mine = state_of(opt)
     assert mine["step"] == 6
@@ -601,7 +601,7 @@ def test_a_cooling_unit_is_not_frozen_and_not_measured():
 
 
 @pytest.mark.parametrize("scheduled", [[0.1] * 5, [0.1, 0.2, 0.05, 0.3, 0.1]])
-def test_the_ramp_multiplies_the_scheduler(scheduled):
+def test_the_cooldown_multiplies_the_scheduler(scheduled):
     opt = optimizer(matrices(1), cooldown=2, grace_steps=1)
     for lr in scheduled:
         opt.param_groups[0]["lr"] = lr
@@ -640,7 +640,7 @@ def test_unmonitored_tensors_go_on_without_a_cooldown_and_before_the_last_decisi
         assert plain.item() == adamw([3.0] * 5, start=2.0)[0]
 
 
-def test_a_plain_optimizer_has_no_ramp():
+def test_a_plain_optimizer_has_no_cooldown():
     """With nothing monitored no unit is undecided, which must not count as all decided."""
     opt = run([3.0] * 4, tau=None, cooldown=2)
     assert values(opt) == [adamw([3.0] * 4)[0]]
@@ -869,7 +869,7 @@ def test_thawing_a_cooling_unit_keeps_its_moments_and_its_pace():
     assert freezes(opt) == []
 
 
-def test_thaw_lifts_the_ramp_from_unmonitored_tensors():
+def test_thaw_ends_the_cooldown_of_unmonitored_tensors():
     plain, opt = monitored_and_plain(cooldown=1)
     for _ in range(3):  # decided at 1: the plain tensor does not move from step 2 on
         feed(opt, LOW, 3.0)

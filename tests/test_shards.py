@@ -480,10 +480,10 @@ def sharded_over(mesh, tau, **own):
 
 
 def one_rank_first(timing, store):
-    """Whether the step of rank 0 ends before that of rank 1 begins; what a freeze hook was told."""
+    """Whether the step of rank 0 ends before that of rank 1 begins; the calls of a freeze hook."""
     p, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 1e9, freeze_timing=timing)
-    told = []
-    optimizer.register_freeze_hook(lambda _, events: told.append([x.step for x in events]))
+    hooked = []
+    optimizer.register_freeze_hook(lambda _, events: hooked.append([x.step for x in events]))
     key, is_first = f"{timing}/done", True
     if dist.get_rank() == 1:
         with contextlib.suppress(RuntimeError):  # not within a second
@@ -492,9 +492,9 @@ def one_rank_first(timing, store):
     optimizer.step()
     store.set(key, "")
     dist.barrier()
-    after_step, weight = list(told), p.to_local().clone()
+    after_step, weight = list(hooked), p.to_local().clone()
     optimizer.step()
-    return is_first, after_step, told, torch.equal(p.to_local(), weight)
+    return is_first, after_step, hooked, torch.equal(p.to_local(), weight)
 
 
 @ranks.on_ranks(2)

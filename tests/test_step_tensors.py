@@ -79,7 +79,7 @@ def negated_gradient(opt, params):
 def gradient_after_none_like_its_strided_moment(opt, params):
     """Without a gradient, a moment in the transposed order stands for it; then a gradient like it.
 
-    The order in which gradients lie is noted in the first step, and must hold in the second.
+    The order in which gradients lie is noted in the first step, and must be right in the second.
     """
     grad, state = params[1].grad, opt.state[params[1]]
     state["exp_avg"] = state["exp_avg"].t().contiguous().t()

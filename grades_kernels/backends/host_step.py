@@ -1,7 +1,7 @@
 """The step of the backends that the host drives: measure, decide, update, keep.
 
 Every rule of a step is written here once, as tasks for a backend's `run_tasks`; the Triton engine
-takes the same tasks. What the measured sums lead to is decided by the freeze table.
+takes the same tasks. The freeze table decides from the measured sums.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class HostEngine:
             done = measured if check and same_step else [0] * len(tasks)
             tasks = [a and (a | (0 if b else unscale)) for a, b in zip(tasks, done, strict=True)]
         sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
-        # Autograd saves the DTensor, whose version tells that its shard has been overwritten.
+        # Autograd saves the DTensor, whose version shows that its shard has been overwritten.
         increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
 
         if check and not same_step:
@@ -151,7 +151,9 @@ class HostEngine:
         tasks: Sequence[int],
         sums: Tensor | None,
     ) -> Callable[[], dict[Unit, float]]:
-        """What gives the statistic of every unit whose check is not void, the same on all ranks.
+        """A function that returns the statistic of every unit whose check is not void.
+
+        It is the same on all ranks.
 
         In a job of several processes all of them call this together. Where a single exchange is
         enough it has begun, and the result waits for it.

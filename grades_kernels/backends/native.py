@@ -61,7 +61,7 @@ def why_not_native(params: Sequence[Tensor]) -> str | None:
 
 def cpu_capability() -> str:
     """The instruction set that the op runs with: "avx512", "avx2" or "portable"."""
-    return torch.ops.grades_kernels.clone()
+    return torch.ops.grades_kernels.cpu_capability()
 
 
 def _is_plain(p: Tensor) -> bool:

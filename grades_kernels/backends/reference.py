@@ -1,4 +1,4 @@
-"""The tasks of a step in plain PyTorch: the fallback, and what every other backend must agree with.
+"""The tasks of a step in plain PyTorch: the fallback, and the oracle of every other backend.
 
 The arithmetic of the update is torch's own `torch.optim.adamw.adamw`.
 """

@@ -181,7 +181,7 @@ def why_not_triton(
     elif torch.version.cuda:
         for device in devices:
             if torch.cuda.get_device_capability(device) < (7, 0):
-                return f"{torch.cuda.get_device_name(device)} is older than what Triton supports"
+                return f"{torch.cuda.get_device_name(device)} is older than Triton supports"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -1,4 +1,4 @@
-"""The tensors of a step: where they are found, and what has to be done with each of them.
+"""The tensors of a step: where they are found, and the tasks of each.
 
 Finding 300 small tensors takes a third of the time that updating them takes on a CPU, and nearly
 every step finds them at the same positions. So a layout stores the positions, and a step asks only
@@ -25,7 +25,7 @@ Units = Sequence[Unit | None]
 
 
 class Outcome(NamedTuple):
-    """What a step did that the host did not wait for, read back.
+    """The results of a step that the host did not wait for, read back.
 
     Attributes:
         values: The measured statistics, without the void ones.
@@ -45,11 +45,11 @@ class Outcome(NamedTuple):
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """What compares other tensors, its arguments, with these in one call.
+    """A function that compares its arguments, other tensors, with these in one call.
 
-    It is true where types, dtypes, devices, shapes, strides and signs are the same. False means
-    "look": something differs, or this torch has no such guards. torch.compile asks the same before
-    it uses compiled code again; asking 300 tensors from Python takes four to five times as long.
+    It returns True where types, dtypes, devices, shapes, strides and signs are the same, and False
+    where something differs or this torch has no such guards. torch.compile compares the same before
+    it uses compiled code again; comparing 300 tensors in Python takes four to five times as long.
     """
     # They are no public interface: another torch may lack them. A sparse tensor has no strides.
     with contextlib.suppress(AttributeError, RuntimeError, TypeError):
@@ -93,7 +93,7 @@ class Layout:
             for p, unit in pairs:
                 released = unit is not None and unit.released_at != NEVER
                 if not released and state.get(p):
-                    # What autograd differentiates stays a DTensor, as in torch's AdamW.
+                    # A parameter that autograd differentiates stays a DTensor, as in torch's AdamW.
                     if hasattr(p, "_spec") and not group["differentiable"]:
                         self.dtensors.append(len(self.params))
                     self.params.append(p)
@@ -255,7 +255,7 @@ def prepare_state(
         chosen: The parameters to prepare, with their units, per group.
         init_group: `Adam._init_group` of the optimizer.
         prev_grads: Whether the next step reads or writes previous gradients.
-        default_state: What the state of a monitored tensor starts from, beside AdamW's.
+        default_state: The first state of a monitored tensor, beside AdamW's.
 
     Raises:
         RuntimeError: For a sparse gradient.
@@ -418,7 +418,7 @@ def keep_tasks(tensors: StepTensors, units: Units) -> list[int]:
 
 
 def _flags(groups: Groups) -> list[Any]:
-    """Of every group, the settings that change which state a step needs and who can take it."""
+    """Of every group, the settings on which the state of a step and its backend depend."""
     return [
         (g["amsgrad"], g["capturable"], g["foreach"], g["fused"], isinstance(g["lr"], Tensor))
         for g in groups

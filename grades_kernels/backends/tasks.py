@@ -1,4 +1,4 @@
-"""What a backend is asked to do in a step: which tensors, and which tasks for each of them.
+"""The interface of a backend: the tensors of a step, and the tasks for each of them.
 
 A backend that the host drives is one function,
 

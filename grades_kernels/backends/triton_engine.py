@@ -1,8 +1,8 @@
-"""Takes steps with the Triton kernels: launches, and what the host reads back.
+"""Takes steps with the Triton kernels: launches, and the results that the host reads back.
 
 A step costs one pass over the gradients on the host, one asynchronous copy of its inputs, one
 launch per dtype combination (two for a check before the update) and one small launch that decides.
-The host computes what each tensor has to do from the freeze table, which knows all earlier
+The host computes the task of each tensor from the freeze table, which knows all earlier
 decisions by then: those of the step before are read back when the next one begins, a fixed lag in
 every run.
 """
@@ -87,7 +87,8 @@ class TritonEngine:
             self.steps = torch.stack(tensors.state_steps).cpu().numpy().astype(np.int64)
         self.zero = torch.zeros((), dtype=torch.float32, device=device)
         self.one = torch.ones((), dtype=torch.float32, device=device)
-        # Values and what ranks agree on, which go through one all-reduce; decisions; found_inf.
+        # Values and the numbers that ranks agree on, which go through one all-reduce; decisions;
+        # found_inf.
         n, n_agreed = len(self.tables.own_units), len(self.tables.agreed)
         sizes = [n, n_agreed, n, 1]
         size = sum(sizes)
@@ -102,7 +103,7 @@ class TritonEngine:
         self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
         self.pending: Any = None  # the arguments of `_outcome`
         self.is_compiled, self.only_compiles = layout is None, False
-        self.in_step = False  # also after an exception: what the device has done is unknown then
+        self.in_step = False  # also after an exception, when the state of the device is unknown
         self.stream = torch.cuda.current_stream(device) if self.cuda else None
 
     def is_valid(self, groups: Groups, state: State, table: FreezeTable) -> bool:
@@ -129,7 +130,7 @@ class TritonEngine:
             return False
         addresses = _addresses(tensors)
         if addresses != self.addresses:
-            # Address 0 is a placeholder of what a decision or a release has given up: no task
+            # Address 0 is the placeholder of a tensor that a decision or a release freed: no task
             # touches it any more.
             if any(now for now, was in zip(addresses, self.addresses, strict=True) if now != was):
                 return False
@@ -211,7 +212,7 @@ class TritonEngine:
     def _outcome(
         self, updated: np.ndarray, kept: list[Unit], decides: bool, agreed: bool, scaled: bool
     ) -> Outcome:
-        """What the device did in the last step, once it has.
+        """The results of the last step, once the device has taken it.
 
         Args:
             updated: Per tensor 1 if it was updated, provided that the step happened.

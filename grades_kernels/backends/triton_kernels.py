@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""What the kernels read and write, and the names that it has in them."""
+"""The dtypes that the kernels read and write, and their names in Triton."""
 PARTIALS = 3
-"""What a program stores of its tensor, fp32: its part of the statistic, of its denominator (0 if it
-is no ratio), and of the sum of |g|."""
+"""Numbers that a program stores of its tensor, fp32: its part of the statistic, of the denominator
+(0 if it is no ratio), and of the sum of |g|."""
 _PARTIALS = tl.constexpr(PARTIALS)
 _TILE = tl.constexpr(512)
 _GRAIN = tl.constexpr(16)  # elements, a multiple of 16 bytes in every dtype
@@ -262,7 +262,7 @@ def decide_kernel(
     tensors_ptr,  # rows TENSOR
     past_ptr,  # rows PAST
     partials_ptr,
-    sums_ptr,  # fp64, three per tensor: what STORE and LOAD exchange with other ranks
+    sums_ptr,  # fp64, three per tensor: STORE and LOAD exchange them with other ranks
     values_ptr,  # fp64 per unit: the statistic, infinity where there is no evidence, minus infinity
     # where this rank has none of its tensors; then the thresholds that all ranks agree on
     decided_ptr,  # fp64 per unit: 1 where the unit is decided in this step, else 0

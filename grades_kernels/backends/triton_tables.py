@@ -323,10 +323,11 @@ class DeviceTables:
         rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
 
     def fill_agreed(self, staging: Staging, table: FreezeTable, *, asks_to_join: bool) -> None:
-        """What has to be the same on all ranks: thresholds, their negatives, a checksum, its own.
+        """Write the numbers that must be equal on all ranks.
 
-        The last number is whether a rank needs another exchange of units. The ranks look for the
-        largest of each; minus infinity leaves it to the others.
+        They are the thresholds, their negatives, a checksum and its negative; a last number is
+        whether a rank needs another exchange of units. The ranks look for the largest of each;
+        minus infinity leaves it to the others.
         """
         taus, checksum = staging.units["tau"], table.checksum(taus=False)
         elsewhere = self.unit_rows["without_evidence"] < 0

@@ -130,7 +130,7 @@ def below_the_blocks(
     Raises:
         ValueError: If no block is called.
     """
-    # Hooks that are set after `model.compile()` may not be seen by what was compiled before.
+    # Hooks that are set after `model.compile()` may not be seen by code that was compiled before.
     with _detached_inputs(stack.blocks) as order, torch.compiler.set_stance("force_eager"):
         backward()
     if not order:

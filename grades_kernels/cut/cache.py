@@ -1,4 +1,4 @@
-"""ActivationCache: what a frozen prefix computes, kept for the next epochs."""
+"""ActivationCache: the outputs of a frozen prefix, stored for the next epochs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ActivationCache:
         model: The model, after `cut.apply(model, eval_frozen=True)`.
         cut: The cut; at least one block is frozen.
         max_bytes: Size up to which rows are stored, in the memory of the CPU.
-        dtype: What rows are stored in; None: as they are computed.
+        dtype: The dtype of stored rows; None: as they are computed.
 
     Attributes:
         n_bytes: Bytes that are stored.
@@ -76,10 +76,10 @@ class ActivationCache:
         """Within the context, one forward pass of the model for the examples `ids`.
 
         Args:
-            ids: What identifies each row of the batch, in its order; of tensors, their numbers.
+            ids: Identifies each row of the batch, in its order; of tensors, their numbers.
 
         Raises:
-            ValueError: If what the frozen blocks compute is not the same in every epoch, since
+            ValueError: If the outputs of the frozen blocks are not the same in every epoch, since
                 random numbers or a tensor that trains act on it, weights have changed, or a block
                 is in training mode; if more is read from them than one tensor with a row per
                 example; if they run more than once; if an example comes with another length.
@@ -146,7 +146,7 @@ class ActivationCache:
             self._computed = hidden.dtype
 
         for block in self._blocks:
-            # Before the block's own hooks, which are called with what is stored, too.
+            # Before the block's own hooks, which are called with the stored rows, too.
             hook = block.register_forward_hook(note, with_kwargs=True, prepend=True)
             stack.callback(hook.remove)
 
@@ -158,7 +158,7 @@ class ActivationCache:
             if block in ran:
                 raise _error("a frozen block runs twice. Use one context for each forward pass.")
             ran.append(block)
-            # What reads a lower block, as a skip connection does, gets NaN: it is not stored.
+            # A skip connection that reads a lower block gets NaN: its output is not stored.
             hidden = _hidden(args, kwargs)
             if block is not self._frozen[-1]:
                 hidden = torch.full_like(hidden, math.nan)

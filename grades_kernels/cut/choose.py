@@ -1,7 +1,7 @@
 """choose_cut: measure what a step with every cut would gain and cost, before the first step.
 
 A first part of the batches gives the direction of AdamW's step, with the weights left as they are.
-A trial step along it is then taken above every cut, and its gain is what it takes from the loss of
+A trial step along it is then taken above every cut, and its gain is the decrease of the loss of
 the other batches, which the direction does not know. G(k) is the gain above a cut of k blocks as a
 share of the gain without a cut, c(k) the cost of a training step with that cut; the cut with the
 largest G / c gains most per compute.
@@ -61,8 +61,8 @@ def choose_cut(
     For pre-trained weights: the rule looks one step ahead, and in a model with random weights the
     upper blocks gain most at first.
 
-    Weights, gradients, buffers, flags, and the states of random generators are afterwards what they
-    were. It takes about 2.5 times the time of `n_batches` steps, and for that time the memory of
+    Weights, gradients, buffers, flags, and the states of random generators are afterwards as
+    before. It takes about 2.5 times the time of `n_batches` steps, and for that time the memory of
     AdamW's state. In a job of several processes all of them call it together, each with its own
     batches, and get the same cut; the model may be wrapped by DDP or FSDP2.
 
@@ -71,7 +71,7 @@ def choose_cut(
         loss: `loss(model, batch)` returns the loss that is trained, a scalar; with autocast, if
             that is used. It is called under `torch.no_grad` too.
         batches: Batches of the training, each of other examples; a DataLoader for example.
-        n_batches: Batches to read, at least 4. The last third measures what trial steps gain.
+        n_batches: Batches to read, at least 4. The last third measures the gain of trial steps.
         blocks: Path of the blocks to cut, where a model has several stacks of them.
         tied: "train" (default) keeps an embedding that is also the head in training, although the
             backward pass then has to reach the lowest block for its other half, which the cost
@@ -159,7 +159,7 @@ def _direction(
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Any, set[str], dict[int, Any], dict[str, Tensor]]:
-    """The first batch and what gets gradients from it; those left for the trials; AdamW's step.
+    """The first batch and the names it gives gradients; those left for the trials; AdamW's step.
 
     The step is per learning rate.
     """
@@ -211,7 +211,7 @@ def _gains(
     segments: Sequence[Sequence[str]],
     cuts: Sequence[int],
 ) -> dict[int | None, list[float]]:
-    """What a trial step with every cut, or None, takes from the loss of each fresh batch.
+    """The decrease of the loss of each fresh batch by a trial step with every cut, or None.
 
     It is the same on all ranks. All have one learning rate: it is doubled as long as that makes
     the gain without a cut half as large again, which ends at 0.4 to 0.8 of the best one where the
@@ -332,7 +332,7 @@ def _check_gradients(
 
 
 def _average(grads: Iterable[Tensor]) -> None:
-    """What DDP does, for a model that is not wrapped yet; DTensors average their own."""
+    """Average as DDP does, for a model that is not wrapped yet; DTensors average their own."""
     if not is_initialized() or dist.get_world_size() == 1:
         return
     for grad in grads:
@@ -425,7 +425,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore gradients, flags, buffers and the states of random generators.
 
-    Yields what sets the random generators back within the context.
+    Yields a function that sets the random generators back within the context.
     """
     params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]

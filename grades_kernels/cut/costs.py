@@ -1,4 +1,4 @@
-"""What a training step costs with every cut: multiply-adds or time of some, the rest in between."""
+"""The cost of a training step with every cut: multiply-adds or time of some, others in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def step_costs(
     """The cost of forward and backward pass with every cut, relative to none.
 
     Args:
-        model: The model; what needs gradients is not restored.
+        model: The model; its `requires_grad` flags are not restored.
         backward: As in `below_the_blocks`.
         segments: As in `Cut`.
         kind: "count" or "time".

@@ -28,8 +28,8 @@ class Candidate(NamedTuple):
     """One place for a cut.
 
     Attributes:
-        k: Frozen blocks, counted from the lowest; 0: only what lies below the blocks; None: no cut.
-        gain: Gain of a step with the cut as a share of that without: what it takes from the loss.
+        k: Frozen blocks, counted from the lowest; 0: only tensors below the blocks; None: no cut.
+        gain: Gain of a step with the cut, the decrease of the loss, as a share of that without.
         cost: Forward and backward pass of a step as a share of that without a cut.
         ratio: `gain / cost`: gain per compute, relative to no cut.
         error: Standard error of `ratio` over the batches that measured it.
@@ -44,18 +44,18 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """A choice of the lowest blocks that are not trained, with what it was chosen from.
+    """A choice of the lowest blocks that are not trained, with the candidates.
 
     `choose_cut` makes it. It refers to no tensor and can be pickled.
 
     Attributes:
         k: Blocks that are not trained, counted from the lowest, with everything below them; 0: only
-            what lies below the blocks; None: no cut is worth it.
+            the tensors below the blocks; None: no cut is worth it.
         stack: Where the blocks are, "encoder.layer" for example.
         candidates: All places that were compared.
         segments: Names of the tensors below the blocks, then those of every block, lowest first.
-        gains: What a trial step takes from the loss, less what it takes without the tensors below
-            the blocks, then without every block too; last what those above take alone.
+        gains: The decrease of the loss by a trial step, less that without the tensors below the
+            blocks, then without every block too; last that of the tensors above alone.
         shapes: Every trained tensor of the model with its shape.
         reason: Why this one was chosen, in one sentence.
         tied: Names of embeddings that are the head as well and go on training above the cut, so
@@ -100,8 +100,8 @@ class Cut:
     def apply(self, model: nn.Module, *, eval_frozen: bool = False) -> list[str]:
         """Freeze everything below the cut; make the optimizer afterwards.
 
-        The tensors get `requires_grad=False` and lose their gradients. What would keep the backward
-        pass alive below the cut is undone: `enable_input_require_grads` of transformers and PEFT.
+        The tensors get `requires_grad=False` and lose their gradients. Where transformers or PEFT
+        keep the backward pass alive below the cut (`enable_input_require_grads`), that is undone.
         LoRA adapters below the cut that have not changed anything yet (B = 0) are no longer active,
         which spares their forward pass.
 
@@ -156,7 +156,7 @@ class Cut:
         return list(self.frozen)
 
     def summary(self) -> str:
-        """What is frozen, in one line."""
+        """The frozen tensors, in one line."""
         if self.k is None:
             return "no cut: everything trains"
         sizes = {name: math.prod(shape) for name, shape in self.shapes}
@@ -185,7 +185,7 @@ class Cut:
             [name, f"{gain:.4g}", f"{100 * gain / total:.1f} %" if total > 0 else "-"]
             for name, gain in zip(names, self.gains, strict=True)
         ]
-        title = "What a trial step takes from the loss, by block"
+        title = "Decrease of the loss by a trial step, by block"
         shares = Table(title, ["block", "gain", "share"], rows, left=["block"])
         return "\n\n".join(["\n".join(lines), layout(places), layout(shares)])
 
@@ -246,7 +246,7 @@ class Cut:
 
 
 def disable_input_grads(model: nn.Module) -> Callable[[], None]:
-    """Undo `enable_input_require_grads` of transformers and PEFT; returns what redoes it.
+    """Undo `enable_input_require_grads` of transformers and PEFT; the result is called to redo it.
 
     Both may have done it, each with a hook of its own of which the model remembers the last.
     """

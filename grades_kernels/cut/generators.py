@@ -12,7 +12,7 @@ import torch
 
 
 def random_states(devices: Iterable[torch.device]) -> list[tuple[Any, Callable[[Any], Any]]]:
-    """The state of each and what sets it: Python's, NumPy's, the CPU's, the devices'."""
+    """State and setter of each generator: Python's, NumPy's, the CPU's, the devices'."""
     found: list[tuple[Any, Callable[[Any], Any]]] = [
         (random.getstate(), random.setstate),
         (torch.get_rng_state(), torch.set_rng_state),

@@ -23,7 +23,7 @@ MIN_STEPS = 60  # with fewer, a threshold would depend on fewer than ten checks
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo trains, and how long; most of a step's time is in matrix products."""
+    """Model and length of the demo's training; most of a step's time is in matrix products."""
 
     steps: int = 400  # of the fine-tuning, at least MIN_STEPS
     pretraining: float = 2.0  # steps of the pre-training, as a multiple of `steps`

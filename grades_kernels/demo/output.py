@@ -139,7 +139,7 @@ def compare(full: Run, early: Run, grades: Run, same_steps: Run) -> Comparison:
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Print a list of sentences for what freezing gained, and one for what it did not."""
+    """Print a list of sentences about the gains of freezing, and one about its losses."""
     paid = [f"  + {x}" for x in comparison.paid]
     did_not_pay = [f"  - {x}" for x in comparison.did_not_pay]
     console.print("", "[bold green]What paid[/]", *paid, sep="\n")

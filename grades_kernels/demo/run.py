@@ -49,7 +49,7 @@ class Run:
     def frozen_ms(self) -> float | None:
         """Median time of a step with half or more of the units frozen.
 
-        The count is that of two steps before: the optimizer releases what is frozen at the start of
+        The count is that of two steps before: the optimizer releases frozen units at the start of
         the next `step()`, so that only the backward pass after it is cheaper.
         """
         timed = zip(self.step_seconds[2:], self.frozen, strict=False)

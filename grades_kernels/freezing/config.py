@@ -118,7 +118,7 @@ def unused_options(config: FreezeConfig, groups: Sequence[Mapping[str, Any]]) ->
     )
 
 
-# All three raise ValueError with the argument, the value and what it may be.
+# All three raise ValueError with the argument, the value and the valid ones.
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

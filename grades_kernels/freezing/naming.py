@@ -24,7 +24,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 # A model in an nn.Sequential, as in sentence-transformers, or a block of one.
 _IN_SEQUENTIAL = re.compile(r"^(?:model\.)?\d+\.")
-# What torch.nn.utils computes a weight from; the magnitudes are "original0" and "weight_g".
+# Tensors from which torch.nn.utils computes a weight; magnitudes are "original0" and "weight_g".
 _PARAMETRIZED = re.compile(r"(?:parametrizations\.)?(\w*weight)(?:\.original1?|_v|_orig)$")
 
 _LORA_FACTOR = re.compile(r"lora_[ABEabe]")  # E: the singular values of AdaLoRA
@@ -179,7 +179,7 @@ _INNER_BLOCKS = re.compile(rf"^(?:(?:(?:{_BLOCKS})\.)?(?:\d+\.)+(?!lora$)(?=\D))
 
 
 def stack_of(unit: str) -> str:
-    """What stands before the index of the layer in the name of a unit, such as "model.layers"."""
+    """The part of a unit's name before the index of the layer, such as "model.layers"."""
     parts = unit.split(".")
     return ".".join(parts[: _block_position(parts)])
 

@@ -143,7 +143,7 @@ def _linear_weights(model: nn.Module) -> set[Tensor]:
 
 def _is_linear_weight(module: nn.Module, name: str, tensor: Tensor) -> bool:
     if isinstance(module, nn.Linear) or _is_transformers_conv1d(module):
-        # Or what a parametrized, normalized or pruned weight is computed from.
+        # Or the tensor from which a parametrized, normalized or pruned weight is computed.
         return name.removeprefix("parametrizations.").startswith("weight")
     if isinstance(module, nn.MultiheadAttention):
         return name.endswith("proj_weight")

@@ -1,4 +1,4 @@
-"""The freeze table: what every unit has measured, when it was decided, since when it is frozen.
+"""The freeze table: the statistic of every unit, and the steps of its decision and its freezing.
 
 A *unit* is a set of tensors that freeze together: one weight matrix, or the A/B pair of a LoRA
 adapter. The table is plain Python and refers to no tensor, so it can be read, pickled and rebuilt
@@ -24,7 +24,7 @@ recompiles a model at most 8 times before it falls back to eager mode."""
 
 
 class Statistic(NamedTuple):
-    """What a statistic needs, and how it is compared with tau; its formula is in the backends.
+    """The needs of a statistic, and how it is compared with tau; its formula is in the backends.
 
     Attributes:
         code: Its number in a task (`backends.tasks`), which is also that of the C++ op.
@@ -75,7 +75,7 @@ class FreezeEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    """When a check takes place and what it leads to; the same for all units of an optimizer.
+    """When a check takes place and its consequences; the same for all units of an optimizer.
 
     Args:
         grace_steps: Steps before the first check, `t_grace` in the paper's Algorithm 1. None where
@@ -119,7 +119,7 @@ class Unit:
 
     Attributes:
         name: The parameter's name, or `group{i}.param{j}` for nameless parameters.
-        statistic: What is measured, one of `STATISTICS`.
+        statistic: The measured quantity, one of `STATISTICS`.
         tau: The threshold now; it follows the parameter group.
         n_elements: Elements of all tensors of the unit.
         n_tensors: Tensors of the unit; a check with fewer gradients is void.
@@ -197,7 +197,7 @@ class FreezeTable:
     """All units of an optimizer and the count of its steps.
 
     Args:
-        config: When checks take place and what they lead to.
+        config: When checks take place, and their consequences.
         units: The monitored units.
         t: Optimizer steps that really happened so far.
         history: `(step, values)` of the checks, one value per unit, NaN where none was measured,
@@ -221,7 +221,7 @@ class FreezeTable:
 
         Args:
             units: Its units.
-            former: What they were in this table; for others, that of the same name.
+            former: Their former selves in this table; for others, that of the same name.
         """
         column = {unit.name: k for k, unit in enumerate(self.units)}
         chosen = [column.get((former or {}).get(unit, unit).name) for unit in units]
@@ -260,7 +260,7 @@ class FreezeTable:
         return min(frozen_at) > NEVER and max(frozen_at) <= (self.t if t is None else t)
 
     def count_step(self) -> int:
-        """Count a step and apply what earlier decisions lead to; returns the step `t`."""
+        """Count a step and apply the consequences of earlier decisions; returns the step `t`."""
         self.t += 1
         n = len(self.units)
         n_decided = n - [unit.decided_at for unit in self.units].count(NEVER)
@@ -314,7 +314,7 @@ class FreezeTable:
             self.has_changes = True
 
     def checksum(self, *, taus: bool) -> int:
-        """48 bits of all that decides what a step does to the units; exact as a float64.
+        """48 bits of all that determines the effect of a step on the units; exact as a float64.
 
         Numbers, unlike strings, have the same hash in every process.
 
@@ -349,8 +349,8 @@ class FreezeTable:
         """The frozen units that may be released now, or none while they are too few.
 
         A sixth of all units makes a batch; the last one comes when every unit is frozen. It depends
-        on the table alone, never on when a host reads a decision back: what depends on the set of
-        gradients, such as clipping by their global norm, is the same in every run.
+        on the table alone, never on when a host reads a decision back: clipping by the global norm,
+        and all else that depends on the set of gradients, is the same in every run.
         """
         unreleased = self.unreleased
         enough = math.ceil(len(self.units) / MAX_RELEASE_BATCHES)

@@ -238,10 +238,11 @@ def names_from_model(groups: Groups, model: Any) -> list[list[str]]:
 
 
 def former_units(unit_map: UnitMap, members: dict[Unit, tuple[Tensor, ...]]) -> dict[Unit, Unit]:
-    """What the units of a new map were among those with these `members`; not those that are new.
+    """The former self of each unit of a new map, among those with these `members`.
 
-    It shows in their tensors, since names may change: `attach` gives others, and once a group is
-    removed, nameless units have the names of others. A new tensor has the unit of its name.
+    A new unit has none. It shows in their tensors, since names may change: `attach` gives others,
+    and once a group is removed, nameless units have the names of others. A new tensor has the unit
+    of its name.
     """
     by_name = {unit.name: unit for unit in members}
     by_tensor = {p: unit for unit, tensors in members.items() for p in tensors}

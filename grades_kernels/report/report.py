@@ -48,7 +48,7 @@ class FreezeReport:
         frozen_blocks: How many of the lowest monitored blocks have no matrix left to train.
         trained_below: Names of tensors in or below these blocks that still train, so that backward
             has to pass through the blocks; without any, it stops above them.
-        cut: What was frozen before the first step, in one line; see `Cut.summary`.
+        cut: The tensors frozen before the first step, in one line; see `Cut.summary`.
 
     Raises:
         ValueError: A row of ``history`` has not one statistic per unit.

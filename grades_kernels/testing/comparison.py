@@ -102,7 +102,7 @@ def assert_matches_reference(
 
     Args:
         device: Device of the tensors; default: "cuda" where there is one, else "cpu".
-        backend: "triton", "native" or "reference"; default: what `fused=True` uses there, else the
+        backend: "triton", "native" or "reference"; default: that of `fused=True` there, else the
             reference. "triton" on the CPU needs TRITON_INTERPRET=1 in the environment.
         trials: Problems per dtype, at least 1, in every dtype that the implementation has (the
             reference: fp32 and fp64; its narrow dtypes are torch's own arithmetic).
