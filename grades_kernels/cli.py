@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -144,6 +145,8 @@ def run_bench(args: argparse.Namespace) -> int:
             "the benchmarks are not part of the installed package; clone the repository and "
             "install it with `pip install --no-build-isolation -e '.[bench]'`"
         )
+    if importlib.util.find_spec("pytest") is None:
+        raise ImportError("needs pytest: pip install --no-build-isolation -e '.[bench]'")
     command = [sys.executable, "-m", f"benchmarks.{module}", *args.arguments]
     return subprocess.run(command, cwd=root, check=False).returncode
 

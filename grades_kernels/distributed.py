@@ -188,8 +188,10 @@ class Ranks:
         gathered: list[Any] = [None] * dist.get_world_size(group)
         message = (table.config, table.t, mine, n_elements, on_device, uuid4().hex)
         dist.all_gather_object(gathered, message, group=group)
-        check_same("the arguments of the optimizer", [config for config, *_ in gathered])
-        check_same("the number of steps taken", [t for _, t, *_ in gathered])
+        configs = [vars(config) for config, *_ in gathered]
+        for name in vars(table.config):
+            check_same(f"the argument {name}:", [config[name] for config in configs])
+        check_same("the number of steps taken:", [t for _, t, *_ in gathered])
         shares = [own for _, _, own, *_ in gathered]
         shares[dist.get_rank(group)] = mine
         identities = [[(x.unit.name, x.shapes, x.checksum) for x in own] for own in shares]
@@ -354,7 +356,7 @@ class Ranks:
         tables = {rank: json.loads(x) for rank, x in found.items() if x is not None}
         ranks = list(tables)
         steps = [t for t, _ in tables.values()]
-        check_same("the number of steps taken", steps, RuntimeError, ranks=ranks)
+        check_same("the number of steps taken:", steps, RuntimeError, ranks=ranks)
         for name in dict.fromkeys(name for _, rows in tables.values() for name in rows):
             having = [rank for rank in ranks if name in tables[rank][1]]
             values = [tables[rank][1][name] for rank in having]
@@ -393,7 +395,9 @@ def _bit_sum(p: Tensor) -> Tensor:
     if p.is_complex():
         p = torch.view_as_real(p)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return p.view(integers[p.element_size()]).sum(dtype=torch.int64)
+    total = p.view(integers[p.element_size()]).sum(dtype=torch.int64)
+    # Some subclasses wrap every result, and cannot be read in a list.
+    return total if type(total) is Tensor else torch.tensor(total.item(), device=total.device)
 
 
 def _sum(x: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:

@@ -358,9 +358,8 @@ class Freezer:
     def write_state(self, optimizer: Any) -> None:
         """Copy the whole table into the state."""
         self._adopt_state(optimizer)
-        checkpoint.init_one_state(
-            self.unit_map, optimizer.state, optimizer.param_groups, self.table.t
-        )
+        groups = optimizer.param_groups
+        checkpoint.init_one_state(self.unit_map, optimizer.state, groups, self.table.t)
         self._write_units(optimizer, list(self.unit_map.members))
 
     def _adopt_state(self, optimizer: Any) -> None:
@@ -412,14 +411,15 @@ class Freezer:
 
     def pickled(self) -> dict[str, Any]:
         """The contents of a pickle or copy; the rest follows from the optimizer's state."""
-        own = {"table": self.table, "group_gave_tau": self.group_gave_tau}
-        return {**own, "attached": self.unit_map.attached}
+        names = self.unit_map.attached
+        return {"table": self.table, "attached": names, "group_gave_tau": self.group_gave_tau}
 
     @classmethod
     def from_pickle(cls, optimizer: Any, saved: dict[str, Any]) -> Freezer:
         """The freezer of an unpickled or copied optimizer, from the result of `pickled`."""
         freezer = cls(saved["table"].config)
-        freezer.table, freezer.group_gave_tau = saved["table"], saved["group_gave_tau"]
+        freezer.table = saved["table"]
+        freezer.group_gave_tau = saved.get("group_gave_tau", False)
         freezer.map_units(optimizer, saved["attached"])
         freezer.release.released = {
             p

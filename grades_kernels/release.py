@@ -181,12 +181,13 @@ class ReentrantDetector:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.found = False
-        self._handles: dict[Tensor, RemovableHandle] = {}
+        # By the `id`: a tensor that refers to itself is not freed before a garbage collection.
+        self._handles: dict[int, RemovableHandle] = {}
         for p in tensors:
             if p.requires_grad:
                 # A copy or pickle of the tensor goes without it, and need not warn about that.
-                hook = unserializable_hook(partial(self._look, p))
-                self._handles[p] = p.register_hook(hook)
+                hook = unserializable_hook(partial(self._look, id(p)))
+                self._handles[id(p)] = p.register_hook(hook)
 
     def stop(self) -> None:
         """Observe nothing any more."""
@@ -194,8 +195,8 @@ class ReentrantDetector:
             handle.remove()
         self._handles.clear()
 
-    def _look(self, p: Tensor, grad: Tensor) -> None:
-        self._handles.pop(p).remove()
+    def _look(self, tensor_id: int, grad: Tensor) -> None:
+        self._handles.pop(tensor_id).remove()
         frame: FrameType | None = sys._getframe()
         while frame is not None and not self.found:
             self.found = frame.f_code is CheckpointFunction.backward.__code__

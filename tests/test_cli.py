@@ -147,6 +147,12 @@ def test_bench_without_a_checkout_explains_how_to_get_one(monkeypatch, tmp_path,
     assert "clone the repository" in capsys.readouterr().err
 
 
+def test_bench_names_the_package_that_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "step"]) == 2
+    assert "needs pytest" in capsys.readouterr().err
+
+
 def test_info_shows_a_saved_report(tmp_path, capsys):
     optimizer = GradESAdamW([torch.nn.Parameter(torch.ones(2, 2))], tau=9.0, grace_steps=0)
     path = optimizer.report().save(tmp_path / "report.json")

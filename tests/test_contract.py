@@ -454,7 +454,7 @@ def test_an_unknown_backend_is_not_the_reference():
 
 def test_functional_form_refuses_capturable_on_the_cpu_as_the_class_does():
     # new behaviour: the functional form chooses its implementation as the class does
-    """adam.py: capturable=True on CPU tensors is torch's AssertionError, with fused=True too."""
+    """adam.py: capturable=True on CPU tensors is an AssertionError; here with fused=True too."""
     with pytest.raises(AssertionError, match="If capturable=True, params and state_steps must be"):
         functional_step(torch.zeros(2, 2), capturable=True)
 

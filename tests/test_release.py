@@ -351,6 +351,20 @@ def test_nothing_is_released_under_reentrant_checkpointing(stop_grad):
     assert stopped(model) == []
 
 
+def test_a_matrix_without_a_gradient_is_freed_with_its_model():
+    """No cycle of references: the memory is free without a garbage collection."""
+    used, idle = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    opt = GradESAdamW([used, idle], tau=0.0, grace_steps=0)
+    feed(opt, 1.0, None)
+    left = weakref.ref(idle)
+    gc.disable()
+    try:
+        del opt, used, idle
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 def test_reentrant_checkpointing_with_stop_grad_true_is_an_error():
     model, opt = build(reentrant=True, stop_grad=True)
     with pytest.raises(RuntimeError, match=r"stop_grad=True: .*reentrant"):
@@ -647,7 +661,8 @@ def test_ddp_only_masks_and_warns_how_to_release():
     model, opt = build(stop_grad=True)
     with pytest.raises(RuntimeError, match=r"stop_grad=True: DistributedDataParallel"):
         train(DistributedDataParallel(model), opt, 1)
-    model, opt = build(stop_grad=True, tau=None)
+    model = Blocks(3)
+    opt = GradESAdamW(model.named_parameters(), fused=False, stop_grad=True)
     with pytest.warns(UserWarning, match="Without effect.*stop_grad=True"):
         train(DistributedDataParallel(model), opt, 1)
 

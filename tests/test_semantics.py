@@ -228,6 +228,11 @@ def test_alpha_of_total_steps_is_rounded_up_exactly(alpha, total):
     assert first_check(alpha=alpha, total_steps=total) == ceiling(alpha, total) + 1
 
 
+def test_alpha_of_another_number_type_is_the_decimal_number_that_was_written():
+    assert float(np.float32(0.28)) > 0.28
+    assert first_check(alpha=np.float32(0.28), total_steps=25) == 8
+
+
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     alpha=st.floats(0, 1, exclude_max=True) | st.integers(0, 999).map(lambda n: n / 1000),
@@ -1031,10 +1036,10 @@ def test_an_impossible_group_value_is_refused_early_and_late(name, value):
     assert_same(snapshot(opt), before)
 
 
-@pytest.mark.parametrize("name", ["patience", "cooldown", "grace_steps", "max_frozen"])
+@pytest.mark.parametrize("name", ["patience", "cooldown", "alpha", "grace_steps", "max_frozen"])
 def test_a_group_cannot_have_an_option_of_the_whole_optimizer(name):
-    with pytest.raises(ValueError, match=rf"group has {name}=0\.5, the optimizer"):
-        optimizer([{"params": matrices(1), name: 0.5}])
+    with pytest.raises(ValueError, match=rf"group has {name}=0\.25, the optimizer"):
+        optimizer([{"params": matrices(1), name: 0.25}])
     own = optimizer(matrices(1))
     own.add_param_group({"params": matrices(1), "patience": 1})  # the same: a wrapper's copy
     saved = own.state_dict()

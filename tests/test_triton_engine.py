@@ -578,12 +578,13 @@ def test_the_interpreter_has_to_be_asked_for(monkeypatch):
     assert "TRITON_INTERPRET=1" in why_not_triton([p], interpret=True)
 
 
-def test_without_triton_another_backend_serves(monkeypatch):
+@pytest.mark.parametrize("package", ["triton", "numpy"])
+def test_without_a_package_another_backend_serves(package, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find_spec(name)
+        importlib.util, "find_spec", lambda name, *a: None if name == package else find_spec(name)
     )
-    assert why_not_triton([p_of(2, 2)], interpret=True) == "triton is not installed"
+    assert why_not_triton([p_of(2, 2)], interpret=True) == f"{package} is not installed"
     assert GradESAdamW([p_of(2, 2)]).backend != "triton"
 
 

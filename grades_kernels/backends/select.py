@@ -182,8 +182,9 @@ def why_not_triton(
         for device in devices:
             if torch.cuda.get_device_capability(device) < (7, 0):
                 return f"{torch.cuda.get_device_name(device)} is older than Triton supports"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    for package in ("triton", "numpy"):  # torch needs neither
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
     return None
 
 

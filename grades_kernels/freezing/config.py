@@ -19,7 +19,7 @@ def exact_grace_steps(alpha: float, total_steps: int) -> int:
 
     The floating-point product is 7.000000000000001 there, whose ceiling is one step late.
     """
-    return math.ceil(Fraction(repr(float(alpha))) * total_steps)
+    return math.ceil(Fraction(str(alpha)) * total_steps)
 
 
 def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
@@ -42,7 +42,7 @@ def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
         raise ValueError(f"Invalid stop_grad: {stop_grad!r} (choose 'auto', True or False)")
     if arguments["grace_steps"] is None and arguments["total_steps"] is not None:
         arguments["grace_steps"] = exact_grace_steps(alpha, arguments["total_steps"])
-    return FreezeConfig(**arguments)
+    return FreezeConfig(alpha=float(alpha), **arguments)
 
 
 def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:

@@ -89,6 +89,7 @@ class FreezeConfig:
             A ratio is never divided.
         total_steps: Planned optimizer steps, at least 1, or None.
         stop_grad: Whether frozen tensors are released: "auto", True or False.
+        alpha: Share of `total_steps` from which `grace_steps` follows unless it was given.
     """
 
     grace_steps: int | None = None
@@ -100,6 +101,7 @@ class FreezeConfig:
     tau_per: str = "unit"
     total_steps: int | None = None
     stop_grad: bool | str = "auto"
+    alpha: float = 0.5
 
     def is_check(self, t: int) -> bool:
         """Whether step `t` (counted from 1) is a check."""
