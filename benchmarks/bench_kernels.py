@@ -7,7 +7,7 @@ Nothing is timed before it has agreed with the reference. Every row is one measu
 provider, AdamW of this project with nothing monitored (the anchor) and a copy on the same device
 take turns. README.md in this folder explains the columns.
 
-`--part tuning`, on a GPU: what other values of the constants of the kernels would cost, against
+`--part tuning`, on a GPU: the cost of other values of the constants of the kernels, against
 those that they have.
 """
 
@@ -65,7 +65,7 @@ CASES: dict[str, list[tuple[int, ...]]] = {
 BUCKETED = {"4096x4096 in a bucket"}
 """Cases whose gradients lie one behind the other, as with DDP's gradient_as_bucket_view: behind a
 tensor of odd size they are not aligned."""
-SMALL_CASES: dict[str, list[tuple[int, ...]]] = {  # what a CPU does in no time
+SMALL_CASES: dict[str, list[tuple[int, ...]]] = {  # a CPU does them in no time
     "1024x1024": [(1024, 1024)],
     "8 of 256x1024": [(256, 1024)] * 8,
 }
@@ -73,7 +73,7 @@ ODD_CASE = [(257, 129), (64, 64), (1,), (1000,), (17, 23), (3, 5, 7), (128, 1024
 
 
 class Setting(NamedTuple):
-    """What GradESAdamW is asked to do; `statistic` None: nothing is monitored."""
+    """The options of GradESAdamW; `statistic` None: nothing is monitored."""
 
     statistic: str | None = None
     timing: str = "next_step"
@@ -152,7 +152,7 @@ def grades(
 
 
 def unfused(problem: Problem, tau: float = 0.0) -> Callable[[], Any]:
-    """What a training loop does without these kernels: one tensor after the other, then AdamW.
+    """The work of a training loop without these kernels: one tensor after the other, then AdamW.
 
     The kindest form: all statistics are read back at once, and AdamW is torch's fused one.
     """
@@ -204,7 +204,7 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     """Raise unless every setting agrees with the reference, and plain AdamW with torch's.
 
     Frozen units must be the same. The learning rate is so large that four steps move parameters by
-    0.2, ten times what bf16 may differ by its rounding.
+    0.2, ten times the rounding of bf16.
     """
     lr, tolerance = 0.05, 1e-5 if dtype == torch.float32 else 2e-2
     settings = [Setting(*measured, share) for measured in MEASURED for share in (0.0, 0.6)]
@@ -414,7 +414,7 @@ def test_step_on_cpu(benchmark: Any, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gate(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands before every measurement lets the right numbers through, and no others."""
+    """The comparison before every measurement passes the right numbers, and no others."""
     check(torch.device("cpu"), DTYPES[dtype])
     other = partial(torch.optim.AdamW, weight_decay=1.0)
     monkeypatch.setattr(torch.optim, "AdamW", other)

@@ -1,11 +1,11 @@
-"""What a whole `optimizer.step()` costs the host, with many small matrices.
+"""The host's cost of a whole `optimizer.step()`, with many small matrices.
 
     python -m benchmarks.bench_step [--device auto] [--part host reference native shards]
 
 `host`: microseconds from calling step() on an idle device until it returns, launches and host
 synchronisations per step, against torch's fused and foreach AdamW. On a CPU it is the time of
 Python alone, with fresh gradients: the Triton engine and torch's fused AdamW without their kernels.
-`reference`: what the reference costs on the CPU when nothing is monitored, against the
+`reference`: the cost of the reference on the CPU when nothing is monitored, against the
 implementation it stands on. `native`: the native op's targets on the CPU, against torch's fused
 AdamW on the same tensors. `shards`: the same for the DTensors of FSDP2 in two processes of one
 thread each. On a GPU the first alone unless asked for.
@@ -378,7 +378,7 @@ def main() -> None:
 
 @pytest.mark.parametrize("name", ["GradESAdamW", "AdamW"])
 def test_nothing_monitored(benchmark: Any, name: str) -> None:
-    """pytest-benchmark: the reference beside what it must cost at most 1.1 times."""
+    """pytest-benchmark: the reference, which may cost 1.1 times as much as AdamW."""
     problem = Problem(REFERENCE_CASES["300 of 16..64"], torch.float32, torch.device("cpu"))
     if name == "AdamW":
         optimizer = torch.optim.AdamW(problem.params, LR, foreach=False)

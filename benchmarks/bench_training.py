@@ -1,4 +1,4 @@
-"""What a whole training step costs: forward, backward, clipping and optimizer, beside fused AdamW.
+"""The cost of a whole training step: forward, backward, clipping and optimizer, beside fused AdamW.
 
     python -m benchmarks.bench_training [--device auto] [--part step cut peer compile]
 
@@ -271,7 +271,7 @@ def step_rows(
 
 
 def alternate(ours: Training, theirs: Training, repeats: int) -> list[list[tuple[float, float]]]:
-    """Both in turns, `repeats` blocks each; who begins changes. Times of one round go together."""
+    """Both in turns, `repeats` blocks each, in changing order. Times of one round go together."""
     times: list[list[tuple[float, float]]] = [[], []]
     both = list(enumerate((ours, theirs)))
     for r in range(repeats):
@@ -436,7 +436,7 @@ def _under_trainer(
 def compile_row(every: int = 4) -> dict[str, Any]:
     """28 units of a small model freeze one by one, `every` steps apart, under torch.compile.
 
-    Whoever compiles is a stub that runs the graph as it is: what makes torch trace a model anew
+    The compiler is a stub that runs the graph as it is: whether torch traces a model anew
     does not depend on it. "eager" is whether torch gave up compiling, as it does for good past
     `torch._dynamo.config.recompile_limit`: then the model runs with fewer graphs than it has sets
     of trained tensors.
@@ -518,7 +518,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a row fits into a line."""
+    """The columns of a row that fit into a line."""
     left_out = "size parameters tokens dtype frozen steps_per_s overhead_p20 overhead_p80 clock"
     return {key: value for key, value in row.items() if key not in left_out.split()}
 

@@ -13,7 +13,7 @@ the order in which programs run), or if the path for aligned tensors is not as i
   ptxas moves loads. It also unrolls a loop that only measures: there the loads of one block must be
   together.
 
-The other path, for what is not aligned, is in the same machine code and has narrower accesses only.
+The path for unaligned tensors is in the same machine code and has narrower accesses only.
 So the wide ones are those of the aligned path; their bytes must be those that the variant's tensors
 take, and an access that has fallen apart shows because it is missing.
 """
@@ -109,7 +109,7 @@ class Variant(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the machine code of one kernel says about itself."""
+    """The facts in the machine code of one kernel."""
 
     loads: Counter  # bytes per thread and access, of at least 16 -> number
     stores: Counter
@@ -211,7 +211,7 @@ def _compile(
 
 
 def inspect(compiled: Any) -> Code:
-    """Wide accesses and their order, and what the kernel takes of the processor."""
+    """Wide accesses and their order, and the registers and memory of the kernel."""
     if "ptx" in compiled.asm:
         text = _disassembled(compiled.asm["cubin"])
         usage = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
@@ -244,7 +244,7 @@ _GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(lo|st)\w+_dwordx4\b")
 
 
 def _sass(text: str) -> Iterator[tuple[str, int]]:
-    """Wide loads ("ld") and stores ("st") with their bytes, and uses of what has been loaded."""
+    """Wide loads ("ld") and stores ("st") with their bytes, and uses of loaded values."""
     loaded: set[int] = set()
     for opcode, operands in _SASS.findall(text):
         found = [(int(n), 2 if pair else 1) for n, pair in _REGISTER.findall(operands)]

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu benchmarks
 
 They need Python, torch, Triton and pytest, and nothing else: no make, no network, no installation.
-pytest-xdist makes the tests quicker, since most of the time goes into compiling kernels. What fails
-or hangs does not keep the rest from running, and rows are written as they are measured.
+pytest-xdist makes the tests quicker, since most of the time goes into compiling kernels. A failure
+or a hang does not keep the rest from running, and rows are written as they are measured.
 
 GRADES_RESULTS names the folder of the results in place of benchmarks/results, GRADES_COMMIT the
 commit that they are of, where the sources lie outside of a repository.
@@ -41,7 +41,7 @@ def run(module: tuple[str, ...], seconds: int) -> bool:
         return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
         print(f"gpu: {module[0]} is interrupted after {seconds} s", flush=True)
-        process.send_signal(signal.SIGINT)  # pytest then prints what it has found so far
+        process.send_signal(signal.SIGINT)  # pytest then prints its results so far
     try:
         process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, where a row was measured, and its file."""
+"""Shared by the benchmarks: alternating timings, where a row was measured, and its file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def alternate(
 
     Calls take turns, so that a change of clock rate or a busy neighbour meets all of them alike;
     times of one round belong together. The order is drawn (the same in every run), since a call
-    pays for what the one before has left in the caches: behind a copy of 128 MB, AdamW on 107 MB
+    pays for the contents of the caches: behind a copy of 128 MB, AdamW on 107 MB
     took 3.4 instead of 2.6 ms (CPU with 32 MB of cache). On a GPU a time is that of the device
     between two events, and the device is kept busy before the first one until the host has queued
     the whole call: otherwise a short call is as long as its launches. With `host` it is the time
@@ -132,7 +132,7 @@ def recorded(
 ) -> Iterator[dict[str, Any]]:
     """Append rows, each with its provenance, to results/<name>.csv, and hand them on.
 
-    Each is written as soon as it is there: a run that is stopped keeps what it has measured.
+    Each is written as soon as it is there: a run that is stopped keeps its rows.
     """
     path, origin = RESULTS / f"{name}.csv", provenance(device)
     path.parent.mkdir(parents=True, exist_ok=True)

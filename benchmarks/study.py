@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 class Rule(NamedTuple):
-    """A rule of freezing: options of GradESAdamW, and for what `calibrate` finds a threshold.
+    """A rule of freezing: options of GradESAdamW, and the scope of a threshold of `calibrate`.
 
     `per` is "" where nothing is observed: `tau="auto"`.
     """
@@ -64,7 +64,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: `k` as in `Setup.freeze`; `rule`: by which GradESAdamW freezes the rest."""
+    """The trained tensors: `k` as in `Setup.freeze`; `rule`: the rule of GradESAdamW above."""
 
     k: int | None = None
     rule: str = ""  # a key of `RULES`
@@ -121,7 +121,7 @@ def advance(
     taus: dict[str, Any] | None = None,
     check_every: int = 0,
 ) -> tuple[Row, Any]:
-    """Train; what came of it, and the optimizer.
+    """Train; the results, and the optimizer.
 
     Args:
         taus: Threshold of each monitored tensor by name; needed where `arm.rule` is set.
@@ -147,7 +147,7 @@ def advance(
         sizes[unit_name(name, p)] += p.numel()
     tokens = setup.task.batch * setup.task.length
     macs, seconds, step = 0.0, 0.0, 0
-    values: list[float] = []  # of the validations for early stopping, and what these cost
+    values: list[float] = []  # of the validations for early stopping, and their costs
     spent, counted, early = 0.0, 0.0, {}
     while step < steps:
         frozen = optimizer.frozen_units if arm.rule else ()
@@ -208,7 +208,7 @@ def _counted(task: Task, k: int | None, backward: bool) -> float:
 
 
 def multiply_adds(setup: Setup, backward: bool = True) -> float:
-    """Of a step with what requires gradients now, counted once for each cut."""
+    """Of a step with the present `requires_grad`, counted once for each cut."""
     parts = [
         part for (_, p), part in zip(setup.tensors, setup.parts(), strict=True) if p.requires_grad
     ]
@@ -465,7 +465,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 class Study:
-    """The jobs of all tasks, skipping what the files have, in `jobs` processes of one thread."""
+    """The jobs of all tasks, skipping those in the files, in `jobs` processes of one thread."""
 
     def __init__(self, name: str, tasks: dict[str, Task], jobs: int) -> None:
         self.name, self.tasks = name, tasks

@@ -204,7 +204,7 @@ class Results:
         return lines
 
     def rule(self, axis: str) -> list[Row]:
-        """Rank correlation of prediction and speed-up; what the choice lost against the best."""
+        """Rank correlation of prediction and speed-up; the loss of the choice against the best."""
         lines = []
         for (task, budget), rows in grouped(self.predictions(axis), "task", "budget").items():
             if len(rows) == 1:
@@ -221,7 +221,7 @@ class Results:
         return [{k: _short(v) for k, v in line.items()} for line in lines]
 
     def trials(self, axis: str) -> list[Row]:
-        """What other probes would have chosen: kept share of the best speed-up, and right choices.
+        """The choices of other probes: kept share of the best speed-up, and right choices.
 
         "after head steps" is the probe of the task whose head is trained first, asked for the task
         with a new head.

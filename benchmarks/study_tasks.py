@@ -162,7 +162,7 @@ class Setup:
     """A model ready to be trained on a task, and the data of one seed.
 
     Attributes:
-        embeddings: What lies below the blocks; frozen by every cut.
+        embeddings: The tensors below the blocks; frozen by every cut.
         blocks: The repeated blocks, bottom first.
         head: Parameters that are trained at `head` times the learning rate.
         loss: (model, batch) to a scalar.
@@ -191,7 +191,7 @@ class Setup:
         return [home.get(p, len(self.blocks) + 1) for _, p in self.tensors]
 
     def freeze(self, k: int | None) -> None:
-        """Train what lies above the embeddings and `k` blocks; None: all that the task trains."""
+        """Train the tensors above embeddings and `k` blocks; None: all that the task trains."""
         for (_, p), part in zip(self.tensors, self.parts(), strict=True):
             p.requires_grad_(k is None or part > k)
 

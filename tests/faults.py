@@ -2,7 +2,7 @@
 
 `mutations.py` runs the tests that own a rule with one fault at a time. A fault wraps or replaces
 functions by name, so it survives a refactoring of their bodies; test_mutations.py checks that every
-fault still finds what it patches. As a pytest plugin (`-p faults`) this module applies the fault
+fault still finds its target. As a pytest plugin (`-p faults`) this module applies the fault
 that GRADES_FAULT names; the ranks of a job apply it too.
 """
 
@@ -44,7 +44,7 @@ def fault(name, *tests):
 
 
 def wrapping(name, owner, attribute, *tests):
-    """A fault that replaces `owner.attribute` by what the decorated function makes of it."""
+    """A fault that replaces `owner.attribute` by the result of the decorated function."""
 
     def register(make):
         def apply(patch):
@@ -151,7 +151,7 @@ wrapping("check_every is shifted by one", FreezeConfig, "is_check")(
 )
 
 
-# What is measured
+# Measurement
 
 
 @around("previous gradient of any earlier step", host_step, "measure_tasks")
@@ -244,7 +244,7 @@ def _(real):
     return measure
 
 
-# What is evidence
+# Evidence
 
 
 UnitStatistics = host_step.UnitStatistics

@@ -1,4 +1,4 @@
-"""What the tests share: parameters, gradients, runs that step them, and exact comparisons.
+"""Shared by the tests: parameters, gradients, runs that step them, and exact comparisons.
 
 Everything works on each implementation (`fused` False, None or True), dtype and device.
 """
@@ -104,7 +104,7 @@ def train(optimizer, steps=1, first=0, scale=1.0):
 
 
 class Run:
-    """Parameters, an optimizer over them, and what its freeze hook has reported.
+    """Parameters, an optimizer over them, and the reports of its freeze hook.
 
     Args:
         fused: The optimizer's `fused`.

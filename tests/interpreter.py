@@ -1,4 +1,4 @@
-"""Triton's interpreter in less time: what it repeats at every call is done once.
+"""Triton's interpreter in less time: work that it repeats at every call is done once.
 
 While a kernel runs, the interpreter replaces the functions of Triton's language by its own, and
 does so again whenever a kernel calls a function, by `_patch_lang` in Triton 3.6 to 3.9.

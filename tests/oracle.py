@@ -59,7 +59,7 @@ class Oracle:
     max_exp_avg_sq, count (per tensor), events, hits, statistics, decided, frozen (per unit).
     `closest` is the smallest relative distance |statistic - tau| / tau of all comparisons so far,
     `measured` has (unit, statistic) of each, `terms` per unit the sum of the absolute terms of
-    its last "gain", whose terms cancel, and `seen` counts what happened, by rule.
+    its last "gain", whose terms cancel, and `seen` counts the cases of each rule.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Oracle:
         return float(sum(parts)) / size
 
     def trial_update(self, i, g):
-        """What tensor i would be after this step's update; changes nothing."""
+        """Tensor i as it would be after this step's update; changes nothing."""
         lists = (self.params, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.count)
         kept = [x[i].copy() if isinstance(x[i], np.ndarray) else x[i] for x in lists]
         self.adamw(i, g, 1.0)

@@ -1,13 +1,13 @@
 """Runs the kernels on CPU tensors as they are compiled for a GPU, from their PTX.
 
-What Triton's interpreter cannot show is checked at every access: an address that is not aligned,
-although a hint promised it; memory outside of the tensors that a launch was given; bytes that one
-program of a launch writes and another one reads or writes; barriers and exchanges that not all
-threads reach together.
+Every access is checked for faults that Triton's interpreter cannot show: an address that is not
+aligned, although a hint promised it; memory outside of the tensors that a launch was given; bytes
+that one program of a launch writes and another one reads or writes; barriers and exchanges that not
+all threads reach together.
 
 All threads of some programs are stepped together, in NumPy. A register is an array with one number
 per thread; threads that are in another branch are masked. In which order a device would run
-programs, warps and accesses is not shown, nor what ptxas makes of the PTX.
+programs, warps and accesses is not shown, nor the machine code that ptxas makes of the PTX.
 
 As a plugin of pytest it takes the place of the interpreter in the tests of the Triton backend:
 
@@ -64,7 +64,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class Fault(AssertionError):
-    """What a GPU would not do, or do otherwise each time."""
+    """An access that a GPU would not do, or do otherwise each time."""
 
 
 @cache

@@ -22,7 +22,7 @@ from harness import run_python
 
 CASE_LIMIT = timedelta(seconds=60)
 CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports once what every process would import anew; the first step imports _dynamo.
+# The server imports once, in place of every process; the first step imports _dynamo.
 PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "harness", "conftest", __name__]
 CONTEXT.set_forkserver_preload(PRELOADED)
 _POOLS = {}

@@ -283,7 +283,7 @@ def test_layouts(mode, amsgrad):
         grads = noise(twins.right, seed)
         grads[0] = grads[0].t().contiguous().t()
         grads[1] = torch.stack([grads[1], grads[1]], dim=-1)[..., 0]
-        grads[3] = torch.tensor(0.25 * seed).expand(5, 6)  # what autograd gives for a sum
+        grads[3] = torch.tensor(0.25 * seed).expand(5, 6)  # as autograd gives for a sum
         twins.step(grads)
 
 
@@ -301,7 +301,7 @@ def test_missing_gradients(mode):
 
 @every_mode
 def test_unusual_gradients(mode):
-    """Zero, infinite and NaN gradients do to a monitored tensor what they do under AdamW."""
+    """Zero, infinite and NaN gradients affect a monitored tensor as they do under AdamW."""
     twins = Twins(small_parameters, mode, **HYPER).train(1)
     for poison in (0.0, float("inf"), float("nan")):
         grads = noise(twins.right, seed=7)
@@ -604,9 +604,9 @@ def without_bias_correction(p, old, state):
     p.addcdiv_(state[p]["exp_avg"], denominator, value=-HYPER["lr"])
 
 
-KEPT = 1 - HYPER["lr"] * HYPER["weight_decay"]  # what decay leaves of a weight
+KEPT = 1 - HYPER["lr"] * HYPER["weight_decay"]  # the part of a weight that decay leaves
 NINE = torch.tensor(9.0)
-FAULTS = {  # whether it concerns tensors with a gradient, and what is wrong after a step
+FAULTS = {  # whether it concerns tensors with a gradient, and the fault after a step
     "DecayAfterUpdate": (True, lambda p, old, state: p.add_(old * (1 - KEPT)).mul_(KEPT)),
     "NoBiasCorrection": (True, without_bias_correction),
     "DecaysWithoutGradient": (False, lambda p, old, state: p.mul_(KEPT)),

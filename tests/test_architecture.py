@@ -63,7 +63,7 @@ def graph():
 
 
 def layers(edges):
-    """Module -> its layer: one above the highest of what it imports.
+    """Module -> its layer: one above the highest of its imports.
 
     Raises:
         AssertionError: If modules import each other in a circle.

@@ -1,4 +1,4 @@
-"""What the benchmarks do besides measuring: where rows go, and that a command ends in time."""
+"""The benchmarks besides measuring: where rows go, and that a command ends in time."""
 
 import csv
 

@@ -2,7 +2,7 @@
 
 A run that is saved in the middle and resumed in a new optimizer over a new model ends with the
 same parameters, optimizer state, events, statistics, hit counts, frozen units and
-``requires_grad`` flags as the run that was never interrupted. `CASES` lists what is trained,
+``requires_grad`` flags as the run that was never interrupted. `CASES` lists the trained models,
 `SAVE_AT` when it is saved, `WAYS` how the checkpoint travels. Every case is resumed once from each
 save point, and travels every way by being saved and resumed at one after the other.
 
@@ -147,7 +147,7 @@ def stricter_tau(opt):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One training run. ``acts`` maps a step to what the user does right after it."""
+    """One training run. ``acts`` maps a step to an action of the user right after it."""
 
     build: Callable = named
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -204,7 +204,7 @@ CASES = {
     "bf16": Case(dtype=BF16),
     "bf16-momentum": Case(dtype=BF16, options=dict(statistic="momentum", amsgrad=True)),
     "bf16-any-grad": Case(dtype=BF16, grad_dtype=torch.float32, any_grad_dtype=True),
-    # The checkpoint may be wider than the gradients; what is kept must stay exact.
+    # The checkpoint may be wider than the gradients; the stored one must stay exact.
     "bf16-any-grad-narrow": Case(dtype=BF16, grad_dtype=BF16, any_grad_dtype=True),
 }
 IDLE_CASE = Case(options=dict(max_frozen=0.5), idle=("k_proj",))
@@ -413,7 +413,7 @@ WAYS = PLAIN_WAYS | {
 
 
 def resumed_at(at, run, way, folder):
-    """The run after `at` steps, saved and resumed; what can be read of it is what it was."""
+    """The run after `at` steps, saved and resumed; all readings are as before."""
     before = outcome(run.advance(at))
     folder = folder / str(at)
     folder.mkdir()
@@ -491,7 +491,7 @@ def test_resumes_in_a_new_process(tmp_path):
 
 @flat_or_nested
 def test_async_save_keeps_the_step_it_was_called_at(flat, tmp_path):
-    """The run goes on while the checkpoint is being written; what is read back is the call's."""
+    """The run goes on while the checkpoint is being written, which is of the step of the call."""
     run = fresh(CASES["change"]).advance(7)
     future = dcp.async_save(dcp_state(run, flat), checkpoint_id=tmp_path, no_dist=True)
     run.advance(STEPS)
@@ -501,7 +501,7 @@ def test_async_save_keeps_the_step_it_was_called_at(flat, tmp_path):
 
 @pytest.mark.parametrize("name", ["nameless", "attached"])
 def test_names_may_come_after_the_load(name):
-    """attach(model) on a resumed nameless optimizer keeps what the checkpoint brought."""
+    """attach(model) on a resumed nameless optimizer keeps the loaded table."""
     saved = copy.deepcopy(checkpoint(fresh(CASES["attached"]).advance(7)))
     for group in saved["optimizer"]["param_groups"] if name == "nameless" else ():
         group.pop("param_names", None)
@@ -749,7 +749,7 @@ BACK = ["change", "amsgrad-maximize", "bf16", "momentum", "nameless", "scheduler
 @pytest.mark.parametrize("name", BACK)
 @pytest.mark.filterwarnings("ignore:.*frozen")
 def test_adamw_goes_on_from_a_grades_run(name, at, raw):
-    """torch.optim.AdamW takes both forms and does what it would do with this state."""
+    """torch.optim.AdamW takes both forms and trains as it would with this state."""
     case = CASES[name]
     run = fresh(case).advance(at)
     assert bool(run.opt.frozen_units) == (at == 10)
@@ -925,7 +925,7 @@ def test_a_run_goes_on_from_a_load_in_inference_mode():
 
 
 def test_a_load_hook_may_translate_old_names():
-    """torch's documented way for renamed models: the check sees what the hook returns."""
+    """torch's documented way for renamed models: the check sees the result of the hook."""
     saved = saved_by(renamed)()
     run = fresh(CASES["change"], seed=99)
 
@@ -1040,13 +1040,13 @@ def test_previous_gradient_is_zero_until_one_is_kept_and_costs_nothing():
     assert sum(g.untyped_storage().nbytes() for g in live if g is not None) <= 8 * len(live)
 
 
-# What version 0.1.0 wrote: every tensor carries the keys, and what is not known is NaN.
+# As version 0.1.0 wrote it: every tensor has the keys, and an unknown number is NaN.
 
 
 @pytest.mark.parametrize("at", SAVE_AT)
 @pytest.mark.parametrize("name", ["change", "cooldown", "momentum"])
 def test_a_checkpoint_of_version_0_1_0_resumes(name, at):
-    # new behaviour: what is loaded is written again without NaN, and without keys of ours where
+    # new behaviour: a loaded state is written again without NaN, and without keys of ours where
     # nothing is monitored
     run = fresh(CASES[name]).advance(at)
     saved, before = copy.deepcopy(checkpoint(run)), outcome(run)

@@ -1,7 +1,7 @@
 """The machine code of the kernels, compiled for GPUs that need not be there.
 
 Contract of `benchmarks/codegen.py`: exit status 0 if no variant spills registers, every access to a
-tensor on the aligned path moves 16 bytes, all loads come before what needs them, and no kernel has
+tensor on the aligned path moves 16 bytes, all loads come before their uses, and no kernel has
 an atomic operation; 1 otherwise, with the fault in its row. Each kind of fault is put into a copy
 of the kernels on purpose and must be reported.
 """

@@ -123,7 +123,7 @@ def check_error_input(case, device: str) -> None:
 @needs_torch_inputs
 @pytest.mark.parametrize("case", ERROR_INPUTS.values(), ids=ERROR_INPUTS)
 def test_torch_error_inputs(case):
-    """common_optimizers.py: what AdamW refuses is refused with the same type and message."""
+    """common_optimizers.py: AdamW's errors have the same type and message here."""
     check_error_input(case, "cpu")
 
 
@@ -187,7 +187,7 @@ REFUSED_STEPS = {
 
 @pytest.mark.parametrize("name", REFUSED_STEPS)
 def test_a_refused_step_changes_nothing(name):
-    """adam.py: what AdamW refuses in step(); only the fused path reads grad_scale, found_inf."""
+    """adam.py: AdamW's errors in step(); only the fused path reads grad_scale, found_inf."""
     given, error, message = REFUSED_STEPS[name]
     group = {k: v for k, v in given.items() if k in ("lr", "foreach")}
     own = {k: v for k, v in given.items() if k not in group} if given else OBSERVES
@@ -293,7 +293,7 @@ BAD_PARAMS = {
 
 @pytest.mark.parametrize("make, error", BAD_PARAMS.values(), ids=BAD_PARAMS)
 def test_params_that_adamw_refuses(make, error):
-    """optimizer.py: what is no ordered collection of leaf tensors is refused as by AdamW."""
+    """optimizer.py: all but an ordered collection of leaf tensors is refused as by AdamW."""
     theirs, ours = (error_of(cls, make()) for cls in (AdamW, GradESAdamW))
     assert ours == theirs
     assert ours[0] is error
@@ -350,7 +350,7 @@ def test_named_and_unnamed_groups_do_not_mix():
 
 
 def test_added_group_gets_the_defaults():
-    """optimizer.py: add_param_group works at any time and fills in what is missing."""
+    """optimizer.py: add_param_group works at any time and fills in missing options."""
     optimizer = train(reference(parameters(), lr=0.3, weight_decay=0.2, **FREEZES_AT_3), 2)
     optimizer.add_param_group({"params": parameters((3, 3))[0], "lr": 0.1})
     group = optimizer.param_groups[1]
@@ -515,7 +515,7 @@ def test_step_warns_of_nothing(own):
 
 @monitored_or_not
 def test_closure(own):
-    """adam.py: a closure runs once per step with grad enabled; step returns what it returns."""
+    """adam.py: a closure runs once per step with grad enabled; step returns its result."""
     net = model()
     optimizer = reference(net.parameters(), **own)
     modes = []
@@ -776,7 +776,7 @@ def test_step_has_no_grad_scaler_parameter():
 
 
 def scaled_run(cls, device, *, user_unscales, **own):
-    """Five steps under GradScaler, the third with an overflow; what is left at the end."""
+    """Five steps under GradScaler, the third with an overflow; the state at the end."""
     optimizer = cls(parameters(device=device), lr=0.1, fused=True, **own)
     params = tensors_of(optimizer)
     scaler = torch.amp.GradScaler(device, init_scale=8.0)
@@ -874,7 +874,7 @@ def test_state_dict_form(own):
 @monitored_or_not
 def test_state_of_unmonitored_tensors_has_adamws_keys(own):
     # new behaviour: only monitored tensors carry keys of ours, from their first step on
-    """adam.py: who counts or sums the state finds AdamW's keys and no NaN."""
+    """adam.py: code that counts or sums the state finds AdamW's keys and no NaN."""
     theirs = train(AdamW(parameters(), amsgrad=True)).state_dict()["state"]
     optimizer = reference(parameters(), amsgrad=True, **own)
     for seed in range(4):
@@ -891,7 +891,7 @@ def test_state_of_unmonitored_tensors_has_adamws_keys(own):
 
 @monitored_or_not
 def test_state_may_be_cleared(own):
-    """adam.py: state is lazy, so a warm restart may clear it; what follows starts at step one.
+    """adam.py: state is lazy, so a warm restart may clear it; then step one follows.
 
     With the state goes the previous gradient: the next check has nothing to compare with.
     """

@@ -1,4 +1,4 @@
-"""choose_cut and Cut.apply: what they choose, what they freeze, and that nothing else changes."""
+"""choose_cut and Cut.apply: their choice, the frozen tensors, and that nothing else changes."""
 
 import contextlib
 import copy
@@ -111,7 +111,7 @@ def bits(model):
     return exact(found)
 
 
-# What is below
+# Tensors below the blocks
 
 
 def test_what_acts_through_the_blocks_alone_is_below_them():
@@ -789,7 +789,7 @@ def test_a_trial_that_leaves_its_weights_would_be_noticed(monkeypatch):
 def cut_in_a_job(kind):
     """The cut that this rank gets from its half of every batch, and the model after it."""
     model = make(dim=16)
-    # bits() of a wrapped model would compare DTensors and reducers, so only what may differ.
+    # bits() of a wrapped model would compare DTensors and reducers, which may differ.
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -999,7 +999,7 @@ def test_blocks_may_return_their_output_in_a_tuple_but_no_more():
     ids=["hook", "hook later", "weight", "base weight later", "trains"],
 )
 def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, later, message):
-    """Before rows are stored, and after; base weights are not among what a cut freezes."""
+    """Before rows are stored, and after; base weights are not frozen by a cut."""
     model = make()
     model.layers[0].fc1.requires_grad_(not later)
     cache = cached(model)
@@ -1039,7 +1039,7 @@ def test_a_row_of_another_length_is_refused():
     assert_not_cached(model, cache, "stored with another length", length=4)
 
 
-# What users may do by accident
+# Mistakes of users
 
 
 class TwoTasks(Model):

@@ -56,7 +56,7 @@ def test_runs_start_alike_and_see_the_same_batches(job):
     _, full, early, grades, same_steps = job.runs.values()
     assert early["losses"] == full["losses"][: early["steps"]]
     first = min(event.decided_at for event in job.report.events)
-    # Equal up to rounding: the native op is not bit for bit what torch's AdamW computes.
+    # Equal up to rounding: the native op has not all bits of torch's AdamW.
     assert grades["losses"][:first] == pytest.approx(full["losses"][:first], rel=1e-4)
     assert grades["losses"] != full["losses"][: grades["steps"]]
     assert same_steps["planned"] == same_steps["steps"] == grades["steps"]

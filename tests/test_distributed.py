@@ -373,7 +373,7 @@ def test_no_evidence_on_one_rank_is_none_on_any(value):
 
 @ranks.on_ranks(2)
 def test_exception_in_a_freeze_hook_of_one_rank():
-    """Hooks run when step and decision are complete: who catches the exception goes on in step."""
+    """Hooks run when step and decision are complete: after an exception all ranks go on alike."""
     caught = []
 
     def fail(optimizer, events):
@@ -507,7 +507,7 @@ def test_a_subclass_that_wraps_every_result_has_a_checksum_too():
 @pytest.mark.parametrize(
     ("error", "texts", "function", "args"),
     [
-        # What one rank does alone is an error at the next check, with both ranks' values.
+        # An action of one rank alone is an error at the next check, with both ranks' values.
         (RuntimeError, ["unit 'blocks.", "rank 0: (4.0, ", "rank 1: (4.0, "], tables_apart, [None]),
         (RuntimeError, ["unit 'blocks.", "rank 0: (4.0, ", "rank 1: (5.0, "], tables_apart, [5.0]),
         (RuntimeError, ["rank 0: (4.0, ", "rank 1: (4.0, "], tables_apart, [None, "fsdp2"]),
@@ -527,7 +527,7 @@ def test_a_subclass_that_wraps_every_result_has_a_checksum_too():
             ["patience"],
         ),
         (ValueError, ["unit 'blocks.0.up.weight'"], other_on_each_rank, ["tau"]),
-        # What cannot work at all.
+        # Set-ups that cannot work at all.
         (ValueError, ["process_group: this process is not one of"], step_in_group, [1, "alone"]),
         (ValueError, ["a parameter is sharded over"], step_in_group, [0, "fsdp2"]),
         (ValueError, ["not one tensor can be monitored"], zero_without_any_matrix, []),
@@ -541,7 +541,7 @@ def test_a_rank_that_raises_an_error_is_not_the_only_one(error, texts, function,
     for kind, message in results:
         assert kind is error
         assert [text for text in texts if text not in message] == []
-    if function not in (step_in_group, zero_without_any_matrix):  # which name what a rank has
+    if function not in (step_in_group, zero_without_any_matrix):  # which name a rank's own units
         assert results[0] == results[1]
 
 
@@ -667,7 +667,7 @@ def test_grad_scaler_skips_on_all_ranks_or_none(kind):
 def test_infinity_on_one_rank_in_a_fused_step():
     """All skip together: nobody waits in the next check for a rank that has no such step.
 
-    A fused step is called with what GradScaler found, here on one rank alone.
+    A fused step is called with GradScaler's `found_inf`, here on one rank alone.
     """
 
     def disturb(step, net, optimizer):
@@ -845,7 +845,7 @@ def zero_resumed(split):
         dist.broadcast_object_list(saved, src=0)
         optimizer = optimizer_of(net, own, "zero")
         optimizer.load_state_dict(saved[0])
-        optimizer.consolidate_state_dict(to=0)  # which must not write over what was loaded
+        optimizer.consolidate_state_dict(to=0)  # which must not write over the loaded state
     for _ in backward(model, optimizer, 3, mine, first=split + 1, last=10):
         optimizer.step()
     run = result(optimizer, net)
@@ -922,7 +922,7 @@ def test_other_models_without_a_process_group_are_warned_about():
     assert "under generated names" in unnamed
 
 
-# What is left alone, what is refused
+# Unmonitored tensors, errors
 
 
 def n_collectives(own):

@@ -102,7 +102,7 @@ def run(kind, own, folder=None, form="nested", split=None, resume=None):
     if resume != "new":
         train(1)
     if resume == "same":
-        optimizer.thaw()  # torch.distributed.checkpoint leaves out what needs no gradient
+        optimizer.thaw()  # torch.distributed.checkpoint leaves out tensors without requires_grad
     if resume:
         load(folder, model, optimizer, form)
         train(split + 1)

@@ -29,7 +29,7 @@ def code_of(text):
 
 
 def sections_of(text):
-    """Heading -> Python code below it, "" for what stands above the first heading of level 2."""
+    """Heading -> Python code below it, "" for the part above the first heading of level 2."""
     parts = re.split(r"^##+ (.*)$", "## \n" + text, flags=re.MULTILINE)[1:]
     return {
         heading: "\n".join(blocks)
@@ -76,7 +76,7 @@ def loader():
 
 
 def check_after(heading, names, folder):
-    """What the code below a heading must have brought about."""
+    """Check the result of the code below a heading."""
     if heading in ("Transformers and TRL", "Quick start", "In a trainer"):
         assert 3 < names["trainer"].state.global_step <= 6  # it stops when all is frozen
         assert (folder / "grades_report.json").exists()

@@ -1,7 +1,7 @@
 """A forked process can go on stepping: it never waits for the threads of its parent.
 
 The tests share one run of this file as a script with two threads. It steps small and large tensors,
-then does the same in children of every kind, and prints what became of each.
+then does the same in children of every kind, and prints the outcome of each.
 """
 
 import functools

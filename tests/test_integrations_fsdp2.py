@@ -31,7 +31,7 @@ def launch(folder, n=2):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What one job has found in a whole run, in one resumed from it, and in one with a cut."""
+    """The outcomes of one job in a whole run, in one resumed from it, and in one with a cut."""
     return launch(tmp_path_factory.mktemp("two"))
 
 

@@ -305,7 +305,7 @@ def train_one_rank(folder):
 
 
 def joined_batches():
-    """The batches of both ranks together; Lightning shuffles what it distributes."""
+    """The batches of both ranks together; Lightning shuffles them."""
     for epoch in range(EPOCHS):
         shares = []
         for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""Every deliberate fault still finds what it patches; `python tests/mutations.py` runs them all."""
+"""Every deliberate fault still finds its target; `python tests/mutations.py` runs them all."""
 
 import pytest
 from faults import FAULTS

@@ -2,7 +2,7 @@
 
 Contract: whatever the options, shapes, dtypes and layouts, the same units freeze at the same steps,
 statistics agree, frozen tensors keep every bit, nothing outside a tensor is written, and the others
-take the same update up to rounding. What the op computes has the same bits for every number of
+take the same update up to rounding. Its results have the same bits for every number of
 threads and every instruction set. test_semantics.py and test_oracle.py run on it as well.
 """
 
@@ -79,7 +79,7 @@ def assert_same_bits(got, want):
     assert_same(got.opt.statistics(), want.opt.statistics())
 
 
-# It is built, and runs what this machine can run
+# It is built, and runs the code of this machine
 
 
 def test_it_is_built_where_there_is_a_compiler():
@@ -250,7 +250,7 @@ def test_layout_does_not_matter(of_param, of_grad, dtype):
 
 
 def test_expanded_and_negated_gradients():
-    """A stride of zero, and a tensor that torch negates lazily, mean what they say."""
+    """A stride of zero, and a tensor that torch negates lazily, are read as they are."""
     expanded = lambda t, i, p: torch.tensor(0.5 * t, dtype=p.dtype).expand_as(p)  # noqa: E731
     numbers = torch.randn(17, 23, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
     negated = lambda t, i, p: (numbers * t).conj().imag  # noqa: E731
@@ -306,7 +306,7 @@ def test_any_mixture_of_dtypes(dtype, grad_dtype, timing):
 
 
 def convert(values, dtype):
-    """What the op makes of numbers that it keeps in another dtype."""
+    """The numbers of a tensor that the op stores in another dtype."""
     kept = torch.empty_like(values, dtype=dtype)
     zeros = torch.zeros_like(values, dtype=torch.float32)
     call([zeros.clone()], [values], [zeros], [zeros.clone()], prev_grads=[kept], tasks=[16])
@@ -597,7 +597,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change, message)
     assert_same(given, before)
 
 
-# Negative controls: the comparisons above notice a fault in what is handed to the op
+# Negative controls: the comparisons above notice a fault in the arguments of the op
 
 
 @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change, message)
         lambda t, g: t & ~STATISTIC_BITS | (t & STATISTIC_BITS and 2),
         lambda t, g: t if g is None else t | UPDATE,
     ],
-    ids=["keeps nothing", "measures the norm", "updates what is frozen"],
+    ids=["keeps nothing", "measures the norm", "updates a frozen tensor"],
 )
 def test_a_fault_is_noticed(change, monkeypatch):
     real = select.HOST_BACKENDS["native"]

@@ -53,7 +53,7 @@ class Problem:
         return kind(self.tensors, groups, self.units, **{**self.options, **changes})
 
     def schedule(self, t, groups):
-        """Sets what the user changes before step t, on the oracle's or the optimizer's groups."""
+        """Apply the changes of a user before step t, on the oracle's or the optimizer's groups."""
         for k, group in enumerate(groups):
             group["lr"] = self.groups[k]["lr"] * float(self.lr_factors[t - 1, k])
             if t in self.tau_factors and group["tau"] is not None:
@@ -198,7 +198,7 @@ def draw_once(rng):
         for group in groups:
             group["tau"] = None
         return problem
-    # tau is a quantile of what a run that only observes measures, so that freezes really occur.
+    # tau is a quantile of the statistics of a run that only observes, so that freezes really occur.
     observed = problem.simulate()
     for group in groups:
         mine = [s for u, s in observed.measured if problem.units[u][0] in group["params"]]

@@ -1,4 +1,4 @@
-"""The package can be built, contains the files that it needs and no others, and pins what it needs.
+"""The package can be built, contains the files that it needs and no others; pinned requirements.
 
 The source distribution is built from a copy of the tree and the wheel from that source
 distribution, with a torch that cannot be imported: neither the build nor the version may need it.
@@ -40,7 +40,7 @@ WHEEL = ("wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-index"
 
 
 def run(*command, cwd=None, fails=False, **environment):
-    """Run a command of this interpreter, check how it ends, and return what it printed."""
+    """Run a command of this interpreter, check how it ends, and return its output."""
     command, environment = [sys.executable, *command], {**os.environ, **environment}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr

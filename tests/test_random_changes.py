@@ -88,7 +88,7 @@ class Changes(RuleBasedStateMachine):
         return GradESAdamW(groups, lr=0.01, fused=FUSED[name], **self.options)
 
     def each(self, change):
-        """Apply `change(params, optimizer)` to both; it may return what takes their place."""
+        """Apply `change(params, optimizer)` to both; it may return others in their place."""
         for name, world in self.worlds.items():
             self.worlds[name] = change(*world) or world
 

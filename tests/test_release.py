@@ -1,4 +1,4 @@
-"""What freezing releases: gradients in batches, memory at once, and nothing is lost by it."""
+"""Release: gradients in batches, memory at once, and nothing is lost by it."""
 
 import concurrent.futures
 import contextlib
@@ -486,7 +486,7 @@ def test_ddp_stops_gradients_by_apply_freezes(find_unused):
     """The ranks stay alike, and nothing but the saving changes."""
 
     def run(*how):
-        """Weights, what is stopped and events after 8 steps on this rank's data."""
+        """Weights, names of released tensors and events after 8 steps on this rank's data."""
         model, opt = build(n_blocks=3)
         ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
         if release_under_ddp in how:
@@ -531,7 +531,7 @@ def test_ddp_averages_again_what_was_thawed(find_unused):
 
 @ranks.on_ranks(2)
 def test_release_under_ddp_follows_thaws_and_checkpoints():
-    """The wrapper always waits for what needs a gradient, and the ranks stay alike."""
+    """The wrapper always waits for tensors that need a gradient, and the ranks stay alike."""
     model, opt = build()
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(None, allreduce_hook)
@@ -675,7 +675,7 @@ def matrices(*taus):
 
 
 def test_moments_of_a_thaw_in_an_evaluation_can_be_updated():
-    """What `torch.inference_mode` makes could not."""
+    """Those made in `torch.inference_mode` could not."""
     w, opt = matrices(1e9)
     feed(opt, 1.0)
     feed(opt, 1.0)
@@ -689,7 +689,7 @@ def test_moments_of_a_thaw_in_an_evaluation_can_be_updated():
 
 
 def test_a_frozen_tensor_that_is_no_leaf_keeps_its_flag():
-    """AdamW takes such tensors with `retain_grad`; torch forbids to change what they need."""
+    """AdamW takes such tensors with `retain_grad`; torch forbids to change the flag."""
     leaf = torch.ones(4, 4, requires_grad=True)
     w = leaf * 2
     w.retain_grad()

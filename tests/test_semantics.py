@@ -79,7 +79,7 @@ def measured(opt, gradients):
 
 
 def adamw(sequence, lr=0.1, start=1.0, **options):
-    """What torch.optim.AdamW makes of a 1x1 matrix; lr may be a list, one per step."""
+    """Value and state of a 1x1 matrix under torch.optim.AdamW; lr may be a list, one per step."""
     (p,) = matrices(1)
     p.data.fill_(start)
     opt = torch.optim.AdamW([p], foreach=False, **options)

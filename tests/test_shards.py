@@ -207,7 +207,7 @@ def test_shards_have_the_bits_of_whole_tensors(grad_dtype, backend):
 
 @ranks.on_ranks(4, [True] * 4)
 def test_the_functional_form_takes_dtensors():
-    """It does what torch's own AdamW does with the same DTensors."""
+    """It does the same as torch's own AdamW with the same DTensors."""
     mesh, plain, params = tensors_of(torch.float32, "reference")
     ours, theirs = params, [nn.Parameter(p.detach().clone()) for p in params]
     columns = [[torch.zeros_like(p) for p in ours] for _ in range(2)]
@@ -253,7 +253,7 @@ def test_statistics_of_shards_are_those_of_the_whole(statistic, backend):
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-# What a step does besides
+# Other effects of a step
 
 
 def counted(patch, owner, name):
@@ -277,7 +277,7 @@ class Recorded(TorchDispatchMode):
 
 
 def operations(make, own):
-    """The operations of a step on DTensors, and what it sends to other ranks."""
+    """The operations of a step on DTensors, and the messages to other ranks."""
     net = Net(1)
     model, mine = parallel("fsdp2", net)
     optimizer = make(net.parameters(), **own)

@@ -1,6 +1,6 @@
 """The statistics beyond the paper's: "signal" and tau="auto", "weight_change", "gain".
 
-What each measures is compared with an independent implementation in test_oracle.py.
+Their values are compared with an independent implementation in test_oracle.py.
 """
 
 import copy

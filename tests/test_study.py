@@ -1,6 +1,6 @@
-"""The study and the training benchmark: they run, and every column means what its name states.
+"""The study and the training benchmark: they run, and every column fits its name.
 
-Every arm of the study starts from the same weights and trains on the same batches, what lies below
+Every arm of the study starts from the same weights and trains on the same batches, tensors below
 a cut keeps its weights, and multiply-adds are those that autograd needs; each case of the training
 benchmark has as many frozen units as its name states.
 """

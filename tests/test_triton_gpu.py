@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, synchronisation, rounding, several devices, large tensors.
+"""Only a GPU can show these: graphs, synchronisation, rounding, several devices, large tensors.
 
 Contract: step() never waits for the device, storage in low precision is rounded to nearest, and a
 step can be captured in a CUDA graph where nothing is monitored. The other files of the Triton tests
@@ -105,7 +105,7 @@ def test_step_never_waits_for_the_device(statistic, timing, lr):
 
 
 def test_the_host_runs_ahead():
-    """step() returns while the device is still busy with what came before."""
+    """step() returns while the device is still busy with earlier work."""
     run = tr.start(tau=0.0).steps(4)
     run.opt.report()  # the step before has been read back
     (grads,) = gradients(run, [5])

@@ -1,4 +1,4 @@
-"""The Triton kernels and memory: storage dtypes, what they write, and what they leave alone."""
+"""The Triton kernels and memory: storage dtypes, the memory that they write, and no other."""
 
 import math
 
@@ -20,7 +20,7 @@ IDS = {"ids": lambda dtype: str(dtype).removeprefix("torch.")}
 @pytest.mark.parametrize("wide_grads", [False, True], ids=["", "fp32-grads"])
 @pytest.mark.parametrize("dtype", tr.LOW, **IDS)
 def test_low_precision(dtype, wide_grads, statistic):
-    """Three-way bound: no further from an fp32 run than twice what torch in the same dtype is.
+    """Three-way bound: at most twice as far from an fp32 run as torch in the same dtype.
 
     The kernels compute in fp32 and round when they store, so they should be closer. Triton's
     interpreter truncates to bf16 instead of rounding, which costs up to one ulp of every store.

@@ -239,7 +239,7 @@ def test_layouts(layout, grad_layout):
 
 
 def test_a_compiled_step_has_the_same_bits():
-    """torch.compile(opt.step) computes what the plain step does, across freezes, in one frame."""
+    """torch.compile(opt.step) computes the same as the plain step, across freezes, in one frame."""
     compiled, plain = tr.start(), tr.start()
     torch._dynamo.reset()
     step = torch.compile(compiled.opt.step, backend="eager")

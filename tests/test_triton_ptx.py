@@ -34,7 +34,7 @@ run_compiled = partial(run_python, cwd=ROOT, TRITON_INTERPRET=None)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(EMULATES, reason="it is what runs")
+@pytest.mark.skipif(EMULATES, reason="it runs already")
 @pytest.mark.parametrize("target", TESTS)
 def test_the_kernels_tests_pass_on_compiled_code(target):
     files = [ROOT / "tests" / f"test_triton_{name}.py" for name in TESTS[target]]

@@ -1,7 +1,7 @@
 """The lines that only a CUDA device runs, on a stand-in for it: no first run ends at a typo.
 
 The kernels go through Triton's interpreter and all memory is the CPU's, while events, streams,
-pinned memory and the device's properties are stand-ins that record what they are asked for. What a
+pinned memory and the device's properties are stand-ins that record requests. What a
 device does at its own time, such as finishing a copy after `step()` has returned, is not tested.
 """
 
@@ -37,7 +37,7 @@ EVENTS = []
 
 @pytest.fixture
 def device(monkeypatch, tmp_path):
-    """What has been asked of the stand-in."""
+    """The requests to the stand-in."""
     asked = SimpleNamespace(entered=[], pinned=[], streams=[], stream="a stream", current=0)
     is_cuda = ('device.type == "cuda"', "True")
     edits = {"triton_tables": is_cuda, "triton_engine": is_cuda}

@@ -1,4 +1,4 @@
-"""What the tests of the Triton backend share: a run on Triton beside one on the reference.
+"""Shared by the tests of the Triton backend: a run on Triton beside one on the reference.
 
 On a CUDA machine the kernels are compiled (and the tests have the mark `gpu`); elsewhere Triton's
 interpreter runs them on the CPU (see conftest.py).
@@ -154,7 +154,7 @@ def scaled_step(run, scale=1024.0, found=0.0, grads=None, with_scale=True):
     grads = usual(run) if grads is None else grads
     if with_scale:
         run.opt.grad_scale = torch.full((), scale, device=DEVICE)
-    is_number = isinstance(found, int)  # what GradScaler passes where no tensor has a gradient
+    is_number = isinstance(found, int)  # as GradScaler passes it where no tensor has a gradient
     run.opt.found_inf = found if is_number else torch.full((), found, device=DEVICE)
     run.step(*(None if g is None else g * scale for g in grads))
     run.opt.grad_scale = run.opt.found_inf = None
