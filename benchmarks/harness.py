@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 RESULTS = Path(os.environ.get("GRADES_RESULTS") or Path(__file__).parent / "results")
-_DESCRIBE = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,7 +37,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Where and with what a row was measured; the same keys on every machine."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("GRADES_COMMIT") or _output(*_DESCRIBE),
+        "commit": os.environ.get("GRADES_COMMIT") or _commit(),
         "device": _device_name(device),
         "driver": _driver() if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
@@ -195,6 +194,13 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def _commit() -> str:
+    """The commit, with "-dirty" where a file other than the results of benchmarks has changed."""
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    changed = _output(*git, "diff", "--name-only", "HEAD", "--", ".", ":!benchmarks/results")
+    return _output(*git, "describe", "--always") + ("-dirty" if changed else "")
 
 
 def _output(*command: str) -> str:
