@@ -345,22 +345,30 @@ NOINLINE void step(const Coefficients& c, Wide* __restrict p, const Wide* __rest
   auto exp_avgs = reinterpret_cast<S*>(m), exp_avg_sqs = reinterpret_cast<S*>(v);
   auto maxima = reinterpret_cast<S*>(v_max);
   Sums own = sums;  // a copy, which stays in registers
-  auto measure = [&](int64_t i, int l) INLINE_LAMBDA {
-    const Wide x = g[i];
+  // A loop for each sum: where one loop added to several, compilers left most of it scalar.
+  auto measure = [&](int64_t first, int n_lanes) INLINE_LAMBDA {
+    auto add = [=](Sum& sum, auto value) INLINE_LAMBDA {
+      for (int l = 0; l < n_lanes; ++l) sum.lanes[l] += double(value(first + l));
+    };
     if (STATISTIC == Statistic::change) {
-      own.numerator.lanes[l] += double(difference(Wide(1), x, prev[i]));
+      add(own.numerator,
+          [=](int64_t i) INLINE_LAMBDA { return difference(Wide(1), g[i], prev[i]); });
     }
     if (STATISTIC == Statistic::momentum) {
-      own.numerator.lanes[l] += double(difference(rule.sign, x, m[i]));
+      add(own.numerator,
+          [=](int64_t i) INLINE_LAMBDA { return difference(rule.sign, g[i], m[i]); });
     }
     if (STATISTIC == Statistic::signal) {
-      own.numerator.lanes[l] += double(m[i] * m[i]);
-      own.denominator.lanes[l] += double(v[i]);
+      add(own.numerator, [=](int64_t i) INLINE_LAMBDA { return m[i] * m[i]; });
+      add(own.denominator, [=](int64_t i) INLINE_LAMBDA { return v[i]; });
     }
     if (STATISTIC == Statistic::gain) {
-      own.numerator.lanes[l] += double(gain(past_eps, x, m[i], v[i]));
+      add(own.numerator,
+          [=](int64_t i) INLINE_LAMBDA { return gain(past_eps, g[i], m[i], v[i]); });
     }
-    if (STATISTIC != Statistic::none) own.magnitude.lanes[l] += double(absolute(x));
+    if (STATISTIC != Statistic::none) {
+      add(own.magnitude, [=](int64_t i) INLINE_LAMBDA { return absolute(g[i]); });
+    }
   };
   auto change = [&](int64_t i) INLINE_LAMBDA {
     if (KEEP) prev[i] = g[i];
@@ -368,13 +376,11 @@ NOINLINE void step(const Coefficients& c, Wide* __restrict p, const Wide* __rest
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) measure(i + l, l);
+    measure(i, kLanes);
     for (int l = 0; l < kLanes; ++l) change(i + l);
   }
-  for (int l = 0; i < n; ++i, ++l) {
-    measure(i, l);
-    change(i);
-  }
+  measure(i, int(n - i));
+  for (; i < n; ++i) change(i);
   sums = own;
 }
 
