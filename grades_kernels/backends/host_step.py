@@ -116,18 +116,20 @@ class HostEngine:
         same_step = config.freeze_timing == "same_step"
         unscale = 0 if grad_scale is None else UNSCALE
         measured = measure_tasks(tensors, units, table) if check else []
+        is_kept = config.is_check(t + 1)
+        keeps = keep_tasks(tensors, units) if is_kept else [0] * len(units)
+        kept = self.unit_statistics.complete_units(keeps) if is_kept else []
         if check and same_step:
-            first = [task and (task | unscale) for task in measured]
+            # A previous gradient that is read here is stored here: the update need not touch it.
+            first = [a and (a | b | unscale) for a, b in zip(measured, keeps, strict=True)]
             sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
             table.decide(self._values(table, ranks, measured, sums)())
+            keeps = [0 if a else b for a, b in zip(measured, keeps, strict=True)]
 
         tasks, lr_factors = update_tasks(tensors, units, table)
         if check and not same_step:
             tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
-        kept: list[Unit] = []
-        if config.is_check(t + 1):
-            keeps = keep_tasks(tensors, units)
-            kept = self.unit_statistics.complete_units(keeps)
+        if is_kept:
             tasks = [a | b for a, b in zip(tasks, keeps, strict=True)]
         if unscale:
             done = measured if check and same_step else [0] * len(tasks)
