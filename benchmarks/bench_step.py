@@ -221,6 +221,7 @@ TARGETS = {
     "momentum, next_step": Target(LARGE, Setting("momentum"), 1.08),
     "gain, next_step": Target(LARGE, Setting("gain"), 1.08),
     "change, next_step": Target(LARGE, Setting("change"), 1.40),
+    "change, same_step": Target(LARGE, Setting("change", "same_step"), 1.55),
     "all frozen": Target(LARGE, Setting("change", share=1.0), 0.02),
 }
 
