@@ -117,23 +117,27 @@ class HostEngine:
         unscale = 0 if grad_scale is None else UNSCALE
         measured = measure_tasks(tensors, units, table) if check else []
         is_kept = config.is_check(t + 1)
-        keeps = keep_tasks(tensors, units) if is_kept else [0] * len(units)
-        kept = self.unit_statistics.complete_units(keeps) if is_kept else []
+        first = [0] * len(units)
         if check and same_step:
-            # A previous gradient that is read here is stored here: the update need not touch it.
-            first = [a and (a | b | unscale) for a, b in zip(measured, keeps, strict=True)]
+            first = [a and (a | unscale) for a in measured]
+            if is_kept and self.layout is not None:
+                # A previous gradient that is read is stored at once: the update need not touch it.
+                # The optimizer drops that of a unit which is decided here, a caller's own is left.
+                keeps = keep_tasks(tensors, units)
+                first = [a and (a | b) for a, b in zip(first, keeps, strict=True)]
             sums = run_tasks(tensors, first, [1.0] * len(first), grad_scale)
             table.decide(self._values(table, ranks, measured, sums)())
-            keeps = [0 if a else b for a, b in zip(measured, keeps, strict=True)]
 
         tasks, lr_factors = update_tasks(tensors, units, table)
         if check and not same_step:
             tasks = [a | b for a, b in zip(tasks, measured, strict=True)]
+        kept: list[Unit] = []
         if is_kept:
-            tasks = [a | b for a, b in zip(tasks, keeps, strict=True)]
+            keeps = keep_tasks(tensors, units)
+            kept = self.unit_statistics.complete_units(keeps)
+            tasks = [a | (b & ~c) for a, b, c in zip(tasks, keeps, first, strict=True)]
         if unscale:
-            done = measured if check and same_step else [0] * len(tasks)
-            tasks = [a and (a | (0 if b else unscale)) for a, b in zip(tasks, done, strict=True)]
+            tasks = [a and (a | (unscale & ~c)) for a, c in zip(tasks, first, strict=True)]
         sums = run_tasks(tensors, tasks, lr_factors, grad_scale)
         # Autograd saves the DTensor, whose version shows that its shard has been overwritten.
         increment_version([p for i, p in tensors.dtensors if tasks[i] & UPDATE])
