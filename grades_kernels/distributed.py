@@ -190,8 +190,8 @@ class Ranks:
         dist.all_gather_object(gathered, message, group=group)
         configs = [vars(config) for config, *_ in gathered]
         for name in vars(table.config):
-            check_same(f"the argument {name}:", [config[name] for config in configs])
-        check_same("the number of steps taken:", [t for _, t, *_ in gathered])
+            check_same(f"the argument {name}", [config[name] for config in configs])
+        check_same("the number of steps taken", [t for _, t, *_ in gathered])
         shares = [own for _, _, own, *_ in gathered]
         shares[dist.get_rank(group)] = mine
         identities = [[(x.unit.name, x.shapes, x.checksum) for x in own] for own in shares]
@@ -356,13 +356,13 @@ class Ranks:
         tables = {rank: json.loads(x) for rank, x in found.items() if x is not None}
         ranks = list(tables)
         steps = [t for t, _ in tables.values()]
-        check_same("the number of steps taken:", steps, RuntimeError, ranks=ranks)
+        check_same("the number of steps taken", steps, RuntimeError, ranks=ranks)
         for name in dict.fromkeys(name for _, rows in tables.values() for name in rows):
             having = [rank for rank in ranks if name in tables[rank][1]]
             values = [tables[rank][1][name] for rank in having]
             tau = next((tau for tau, *_ in values if tau is not None), None)
             values = [(tau if own is None else own, *state) for own, *state in values]
-            what = f"unit {name!r}, as (tau, {', '.join(_STATE)}),"
+            what = f"unit {name!r}, as (tau, {', '.join(_STATE)})"
             check_same(what, values, RuntimeError, ranks=having)
         silent = [rank for rank in found if rank not in tables]
         raise RuntimeError(
@@ -422,14 +422,14 @@ def _check_shares(name: str, shares: list[tuple[int, _Share]]) -> None:
     """Compare how several ranks describe one unit."""
     ranks = [rank for rank, _ in shares]
     check_same(
-        f"unit {name!r}, as (statistic, tau, shapes),",
+        f"unit {name!r}, as (statistic, tau, shapes)",
         [(unit.statistic, unit.tau, shapes) for _, (unit, shapes, _) in shares],
         ranks=ranks,
         way_out="If a LoRA pair was split between ranks, train it without ZeroRedundancyOptimizer; "
         + DIFFERENT_MODELS,
     )
     states = [tuple(getattr(share.unit, key) for key in _STATE) for _, share in shares]
-    check_same(f"unit {name!r}, as ({', '.join(_STATE)}),", states, ranks=ranks)
+    check_same(f"unit {name!r}, as ({', '.join(_STATE)})", states, ranks=ranks)
     if len({share.checksum for _, share in shares}) > 1:
         warnings.warn(
             f"{name!r} has other values on rank {ranks[0]} than on other ranks, and is frozen only "

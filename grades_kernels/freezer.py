@@ -167,8 +167,8 @@ class Freezer:
         table, groups, state = self.table, optimizer.param_groups, optimizer.state
         if not table.units and any([group["tau"] is not None for group in groups]):
             self.warn_once(nothing_is_monitored(groups, self.unit_map))
-        is_unsaid = table.t == 0 and not self.group_gave_tau
-        if is_unsaid and (unused := unused_options(table.config, groups)):
+        tau_is_unsaid = table.t == 0 and not self.group_gave_tau
+        if tau_is_unsaid and (unused := unused_options(table.config, groups)):
             self.warn_once(unused)
         self.release.begin_run(self.unit_map, optimizer.process_group, self.ranks)
         total_steps = table.config.total_steps

@@ -89,6 +89,6 @@ def check_same(
     odd = next((n for n, value in enumerate(values) if value != values[0]), None)
     if odd is not None:
         raise error(
-            f"the ranks differ in {what} rank {ranks[0]}: {values[0]}, rank {ranks[odd]}: "
+            f"the ranks differ in {what}: rank {ranks[0]}: {values[0]}, rank {ranks[odd]}: "
             f"{values[odd]}. {way_out}"
         )
