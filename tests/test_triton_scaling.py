@@ -71,6 +71,20 @@ def test_the_unscaled_gradient_is_written_back(timing, layout):
     tr.assert_same(*runs)
 
 
+def test_a_dimension_of_size_1_shares_no_memory():
+    """Whatever its stride: the gradient is unscaled, here with the others in another order."""
+    run, other = (tr.start(True, ((17, 1, 23),), tau=None) for _ in range(2))
+    (g,) = tr.usual(run)
+    g = (g * 4.0).transpose(0, 2).contiguous()
+    run.params[0].grad = g.as_strided((17, 1, 23), (1, 0, 17))
+    run.opt.grad_scale = torch.full((), 4.0, device=tr.DEVICE)
+    run.opt.found_inf = torch.zeros((), device=tr.DEVICE)
+    run.opt.step()
+    tr.scaled_step(other, 4.0)
+    assert torch.equal(run.params[0], other.params[0])
+    assert torch.equal(run.params[0].grad, other.params[0].grad)
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_an_expanded_gradient_cannot_be_unscaled(timing):
     """An error before any tensor has changed, as of the C++ op; the next step is right."""

@@ -405,7 +405,8 @@ def _readable(
     for n in tensors.unordered or ():
         g, p = grads[n], tensors.params[n]
         if g is not None and (g.is_neg() or not same_memory_order(g, p)):
-            if unscales and not all(g.stride()):
+            sides = zip(g.shape, g.stride(), strict=True)
+            if unscales and any(size > 1 and stride == 0 for size, stride in sides):
                 raise RuntimeError(
                     "a gradient whose elements share memory cannot be unscaled in place"
                 )
