@@ -10,6 +10,22 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether all of a tensor is in its memory: its class leaves every operation to torch.
+
+    A class of its own, such as `class Weight(torch.nn.Parameter)`, may add attributes and methods.
+    """
+    kind: Any = type(x)
+    if kind in (Tensor, torch.nn.Parameter):
+        return True
+    of_class, of_tensor, of_parameter = (
+        getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
+        for cls in (kind, Tensor, torch.nn.Parameter)
+    )
+    is_own = of_class not in (of_tensor, of_parameter)
+    return not is_own and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def placeholder(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor for a released moment or previous gradient: its key without its memory.
 

@@ -439,6 +439,54 @@ def test_fused_accepts_parameters_on_the_meta_device(own):
         feed(optimizer, 0.0, 0.0)
 
 
+class Weight(nn.Parameter):
+    """A class for attributes, as frameworks have them."""
+
+
+class Labelled(torch.Tensor):
+    """The same, and the results of torch's operations are of this class too."""
+
+
+class Logged(torch.Tensor):
+    """A class that sees every operation."""
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), options=None):
+        return super().__torch_function__(function, kinds, args, options or {})
+
+
+def equal_runs(kind, theirs, ours, own):
+    """Parameters of a class take the same steps as plain ones; returns their backends."""
+    plain = GradESAdamW(parameters(), fused=theirs, **own)
+    make = kind if kind is Weight else lambda x: nn.Parameter(x.as_subclass(kind))
+    optimizer = GradESAdamW([make(p.detach()) for p in parameters()], fused=ours, **own)
+    for one in (plain, optimizer):
+        train(one, 5)
+    assert {type(p) for p in tensors_of(optimizer)} == {kind}
+    assert_same([x.as_subclass(torch.Tensor) for x in values(optimizer)], values(plain))
+    assert str(optimizer.statistics()) == str(plain.statistics())
+    assert optimizer.freeze_events == plain.freeze_events
+    return plain.backend, optimizer.backend
+
+
+@pytest.mark.parametrize("fused", [None, True], ids=["native", "triton"])
+@pytest.mark.parametrize("kind", [Weight, Labelled])
+@monitored_or_not
+def test_fused_backends_take_parameters_of_a_class_without_operations(own, kind, fused):
+    """adam.py: `fused` asks a parameter for its device and dtype, not for its class."""
+    backend = "triton" if fused else "native"
+    if fused:
+        pytest.importorskip("triton")
+    assert equal_runs(kind, fused, fused, own) == (backend, backend)
+
+
+@monitored_or_not
+def test_the_reference_takes_parameters_of_a_class_that_sees_every_operation(own):
+    assert equal_runs(Logged, False, None, own) == ("reference", "reference")
+    with pytest.raises(RuntimeError, match="a tensor subclass"):
+        GradESAdamW([nn.Parameter(torch.ones(2, 2).as_subclass(Logged))], fused=True, **own)
+
+
 def functional_step(*params, **flags):
     columns = [[torch.zeros_like(p) for p in params] for _ in range(3)]
     steps = [torch.zeros(()) for _ in params]

@@ -21,6 +21,7 @@ from harness import FREEZING, HYPER, PAIRS, SHAPES, assert_same
 from harness import fading_gradient as gradient
 from torch import nn
 from torch.optim.adamw import adamw
+from torch.testing._internal.two_tensor import TwoTensor
 
 from grades_kernels import grades_adamw
 from grades_kernels.backends import native, select
@@ -535,7 +536,7 @@ def test_steps_in_fp64():
         ([torch.ones(2, 2, device="meta")], "'cpu' alone"),
         ([torch.ones(2, 2), torch.ones(2, 2, device="meta")], "'cpu' alone"),
         ([torch.ones(1, 2).expand(2, 2)], "expanded view"),
-        ([type("Mine", (torch.Tensor,), {})([1.0])], "subclass"),
+        ([TwoTensor(torch.ones(2), torch.ones(2))], "subclass"),
         ([], "no parameters"),
     ],
 )

@@ -547,7 +547,7 @@ REFUSED = {
     "no torch.float64": lambda: [p_of(2, 2), p_of(2, 2, dtype=torch.float64)],
     "no torch.complex64": lambda: [p_of(2, 2, dtype=torch.complex64)],
     "view with gaps": lambda: [nn.Parameter(p_of(4, 4).detach()[:, ::2])],
-    "subclass, or a view": lambda: [nn.Parameter(p_of(4).detach().expand(3, 4))],  # overlaps
+    "of its own, or a view": lambda: [nn.Parameter(p_of(4).detach().expand(3, 4))],  # overlaps
     "devices of several kinds": lambda: [p_of(2, 2), p_of(2, 2, device="meta")],
     "do not run on 'meta'": lambda: [p_of(2, 2, device="meta")],
 }

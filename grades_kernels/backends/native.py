@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import STATISTICS
-from ..state_tensors import local
+from ..state_tensors import is_plain, local
 from .tasks import KEEP, STATISTIC_BITS, UNSCALE, UPDATE, StepTensors
 
 _USE_PREV_GRAD = {x.code for x in STATISTICS.values() if x.uses_prev_grad}
@@ -54,8 +54,8 @@ def why_not_native(params: Sequence[Tensor]) -> str | None:
     dtypes = {p.dtype for p in params} - set(DTYPES)
     if dtypes:
         return f"the native op has no {', '.join(sorted(map(str, dtypes)))}"
-    if not all(map(_is_plain, map(local, params))):
-        return "a parameter is a tensor subclass, or an expanded view"
+    if not all(map(_is_readable, map(local, params))):
+        return "a parameter is a tensor subclass with operations of its own, or an expanded view"
     return why_not_loaded()
 
 
@@ -64,8 +64,8 @@ def cpu_capability() -> str:
     return torch.ops.grades_kernels.cpu_capability()
 
 
-def _is_plain(p: Tensor) -> bool:
-    if type(p) not in (Tensor, torch.nn.Parameter) or p.layout != torch.strided:
+def _is_readable(p: Tensor) -> bool:
+    if not is_plain(p) or p.layout != torch.strided:
         return False
     return p.is_contiguous() or all(map(bool, p.stride()))
 

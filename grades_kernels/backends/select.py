@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import Unit
-from ..state_tensors import local
+from ..state_tensors import is_plain, local
 from . import native, reference
 from .native import why_not_native
 from .tasks import GroupOptions, RunTasks, StepTensors
@@ -168,7 +168,7 @@ def why_not_triton(
     if dtypes:
         return f"the Triton kernels have no {', '.join(sorted(map(str, dtypes)))}"
     if not all(map(is_dense, map(local, params))):
-        return "a parameter is a tensor subclass, or a view with gaps"
+        return "a parameter is a tensor subclass with operations of its own, or a view with gaps"
     device = next(iter(devices))
     if device.type == "cpu":
         if not interpret or os.environ.get("TRITON_INTERPRET") != "1":
@@ -190,10 +190,9 @@ def why_not_triton(
 
 def share_memory(params: Iterable[Tensor]) -> bool:
     """Whether two plain tensors lie in the same stretch of memory, as those tied by `.data` do."""
-    plain = [x for x in map(local, params) if type(x) in (Tensor, torch.nn.Parameter) and x.numel()]
     spans = []
-    for x in plain:
-        if x.layout == torch.strided and x.device.type != "meta":
+    for x in map(local, params):
+        if is_plain(x) and x.numel() and x.layout == torch.strided and x.device.type != "meta":
             last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
             start = x.data_ptr()
             spans.append((str(x.device), start, start + (last + 1) * x.element_size()))
@@ -203,5 +202,4 @@ def share_memory(params: Iterable[Tensor]) -> bool:
 
 def is_dense(p: Tensor) -> bool:
     """Whether a plain tensor fills its stretch of memory without gaps or overlaps."""
-    is_plain = type(p) in (Tensor, torch.nn.Parameter)
-    return is_plain and (not p.numel() or torch.ops.aten.is_non_overlapping_and_dense(p))
+    return is_plain(p) and (not p.numel() or torch.ops.aten.is_non_overlapping_and_dense(p))
