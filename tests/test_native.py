@@ -588,6 +588,7 @@ def test_opcheck():
         ({"rows": [0, 2]}, "no such row"),
         ({"grads": [torch.rand(9).expand(70, 9), torch.rand(5)]}, "share memory"),
         ({"params": [torch.rand(9).expand(70, 9), torch.rand(5)]}, "parameter .* share memory"),
+        ({"params": [(x := torch.rand(632))[:630].view(70, 9), x[627:]]}, "come to share memory"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_written(change, message):
@@ -596,6 +597,16 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change, message)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.grades_kernels.adamw_(**given)
     assert_same(given, before)
+
+
+def test_parameters_that_are_tied_in_the_middle_of_a_run_are_an_error():
+    """Threads would race on them; tied before the first step, the reference serves them."""
+    run = make_run(None, ((300, 200), (300, 200)), tau=None).steps(1)
+    run.params[1].data = run.params[0].data
+    before = copy.deepcopy(run.tensors())
+    with pytest.raises(RuntimeError, match="two parameters have come to share memory"):
+        run.steps(1)
+    assert_same(run.tensors(), before)
 
 
 # Negative controls: the comparisons above notice a fault in the arguments of the op
