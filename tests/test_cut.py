@@ -161,6 +161,58 @@ def test_a_tower_that_feeds_the_blocks_is_below_them_and_another_stack_is_named(
         cut_of(model, blocks="text")
 
 
+class Around(Model):
+    """The residual connection goes around the blocks; another part of the head begins at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.more, self.gate = nn.Linear(12, 9), nn.Parameter(torch.zeros(1))
+
+    def through_blocks(self, x):
+        for block in self.layers:
+            x = x + block.fc2(torch.tanh(block(x)))
+        return x
+
+    def forward(self, tokens):
+        x = self.through_blocks(self.embed(tokens) + self.position)
+        return self.head(self.norm(x).mean(1)) + self.gate * self.more(x.mean(1))
+
+
+class Latents(Around):
+    """The input of the blocks is a parameter, which gets the gradient itself."""
+
+    def forward(self, tokens):
+        x = self.through_blocks(self.position)
+        return self.head(self.norm(x).mean(0) + self.embed(tokens).mean(1))
+
+
+@pytest.mark.parametrize(("kind", "below"), [(Around, BELOW), (Latents, ("position",))])
+def test_what_goes_around_the_blocks_comes_from_below(kind, below):
+    model = make(kind=kind)
+    before = bits(model)
+    cut = cut_of(model)
+    assert bits(model) == before
+    assert sorted(cut.segments[0]) == sorted(below) and cut.tied == ()
+    cut.at(3).apply(model)
+    loss_of(model, batches()[0]).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} >= {*cut.at(3).frozen}
+
+
+def test_what_enters_higher_blocks_too_is_above():
+    """As the output of an encoder does in every block of a decoder."""
+
+    class Decoder(Model):
+        def __init__(self):
+            super().__init__(call=lambda block, x: block(x + self.memory) + block(self.memory))
+            self.encoder = nn.Embedding(9, 12)
+
+        def forward(self, tokens):
+            self.memory = self.encoder(tokens)
+            return super().forward(tokens)
+
+    assert sorted(cut_of(make(kind=Decoder)).segments[0]) == sorted(BELOW)
+
+
 def test_an_embedding_of_another_stack_is_not_tied():
     class Two(Model):
         def __init__(self):
@@ -267,6 +319,13 @@ def test_nothing_has_changed_afterwards():
 
     choose_cut(model, loss, batches())
     assert differences(before, bits(model)) == []
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_it_computes_gradients_wherever_it_is_called(without_gradients):
+    model, given, expected = make(), batches(), cut_of(make())
+    with without_gradients():
+        assert choose_cut(model, loss_of, given) == expected
 
 
 def test_evaluation_mode_is_reported():
@@ -431,7 +490,8 @@ def test_blocks_of_other_sizes_are_interpolated_by_their_multiply_adds():
         with FlopCounterMode(display=False) as counter:
             loss_of(model, batch).backward()
         whole = whole or counter.get_total_flops()
-        assert candidate.cost == pytest.approx(counter.get_total_flops() / whole, abs=0.03)
+        tolerance = 1e-9 if candidate.k in (None, 0, 5, 6) else 0.03  # some are measured
+        assert candidate.cost == pytest.approx(counter.get_total_flops() / whole, abs=tolerance)
 
 
 def test_time_as_cost_orders_the_cuts_as_multiply_adds_do():
@@ -692,7 +752,7 @@ def test_the_trainer_probes_in_the_precision_of_the_training(tmp_path):
         lambda _, args, output: seen.add(output.dtype)
     )
     args = transformers.TrainingArguments(output_dir=str(tmp_path), bf16=True, **TRAINER)
-    data = [{"input_ids": x, "labels": x} for x in torch.arange(32).reshape(8, 4)]
+    data = [{"input_ids": x, "labels": x} for x in torch.arange(64).remainder(32).reshape(16, 4)]
     add_grades(transformers.Trainer(model, args, train_dataset=data), tau=0.0, cut="auto")
     handle.remove()
     assert seen == {torch.bfloat16}
@@ -1007,6 +1067,12 @@ def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, later, m
         two_epochs(model, cache)
     spoil(model.layers[0].fc1)
     assert_not_cached(model, cache, message)
+
+
+def test_a_weight_that_a_higher_block_shares_is_named():
+    model = make()
+    model.layers[0].fc1.weight = model.layers[3].fc1.weight
+    assert_not_cached(model, cached(model), "'fc1.weight' of a frozen block trains")
 
 
 def test_what_cannot_be_cached_is_refused():

@@ -75,11 +75,12 @@ def trained(folder, resume=None, cut=None, **changes):
     assert args.device.type == "cpu"
     several = accelerate.utils.DistributedType.MULTI_GPU
     accelerate.PartialState._shared_state["distributed_type"] = several
-    model = tiny_llama(num_hidden_layers=4 if cut else 2)
+    model, data = tiny_llama(num_hidden_layers=4 if cut else 2), sentences()
     if cut:
+        data = sentences(48, words=4)
         torch.nn.init.zeros_(model.lm_head.weight)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=sentences())
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=data)
     callback = add_grades(trainer, cut=cut, **OPTIONS)
     trainer.train(resume_from_checkpoint=resume)
     optimizer = unwrap_optimizer(trainer.optimizer)

@@ -1,5 +1,6 @@
 """Runs of a tiny random Llama in the Trainer of transformers, compared with a plain loop."""
 
+import contextlib
 import copy
 import json
 import re
@@ -172,7 +173,8 @@ def deep_llama():
 def test_a_chosen_cut_leaves_no_trace_but_frozen_tensors(tmp_path, name):
     """The run equals the one that is given the same cut, batch by batch."""
     settings = {"gradient_checkpointing": True, **NO_REENTRANT} if name == "checkpointing" else {}
-    trainers = [make_trainer(tmp_path / n, model=deep_llama(), **settings) for n in ("a", "b")]
+    data = sentences(words=4)
+    trainers = [make_trainer(tmp_path / n, model=deep_llama(), data=data, **settings) for n in "ab"]
     callback = add_grades(trainers[0], cut="auto", **OPTIONS)
     cut = callback.cut
     assert cut.k is not None and cut.stack == "model.layers"
@@ -244,9 +246,54 @@ def test_a_cut_is_chosen_where_every_second_layer_is_checkpointed(tmp_path):
         activation_checkpointing=True,
         activation_checkpointing_kwargs=settings,
     )
+    layers, seen = trainer.model.model.layers, set()
+    layers[0].register_forward_pre_hook(
+        lambda *_: seen.add(tuple(layer.gradient_checkpointing for layer in layers))
+    )
     add_grades(trainer, cut="auto", **OPTIONS)
-    layers = trainer.model.model.layers
-    assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
+    assert seen == {(True, False, True, False)}
+
+
+def checkpointing(model):
+    """All that checkpointing changes in a model."""
+    return [
+        (sorted(vars(module)), list(module._forward_hooks), getattr(module, name, None))
+        for module in model.modules()
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func")
+    ]
+
+
+@pytest.mark.parametrize("n_rows", [32, 20], ids=["chosen", "refused"])
+@pytest.mark.parametrize("is_on", [False, True])
+def test_checkpointing_of_the_choice_is_undone(tmp_path, is_on, n_rows):
+    """train() enables it again, with its own options."""
+    settings = {"gradient_checkpointing": True, **NO_REENTRANT}
+    trainer = make_trainer(tmp_path, model=deep_llama(), data=sentences(n_rows), **settings)
+    if is_on:
+        trainer.model.activation_checkpointing_enable()
+        trainer.model.enable_input_require_grads()
+    before = checkpointing(trainer.model)
+    refused = pytest.raises(ValueError, match="batches: 5 instead of n_batches=8")
+    with refused if n_rows == 20 else contextlib.nullcontext():
+        add_grades(trainer, cut={"n_batches": 8}, **OPTIONS)
+    assert checkpointing(trainer.model) == before
+
+
+@pytest.mark.parametrize(("rows", "read"), [(32, 8), (100, 12), (17, 5)])
+def test_no_more_than_an_epoch_is_read_to_choose(tmp_path, rows, read):
+    """In a second one the gain would be measured on examples that the direction knows."""
+    trainer = make_trainer(tmp_path, model=deep_llama(), data=sentences(rows))
+    cut = add_grades(trainer, cut="auto", **OPTIONS).cut
+    drawn = [row for batch in trainer.data_collator.batches for row in batch["input_ids"].tolist()]
+    assert len(trainer.data_collator.batches) in (read, read + 1)  # the loader draws one ahead
+    assert len(set(map(tuple, drawn))) == len(drawn)
+    assert cut.k is None  # random words: nothing is to be learned for others
+
+
+def test_an_epoch_of_fewer_than_four_batches_is_too_short_to_choose(tmp_path):
+    trainer = make_trainer(tmp_path, model=deep_llama(), data=sentences(12))
+    with pytest.raises(ValueError, match="four batches of different examples, an epoch has 3"):
+        add_grades(trainer, cut="auto", **OPTIONS)
 
 
 class Preference(transformers.Trainer):
@@ -328,6 +375,14 @@ def test_a_model_that_train_makes_has_the_cut_too(tmp_path):
     start = dict(deep_llama().named_parameters())
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, start[name]) == (name in cut.frozen)
+
+
+@pytest.mark.parametrize("pattern", ["(", "no_such_matrix"])
+def test_patterns_are_checked_before_a_cut_is_applied(tmp_path, pattern):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(repr(pattern))):
+        add_grades(trainer, cut="auto", tau=0.0, taus={pattern: 1.0})
+    assert all(p.requires_grad for p in trainer.model.parameters())
 
 
 def test_options_of_the_choice(tmp_path):

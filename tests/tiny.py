@@ -38,9 +38,12 @@ def tiny_llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
 
 
-def sentences(n=32, length=8):
-    """`n` rows of a data set for causal language models, the same in every call."""
-    rows = torch.randint(0, 32, (n, length), generator=torch.Generator().manual_seed(1))
+def sentences(n=32, length=8, words=32):
+    """`n` rows of a data set for causal language models, the same in every call.
+
+    With fewer than 32 words there is something to learn for other rows.
+    """
+    rows = torch.randint(0, words, (n, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in rows]
 
 

@@ -117,9 +117,10 @@ def below_the_blocks(
 ) -> tuple[list[nn.Module], list[str], list[str]]:
     """The blocks as they run, and tensors outside of them that act on the loss through them.
 
-    The first names are those of tensors that act in no other way: token and position embeddings,
-    the norm above these, a tower whose output enters the blocks. They get no gradient once the
-    inputs of the lowest block are detached. The second names are those of embeddings that are also
+    The first names are those of tensors that act in no other way than through the inputs of the
+    lowest block, which may also go around it (`h = h + block(h)`): token and position embeddings,
+    the norm above these, a tower whose output enters the blocks. They get no gradient, or one of
+    zeros, once none flows down from there. The second names are those of embeddings that are also
     used elsewhere, as a tied head: their gradient changes then.
 
     Args:
@@ -131,7 +132,7 @@ def below_the_blocks(
         ValueError: If no block is called.
     """
     # Hooks that are set after `model.compile()` may not be seen by code that was compiled before.
-    with _detached_inputs(stack.blocks) as order, torch.compiler.set_stance("force_eager"):
+    with _stopped_inputs(stack.blocks) as order, torch.compiler.set_stance("force_eager"):
         backward()
     if not order:
         raise ValueError(
@@ -140,33 +141,57 @@ def below_the_blocks(
         )
     named, inside = trainable(model), stack.params
     outside = {name: p for name, p in named.items() if p not in inside}
-    below = [name for name, p in outside.items() if p.grad is None and name in used]
+    stopped = {name: p.grad for name, p in outside.items() if p.grad is not None}
+    norms = {name: _norm(grad) for name, grad in stopped.items()}
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    detached = {name: p.grad for name, p in outside.items() if p.grad is not None and p in tables}
-    if detached:
+    if any(not norms[name] or named[name] in tables for name in stopped):
         backward()
-    tied = [name for name, grad in detached.items() if _differ(grad, named[name].grad)]
+    below, tied = [], []
+    for name, p in outside.items():
+        whole: Any = p.grad
+        if name not in stopped:
+            below += [name] if name in used else []
+        elif not norms[name]:  # a gradient may also be zero by itself, as with LoRA's B = 0
+            below += [name] if _norm(whole) else []
+        # More than the rounding of another order of sums.
+        elif p in tables and _norm(stopped[name] - whole) > 1e-3 * _norm(whole):
+            tied.append(name)
     return order, below, tied
 
 
-def _differ(a: Tensor, b: Any) -> bool:
-    """Whether two gradients differ by more than the rounding of another order of sums."""
-    norms: list[Any] = [x.float().norm() for x in (a - b, b)]
-    difference, size = ((x.full_tensor() if hasattr(x, "full_tensor") else x).item() for x in norms)
-    return difference > 1e-3 * size
+def _norm(x: Any) -> float:
+    norm = x.abs().float().norm()
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 @contextmanager
-def _detached_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Let no gradient leave the block that runs first downward; yields the blocks as they run."""
-    order: list[nn.Module] = []
+def _stopped_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Let no gradient flow down from the inputs of the block that runs first.
 
-    def detach(block: nn.Module, args: Any, kwargs: Any) -> Any:
+    Nor from where they go around it. Inputs of later blocks too, such as the output of an encoder,
+    lose only the gradient from that block. Yields the blocks as they run.
+    """
+    order: list[nn.Module] = []
+    inputs: dict[int, Tensor] = {}  # by id, which no other tensor gets meanwhile
+    of_later: set[int] = set()
+
+    def stop(x: Tensor) -> Tensor:
+        if x.requires_grad and id(x) not in inputs:
+            number = id(x)
+            inputs[number] = x
+            hook = x.register_hook(lambda g: None if number in of_later else torch.zeros_like(g))
+            hooks.callback(hook.remove)  # it may be a parameter
+        return x.detach()
+
+    def begin(block: nn.Module, args: Any, kwargs: Any) -> Any:
         if block not in order:
             order.append(block)
-        return tree_map_only(Tensor, Tensor.detach, (args, kwargs)) if block is order[0] else None
+        if block is order[0]:
+            return tree_map_only(Tensor, stop, (args, kwargs))
+        tree_map_only(Tensor, lambda x: of_later.add(id(x)), (args, kwargs))
+        return None
 
     with ExitStack() as hooks:
         for block in blocks:
-            hooks.callback(block.register_forward_pre_hook(detach, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
         yield order

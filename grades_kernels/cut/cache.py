@@ -109,6 +109,9 @@ class ActivationCache:
             ran.append(block)
             if len(ran) > self._k:
                 return
+            names = (name for name, p in block.named_parameters() if p.requires_grad)
+            if name := next(names, None):
+                raise _error(f"{name!r} of a frozen block trains: a higher block has it too.")
             if block.training:
                 raise _error(
                     "a frozen block is in training mode, so that dropout would differ in every "

@@ -103,7 +103,7 @@ def choose_cut(
         )
     inner = _unwrapped(model)
     stack = find_stack(inner, blocks)
-    with _unchanged(inner) as repeat_random_numbers:
+    with torch.inference_mode(False), _unchanged(inner) as repeat_random_numbers:
         first, used, fresh, steps = _direction(model, loss, batches, n_batches, stack, betas, eps)
 
         def backward() -> None:

@@ -82,7 +82,7 @@ class Cut:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the tensors that the cut freezes."""
+        """Names of the tensors that the cut freezes, without the prefixes of wrappers."""
         segments = () if self.k is None else self.segments[: self.k + 1]
         return tuple(name for segment in segments for name in segment)
 
@@ -111,7 +111,8 @@ class Cut:
                 update of running statistics.
 
         Returns:
-            The names of the frozen tensors, none without a cut.
+            The names of the frozen tensors, without the prefixes of wrappers such as PEFT's; none
+            without a cut.
 
         Raises:
             ValueError: If the model has other tensors than the one that the cut was chosen for, is

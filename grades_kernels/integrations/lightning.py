@@ -27,8 +27,8 @@ from .shared import (
     is_finished,
     measurements,
     release_under_ddp,
-    repeated,
     save_report,
+    within_an_epoch,
 )
 
 __all__ = ["GradESCallback"]
@@ -149,7 +149,7 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
     silent = {"log": lambda *args, **kwargs: None, "log_dict": lambda *args, **kwargs: None}
     pl_module.__dict__.update(silent)
     try:
-        return choose_cut(pl_module, loss, repeated(loader), **options)
+        return choose_cut(pl_module, loss, loader, **within_an_epoch(options, loader))
     except ValueError as error:
         if "no repeated blocks" in str(error) and is_overridden("configure_model", pl_module):
             raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -90,14 +91,23 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
     return numbers | {name: median(values) for name, values in statistics.items()}
 
 
-def repeated(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a data loader, epoch after epoch; nothing where it has none."""
-    is_empty = False
-    while not is_empty:
-        is_empty = True
-        for batch in batches:
-            is_empty = False
-            yield batch
+def within_an_epoch(options: Mapping[str, Any], loader: Any) -> dict[str, Any]:
+    """The options with which `choose_cut` reads no more batches than the loader has.
+
+    In a second epoch the gain would be measured on examples that the direction knows.
+
+    Raises:
+        ValueError: If it has fewer than four.
+    """
+    n_batches = (choose_cut.__kwdefaults__ or {})["n_batches"]
+    with suppress(TypeError):  # a loader without a length
+        n_batches = min(n_batches, len(loader))
+    if n_batches < 4:
+        raise ValueError(
+            f"cut='auto' needs four batches of different examples, an epoch has {n_batches}: use "
+            "smaller batches, or pass a Cut."
+        )
+    return {"n_batches": n_batches, **options}
 
 
 def choice_options(cut: Any) -> dict[str, Any] | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from .shared import (
     is_finished,
     measurements,
     release_under_ddp,
-    repeated,
     save_report,
     unwrap_optimizer,
+    within_an_epoch,
 )
 
 __all__ = ["GradESCallback", "GradESFactory", "add_grades", "unwrap_optimizer"]
@@ -129,6 +130,8 @@ def add_grades(
         of_groups = ("taus", "verbose", "fused")  # the tensors decide about the last one
         own = {name: value for name, value in options.items() if name not in of_groups}
         GradESAdamW([nn.Parameter(torch.zeros(1, 1))], **{"grace_steps": 0, **own})  # checks them
+        if options.get("taus") is not None:
+            grades_param_groups(model, tau=options["tau"], taus=options["taus"])  # checks them
         if to_choose is not None:
             cut = _chosen_cut(trainer, to_choose)
         if isinstance(cut, Cut):
@@ -166,13 +169,6 @@ def _checkpointing(args: Any) -> dict[str, Any] | None:
 
 def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     """The cut that `choose_cut` chooses from the Trainer's own batches and loss."""
-    model: Any = trainer.model
-    checkpointing = _checkpointing(trainer.args)
-    if checkpointing is not None:  # as train() does
-        of_layers = {"every_n_layers", "offload"} & checkpointing.keys()
-        own = {name: checkpointing.pop(name) for name in of_layers}
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)(checkpointing or None, **own)
 
     def loss(model: nn.Module, inputs: Any) -> Any:
         if not isinstance(inputs, Mapping):
@@ -185,11 +181,13 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             return trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
 
+    model: Any = trainer.model
     loader: Any = trainer.get_train_dataloader()
     training = model.training
     model.train()
     try:
-        return choose_cut(model, loss, repeated(loader), **options)
+        with _checkpointed(model, _checkpointing(trainer.args)):
+            return choose_cut(model, loss, loader, **within_an_epoch(options, loader))
     finally:
         model.train(training)
         # The loader was left in the middle of an epoch, and train() makes its own.
@@ -197,6 +195,34 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
         if loader in prepared:
             prepared.remove(loader)
             loader.end()
+
+
+@contextmanager
+def _checkpointed(model: Any, checkpointing: dict[str, Any] | None) -> Iterator[None]:
+    """Enable activation checkpointing as `train()` does; afterwards the model is as before."""
+    if checkpointing is None:
+        yield
+        return
+    names = ["gradient_checkpointing", "_gradient_checkpointing_func"]
+    names += ["_require_grads_hook", "_require_grads_hooks"]
+    before = [
+        (module, {name: x for name, x in vars(module).items() if name in names}, hooks)
+        for module in model.modules()
+        for hooks in [dict(module._forward_hooks)]
+    ]
+    of_layers = {"every_n_layers", "offload"} & checkpointing.keys()
+    own = {name: checkpointing.pop(name) for name in of_layers}
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        (enable or model.gradient_checkpointing_enable)(checkpointing or None, **own)
+        yield
+    finally:
+        for module, attributes, hooks in before:
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
 
 
 class GradESFactory:
