@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .freezing.naming import canonical_name
-from .freezing.table import NEVER, Unit
+from .freezing.table import NEVER, FreezeConfig, Unit
 from .freezing.unit_map import UnitMap
 from .state_tensors import MOMENTS, add_missing_moments, full_shape, placeholder
 
@@ -182,17 +182,18 @@ def prepared(
     groups: Groups,
     names: list[list[str] | None],
     state: State,
+    config: FreezeConfig,
 ) -> dict[str, Any]:
     """A checked copy of an incoming state dict, without `prev_grad`, which torch would cast.
 
     Args:
         prev_grads: Receives them, by the position of their parameter among all.
-        groups, state: Those of the optimizer.
+        groups, state, config: Those of the optimizer.
         names: Per group the names of its tensors, or None.
 
     Raises:
         ValueError: If parameters were renamed, reordered or reshaped; with both names. If they were
-            in other groups.
+            in other groups. If the optimizer lacks the grace period that a threshold needs.
     """
     sizes, live_sizes = (
         [len(group["params"]) for group in both] for both in (incoming["param_groups"], groups)
@@ -206,7 +207,8 @@ def prepared(
         raise ValueError(
             f"loaded state dict {what}: it has groups of {sizes} tensors, the optimizer "
             f"of {live_sizes}. State is matched by position: make the groups as they were made for "
-            "the checkpoint, and apply its cut before (Cut.load)."
+            "the checkpoint: apply its cut before (Cut.load), and call model.requires_grad_(True) "
+            "where an earlier run on this model has frozen tensors."
         )
     keys = [k for group in incoming["param_groups"] for k in group["params"]]
     position = {k: n for n, k in enumerate(keys)}
@@ -231,6 +233,11 @@ def prepared(
             group.setdefault(key, live[key])
         # Which backend serves a group is this optimizer's choice, not the checkpoint's.
         group["fused"] = live["fused"]
+        if group["tau"] is not None and config.grace_steps is None:
+            raise ValueError(
+                f"the checkpoint brings tau={group['tau']!r}, which needs a grace period: make the "
+                "optimizer with total_steps or grace_steps."
+            )
         _check_same_parameters(i, group, live, names[i], states, state)
     return {**incoming, "state": states, "param_groups": new_groups}
 

@@ -374,7 +374,7 @@ class Freezer:
 
     def restore(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:
         """Rebuild the table from the state that a checkpoint has just replaced."""
-        self.release.take_back(set(self.release.released))
+        self.release.take_all_back(self.unit_map.params)
         self._read_state(optimizer, prev_grads)
 
     def _read_state(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:

@@ -387,9 +387,10 @@ class GradESAdamW(AdamW):
         """
         prev_grads: dict[int, Tensor] = {}
         names = names_of(self.param_groups, self._freezer.unit_map.attached)
+        own = self.param_groups, names, self.state, self._freezer.table.config
 
         def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
-            return checkpoint.prepared(incoming, prev_grads, self.param_groups, names, self.state)
+            return checkpoint.prepared(incoming, prev_grads, *own)
 
         # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
         before = self.register_load_state_dict_pre_hook(prepare)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle, unserializable_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .distributed import Ranks, all_sharded, in_a_job, is_initialized
 from .freezing.naming import is_embedding, layer_and_kind, stack_of
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 State = Mapping[Tensor, dict[str, Any]]
+
+_SWITCHED_OFF = WeakIdKeyDictionary()
+"""The tensors that optimizers of this process have released: a checkpoint may train them again."""
 
 NOTHING_LEFT = (
     "every parameter of this optimizer is frozen and needs no gradient any more. Where nothing "
@@ -117,9 +121,9 @@ class Release:
         # After a change of requires_grad it takes one step with unsynchronised gradients, then
         # raises.
         return (
-            "DistributedDataParallel would wait for them. For the saving, call "
-            "ddp_model = optimizer.apply_freezes(ddp_model) now and then, or once "
-            "grades_kernels.integrations.release_under_ddp."
+            "DistributedDataParallel, or what else averages gradients, would wait for them. For "
+            "the saving under DDP, call ddp_model = optimizer.apply_freezes(ddp_model) now and "
+            "then, or once grades_kernels.integrations.release_under_ddp."
         )
 
     def raise_if_required(self, reason: str | None) -> None:
@@ -137,6 +141,7 @@ class Release:
                         own[key] = placeholder(p, own[key].dtype)
                 _stop_gradient(p)
                 self.released.add(p)
+                _SWITCHED_OFF[p] = True
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
             self.changed_since_rewrap = True
@@ -151,9 +156,14 @@ class Release:
         """Let tensors need gradients again."""
         for p in tensors:
             p.requires_grad_(True)
+            _SWITCHED_OFF.pop(p, None)
             if p in self.released:
                 self.released.discard(p)
                 self.changed_since_rewrap = True
+
+    def take_all_back(self, tensors: Iterable[Tensor]) -> None:
+        """Let those need gradients again that this optimizer or another one has released."""
+        self.take_back([p for p in tensors if p in self.released or p in _SWITCHED_OFF])
 
     def rewrap(self, ddp: DistributedDataParallel | None) -> nn.Module | None:
         """Initialise the wrapper anew if tensors were released or taken back since it last was."""

@@ -867,6 +867,16 @@ def test_a_wrong_checkpoint_is_refused_and_changes_nothing(build, bad, error, te
     assert_ends_as(name, run, 7)
 
 
+def test_a_threshold_from_a_checkpoint_needs_a_grace_period():
+    """The message names the checkpoint, since the caller has given no tau."""
+    params = parameters((4, 4))
+    saved = GradESAdamW(params, tau=2.5, grace_steps=0).state_dict()
+    optimizer = GradESAdamW(params, lr=1.0)
+    with pytest.raises(ValueError, match=r"checkpoint brings tau=2.5.*total_steps or grace_steps"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["tau"] is None and optimizer.param_groups[0]["lr"] == 1.0
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("side", ["saved", "live"])
 def test_wrapper_prefixes_are_no_other_names(prefix, side):

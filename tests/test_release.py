@@ -290,6 +290,34 @@ def test_a_checkpoint_of_released_state_loads_anywhere():
         train(other, resumed, 2, first=7)
 
 
+@pytest.mark.parametrize("of_adamw", [False, True])
+def test_a_checkpoint_trains_what_another_optimizer_has_released(of_adamw):
+    """As AdamW would: a run on the same model begins again at an earlier checkpoint."""
+    model, opt = build(statistic="change")
+    freeze(opt, UP)
+    train(model, opt, 3)
+    weights, saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    if of_adamw:
+        saved = opt.adamw_state_dict()
+    freeze(opt, UP, "layers.2.up_proj.weight", "layers.2.down_proj.weight")
+    train(model, opt, 3, first=3)
+    frozen_later = opt.frozen_units[1:]
+    assert stopped(model) == opt.frozen_units != [UP]
+    nobody_elses = model.layers[0]["down_proj"].weight.requires_grad_(False)
+    again = GradESAdamW(
+        [{"params": own["params"], "param_names": own["param_names"]} for own in opt.param_groups],
+        **{"tau": 0.0, "grace_steps": 0, "statistic": "change", "fused": False},
+    )
+    model.load_state_dict(weights)
+    again.load_state_dict(copy.deepcopy(saved))
+    assert not set(stopped(model)) & set(frozen_later) and not nobody_elses.requires_grad
+    assert again.frozen_units == ([] if of_adamw else [UP])
+    freeze(again)
+    train(model, again, 1, first=3)
+    params = dict(model.named_parameters())
+    assert not any(torch.equal(params[name], weights[name]) for name in frozen_later)
+
+
 def test_a_compact_checkpoint_loads_where_gradients_may_not_be_stopped():
     model, opt = build()
     freeze(opt, UP)
