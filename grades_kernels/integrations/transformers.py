@@ -206,9 +206,8 @@ def _checkpointed(model: Any, checkpointing: dict[str, Any] | None) -> Iterator[
     names = ["gradient_checkpointing", "_gradient_checkpointing_func"]
     names += ["_require_grads_hook", "_require_grads_hooks"]
     before = [
-        (module, {name: x for name, x in vars(module).items() if name in names}, hooks)
-        for module in model.modules()
-        for hooks in [dict(module._forward_hooks)]
+        (m, {name: x for name, x in vars(m).items() if name in names}, dict(m._forward_hooks))
+        for m in model.modules()
     ]
     of_layers = {"every_n_layers", "offload"} & checkpointing.keys()
     own = {name: checkpointing.pop(name) for name in of_layers}
