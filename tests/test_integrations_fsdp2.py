@@ -109,6 +109,7 @@ def main(folder):
         found["cut"] = trained(folder / "cut", cut={"n_batches": 6}, max_steps=4)
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()  # its threads may abort a process that ends
 
 
 if __name__ == "__main__":
