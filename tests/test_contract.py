@@ -1425,6 +1425,9 @@ def test_parameters_in_the_same_memory_are_updated_one_after_the_other(fused):
     ours = tied(GradESAdamW)
     assert ours.backend == "reference"
     assert_same(values(ours), values(tied(AdamW, foreach=False)))
+    of_class = [Weight(torch.ones(2, 2)) for _ in range(2)]
+    of_class[1].data = of_class[0].data
+    assert GradESAdamW(of_class).backend == "reference"
     flat = torch.randn(8, 4)
     views = [torch.nn.Parameter(x) for x in flat.split(2)]
     assert GradESAdamW(views).backend == GradESAdamW([flat.clone().requires_grad_()]).backend
