@@ -121,9 +121,9 @@ class Release:
         # After a change of requires_grad it takes one step with unsynchronised gradients, then
         # raises.
         return (
-            "DistributedDataParallel, or what else averages gradients, would wait for them. For "
-            "the saving under DDP, call ddp_model = optimizer.apply_freezes(ddp_model) now and "
-            "then, or once grades_kernels.integrations.release_under_ddp."
+            "DistributedDataParallel, or another wrapper that averages gradients, would wait for "
+            "them. For the saving under DDP, call ddp_model = optimizer.apply_freezes(ddp_model) "
+            "now and then, or once grades_kernels.integrations.release_under_ddp."
         )
 
     def raise_if_required(self, reason: str | None) -> None:
