@@ -91,9 +91,6 @@ def read_units(unit_map: UnitMap, state: State) -> None:
 
     Tensors that are not monitored have AdamW's keys and no other, those excepted that need no
     gradient now: they keep their row until they do again, without the previous gradient.
-
-    Raises:
-        ValueError: For a unit of which some tensors are frozen, and others not.
     """
     for unit, members in unit_map.members.items():
         states = [state.get(p) or DEFAULT_STATE for p in members]
@@ -131,19 +128,17 @@ def forget_moments(p: Tensor, state: State) -> None:
             own[key].zero_()
 
 
-def saved(
-    state_dict: dict[str, Any], state: State, groups: Groups, *, compact: bool
-) -> dict[str, Any]:
+def saved(state_dict: dict[str, Any], groups: Groups, *, compact: bool) -> dict[str, Any]:
     """torch's state dict with full shapes and AdamW's devices; see `GradESAdamW.state_dict`."""
     entries = state_dict.get("state", {})
-    steps = _steps_on_host(state, groups)
     # Of the groups as they are now: a tensor may have been replaced since the last step.
-    for k, p in enumerate([p for group in groups for p in group["params"]]):
+    pairs = [(p, group) for group in groups for p in group["params"]]
+    for k, (p, group) in enumerate(pairs):
         entry = dict(entries.get(k) or {})
         if not entry:
             continue
-        if p in steps:
-            entry["step"] = steps[p]
+        if isinstance(entry.get("step"), Tensor) and not (group["capturable"] or group["fused"]):
+            entry["step"] = entry["step"].cpu()  # where AdamW would store it
         if "prev_grad" in entry:
             # The widest dtype that a gradient may have (`grad_dtype` None allows any).
             entry["prev_grad"] = entry["prev_grad"].to(
@@ -190,10 +185,6 @@ def prepared(
         prev_grads: Receives them, by the position of their parameter among all.
         groups, state, config: Those of the optimizer.
         names: Per group the names of its tensors, or None.
-
-    Raises:
-        ValueError: If parameters were renamed, reordered or reshaped; with both names. If they were
-            in other groups. If the optimizer lacks the grace period that a threshold needs.
     """
     sizes, live_sizes = (
         [len(group["params"]) for group in both] for both in (incoming["param_groups"], groups)
@@ -308,21 +299,6 @@ def _init_states(params: Sequence[Tensor], state: State, groups: Groups) -> None
             device = p.device if group["capturable"] or group["fused"] else "cpu"
             state[p]["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device=device)
             add_missing_moments(state[p], p, amsgrad=group["amsgrad"])
-
-
-def _steps_on_host(state: State, groups: Groups) -> dict[Tensor, Tensor]:
-    """CPU copies of the steps that are on a device though AdamW would store them on the CPU."""
-    params = [
-        p
-        for group in groups
-        if not (group["capturable"] or group["fused"])
-        for p in group["params"]
-        if state.get(p) and state[p]["step"].device.type != "cpu"
-    ]
-    if not params:
-        return {}
-    steps = torch.stack([state[p]["step"] for p in params]).cpu()
-    return dict(zip(params, (step.clone() for step in steps), strict=True))
 
 
 def _are_same(names: Sequence[str], others: Sequence[str]) -> bool:

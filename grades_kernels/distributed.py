@@ -54,11 +54,7 @@ def is_initialized() -> bool:
 
 
 def in_a_job(group: ProcessGroup | None, tensors: Iterable[Tensor]) -> bool:
-    """Whether there are other ranks to agree with.
-
-    Raises:
-        ValueError: If this process is not one of `group`.
-    """
+    """Whether there are other ranks to agree with; ValueError if this process is not in `group`."""
     if not is_initialized():
         return False
     size = dist.get_world_size(group)
@@ -84,11 +80,7 @@ def all_sharded(tensors: Iterable[Tensor], group: ProcessGroup | None = None) ->
 
 
 def refuse_flat(tensors: Sequence[Tensor]) -> None:
-    """Raise for the flat tensors that wrappers put in place of matrices.
-
-    Raises:
-        ValueError: For tensors of FullyShardedDataParallel ("FSDP1") or DeepSpeed ZeRO.
-    """
+    """Raise ValueError for the flat tensors that wrappers put in place of matrices."""
     if any(getattr(p, "_fsdp_flattened", False) for p in tensors):
         wrapper, others = "FullyShardedDataParallel (FSDP1)", ""
     elif any(hasattr(p, "ds_id") for p in tensors) or (
@@ -188,18 +180,18 @@ class Ranks:
         gathered: list[Any] = [None] * dist.get_world_size(group)
         message = (table.config, table.t, mine, n_elements, on_device, uuid4().hex)
         dist.all_gather_object(gathered, message, group=group)
-        configs = [vars(config) for config, *_ in gathered]
+        configs, steps, from_ranks, sizes, are_on_device, tokens = zip(*gathered, strict=True)
         for name in vars(table.config):
-            check_same(f"the argument {name}", [config[name] for config in configs])
-        check_same("the number of steps taken", [t for _, t, *_ in gathered])
-        shares = [own for _, _, own, *_ in gathered]
+            check_same(f"the argument {name}", [getattr(config, name) for config in configs])
+        check_same("the number of steps taken", steps)
+        shares = list(from_ranks)
         shares[dist.get_rank(group)] = mine
         identities = [[(x.unit.name, x.shapes, x.checksum) for x in own] for own in shares]
         first = [identities.index(identity) for identity in identities]
         ranks.everywhere = len(set(first)) == 1
-        ranks.n_elements = sum(gathered[rank][3] for rank in set(first))
-        ranks.on_device = all(on_device for *_, on_device, _ in gathered)
-        ranks.token = gathered[0][-1]
+        ranks.n_elements = sum(sizes[rank] for rank in set(first))
+        ranks.on_device = all(are_on_device)
+        ranks.token = tokens[0]
         n_tensors = sum(map(len, members.values()))
         ranks.one_mesh = ranks.everywhere and [
             (len(dims), mesh.size(dims[0]), len(parts))
@@ -343,11 +335,7 @@ class Ranks:
         return whole
 
     def raise_difference(self, table: FreezeTable) -> None:
-        """Name the difference between the ranks, each of which raises when it finds one.
-
-        Raises:
-            RuntimeError: Always.
-        """
+        """Raise RuntimeError that names the difference; each rank calls this when it finds one."""
         rows = {
             x.name: (x.tau if x in self.members else None, *(getattr(x, key) for key in _STATE))
             for x in table.units

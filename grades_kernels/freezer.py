@@ -92,10 +92,7 @@ class Freezer:
         """The backend of every parameter group.
 
         `allow_meta` leaves out tensors of the meta device (deferred initialisation), whose device
-        is known at the first step.
-
-        Raises:
-            RuntimeError, ValueError: See `select.assign`.
+        is known at the first step. For errors see `select.assign`.
         """
         groups: Sequence[dict[str, Any]] = optimizer.param_groups
         if allow_meta:
@@ -128,11 +125,7 @@ class Freezer:
 
     @no_threads_after_fork()
     def begin_step(self, optimizer: Any) -> list[FreezeEvent]:
-        """Act on changes of the groups; returns the freezes not returned before.
-
-        Raises:
-            RuntimeError: With tau in a captured CUDA graph. Nothing has changed then.
-        """
+        """Act on changes of the groups; returns the freezes not returned before."""
         _refuse_capture(optimizer.param_groups)  # a graph could not be read back from
         read_back(self.engines, self.table, self.ranks)
         self._known_t = self.table.t
@@ -158,12 +151,7 @@ class Freezer:
 
     @no_threads_after_fork()
     def take_step(self, optimizer: Any) -> list[FreezeEvent]:
-        """Count a step and take it; returns its freezes, as far as they are known already.
-
-        Raises:
-            ValueError: If nothing can be monitored though tau is set, or a gradient does not fit.
-            RuntimeError: For a sparse gradient.
-        """
+        """Count a step and take it; returns its freezes, as far as they are known already."""
         table, groups, state = self.table, optimizer.param_groups, optimizer.state
         if not table.units and any([group["tau"] is not None for group in groups]):
             self.warn_once(nothing_is_monitored(groups, self.unit_map))
@@ -250,11 +238,7 @@ class Freezer:
         self._write_units(optimizer, units)
 
     def release_all(self, optimizer: Any, ddp: DistributedDataParallel | None) -> None:
-        """Release all frozen units now; `ddp` is their wrapper, if there is one.
-
-        Raises:
-            RuntimeError: If that is not safe.
-        """
+        """Release all frozen units now, or raise if that is not safe; `ddp` is their wrapper."""
         reason = self._why_not_release(optimizer, ddp=ddp)
         if reason:
             raise RuntimeError(f"apply_freezes(model): {reason}")
@@ -395,15 +379,16 @@ class Freezer:
         self.write_state(optimizer)
 
     @contextlib.contextmanager
-    def unchanged_on_error(self) -> Iterator[None]:
-        """Undo every change of this object, and of `requires_grad`, where the body raises."""
-        kept = dict(self.__dict__)
+    def unchanged_on_error(self, optimizer: Any) -> Iterator[None]:
+        """Undo every change of this object, state, groups and flags where the body raises."""
+        kept, state, groups = dict(self.__dict__), optimizer.state, optimizer.param_groups
         released = set(self.release.released)
         flags = [(p, p.requires_grad) for p in self.unit_map.params]
         try:
             yield
         except BaseException:
             self.__dict__.update(kept)
+            optimizer.state, optimizer.param_groups = state, groups
             self.release.released = released
             for p, flag in flags:
                 p.requires_grad_(flag)
@@ -422,10 +407,7 @@ class Freezer:
         freezer.group_gave_tau = saved.get("group_gave_tau", False)
         freezer.map_units(optimizer, saved["attached"])
         freezer.release.released = {
-            p
-            for unit, members in freezer.unit_map.members.items()
-            for p in members
-            if unit.is_frozen and not p.requires_grad
+            p for p, unit in freezer.unit_map.monitored if unit.is_frozen and not p.requires_grad
         }
         return freezer
 

@@ -356,7 +356,7 @@ class GradESAdamW(AdamW):
         freezer = self._exact()
         freezer.write_state(self)
         state_dict = super().state_dict()
-        return checkpoint.saved(state_dict, self.state, self.param_groups, compact=compact)
+        return checkpoint.saved(state_dict, self.param_groups, compact=compact)
 
     def adamw_state_dict(self) -> dict[str, Any]:
         """A state dict for plain `torch.optim.AdamW`, without the keys that are ours.
@@ -386,26 +386,21 @@ class GradESAdamW(AdamW):
                 Nothing has changed then.
         """
         prev_grads: dict[int, Tensor] = {}
-        names = names_of(self.param_groups, self._freezer.unit_map.attached)
-        own = self.param_groups, names, self.state, self._freezer.table.config
+        groups = self.param_groups
+        names = names_of(groups, self._freezer.unit_map.attached)
+        own = groups, names, self.state, self._freezer.table.config
 
         def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             return checkpoint.prepared(incoming, prev_grads, *own)
 
-        # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
-        before = self.register_load_state_dict_pre_hook(prepare)
         restore = functools.partial(self._freezer.restore, prev_grads=prev_grads)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        state, groups = self.state, self.param_groups
-        try:
-            with self._freezer.unchanged_on_error():
-                super().load_state_dict(state_dict)
-        except BaseException:
-            self.state, self.param_groups = state, groups
-            raise
-        finally:
-            before.remove()
-            after.remove()
+        # As hooks they run after the user's pre-hooks, which may rename, and before the post-hooks.
+        with (
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self._freezer.unchanged_on_error(self),
+        ):
+            super().load_state_dict(state_dict)
         if changes := checkpoint.replaced_settings(groups, self.param_groups):
             self._freezer.warn_once(changes)
 

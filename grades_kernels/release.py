@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, takewhile
+from itertools import takewhile
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -67,17 +67,13 @@ class Release:
         return wrapper if isinstance(wrapper, DistributedDataParallel) else None
 
     def begin_run(self, unit_map: UnitMap, group: ProcessGroup | None, ranks: Ranks | None) -> None:
-        """Look for reentrant checkpointing from the first step on.
-
-        Raises:
-            RuntimeError: If `stop_grad=True` is not possible.
-        """
+        """Look for reentrant checkpointing from the first step on; raise as `raise_if_required`."""
         if self._detector is not None:
             return
         reason = self.why_not(unit_map, group, ranks) if unit_map.members else None
         self.raise_if_required(reason)
         # Also where nothing is released by itself: `apply_freezes` may be called.
-        self._detector = ReentrantDetector(chain.from_iterable(unit_map.members.values()))
+        self._detector = ReentrantDetector(p for p, _ in unit_map.monitored)
 
     def why_not(
         self,
@@ -100,7 +96,7 @@ class Release:
                 "with reentrant activation checkpointing, a block none of whose inputs needs a "
                 "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
             )
-        members = list(chain.from_iterable(unit_map.members.values()))
+        members = [p for p, _ in unit_map.monitored]
         if not in_a_job(group, members) and not (automatic and is_initialized()):
             return None
         ddp = ddp or self.ddp
@@ -180,13 +176,7 @@ class ReentrantDetector:
     block needs one. Stopping a gradient below can bring that about, and then every tensor of the
     block silently stops learning. Nothing in a model says which kind of checkpointing it uses, but
     a reentrant backward pass runs inside another: its frame is on the stack when a gradient
-    arrives.
-
-    Args:
-        tensors: Tensors to observe, each until its first gradient.
-
-    Attributes:
-        found: Whether a gradient has arrived from a reentrant backward pass.
+    arrives. Each tensor is observed until its first gradient; `found` has the result so far.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -260,14 +250,13 @@ def memory_of(unit_map: UnitMap, state: State, released: Iterable[Tensor]) -> Me
     """
     states = [state[p] for p in unit_map.params if state.get(p)]
     given_up, given_back = set(released), 0
-    for unit, tensors in unit_map.members.items():
-        for p in tensors:
-            grad_bytes = _n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
-            if unit.is_decided and unit.uses_prev_grad:
-                given_back += grad_bytes
-            if p in given_up:
-                amsgrad = "max_exp_avg_sq" in state.get(p, {})
-                given_back += grad_bytes + (3 if amsgrad else 2) * _n_bytes(p)
+    for p, unit in unit_map.monitored:
+        grad_bytes = _n_bytes(p) // p.element_size() * gradient_dtype(p.grad, p).itemsize
+        if unit.is_decided and unit.uses_prev_grad:
+            given_back += grad_bytes
+        if p in given_up:
+            amsgrad = "max_exp_avg_sq" in state.get(p, {})
+            given_back += grad_bytes + (3 if amsgrad else 2) * _n_bytes(p)
     return Memory(
         moments=sum(_n_bytes(own.get(key)) for own in states for key in MOMENTS),
         prev_grads=sum(_n_bytes(own.get("prev_grad")) for own in states),

@@ -43,6 +43,7 @@ from harness import (
     values,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -53,6 +54,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from grades_kernels import GradESAdamW
+from grades_kernels import checkpoint as own_checkpoint
 from grades_kernels.checkpoint import STATE_KEYS
 from grades_kernels.freezing.table import Unit
 
@@ -1006,6 +1008,16 @@ def form(state):
     return {
         k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else type(v) for k, v in state.items()
     }
+
+
+def test_steps_on_several_devices_are_saved_on_the_cpu():
+    """As in AdamW without `fused`, which makes them there."""
+    with FakeTensorMode():
+        params = [torch.empty(2, 2, device=f"cuda:{i}") for i in range(2)]
+        state = {k: {"step": torch.zeros((), device=p.device)} for k, p in enumerate(params)}
+        groups = [{"params": params, "capturable": False, "fused": None}]
+        own_checkpoint.saved({"state": state, "param_groups": []}, groups, compact=False)
+    assert [own["step"].device.type for own in state.values()] == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize("at", [2, 7])

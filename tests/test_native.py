@@ -537,7 +537,6 @@ def test_steps_in_fp64():
         ([torch.ones(2, 2), torch.ones(2, 2, device="meta")], "'cpu' alone"),
         ([torch.ones(1, 2).expand(2, 2)], "expanded view"),
         ([TwoTensor(torch.ones(2), torch.ones(2))], "subclass"),
-        ([], "no parameters"),
     ],
 )
 def test_what_it_does_not_serve(params, reason):

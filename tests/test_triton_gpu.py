@@ -217,6 +217,12 @@ def test_other_devices(options, devices):
 
 
 @two_devices
+def test_steps_on_two_devices_are_saved_on_the_cpu():
+    saved = spread(None, ("cuda:0", "cuda:1")).steps(2).opt.state_dict()
+    assert all(own["step"].device.type == "cpu" for own in saved["state"].values())
+
+
+@two_devices
 def test_two_devices_never_wait_for_each_other():
     run = spread(True, ("cuda:0", "cuda:1"), max_frozen=0.5).steps(3)
     grads = gradients(run, range(4, 9))

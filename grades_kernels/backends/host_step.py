@@ -159,10 +159,8 @@ class HostEngine:
     ) -> Callable[[], dict[Unit, float]]:
         """A function that returns the statistic of every unit whose check is not void.
 
-        It is the same on all ranks.
-
-        In a job of several processes all of them call this together. Where a single exchange is
-        enough it has begun, and the result waits for it.
+        All ranks of a job call this together and get the same. Where a single exchange is enough
+        it has begun, and the result waits for it.
         """
         statistics = self.unit_statistics
         if ranks is None:
@@ -195,9 +193,6 @@ class UnitStatistics:
 
     In Python: behind a step over all tensors every call of torch is slow, some 20 microseconds, and
     most models have a few hundred units.
-
-    Args:
-        units: The unit of each tensor, None where it is not monitored.
 
     Attributes:
         positions: The tensors of every unit that has all of them here.

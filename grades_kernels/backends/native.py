@@ -46,8 +46,6 @@ def why_not_loaded() -> str | None:
 
 def why_not_native(params: Sequence[Tensor]) -> str | None:
     """The reason why the native op cannot serve these parameters, or None."""
-    if not params:
-        return "there are no parameters"
     devices = {p.device.type for p in params}
     if devices != {"cpu"}:
         return f"the native op runs on 'cpu' alone, not on {sorted(devices)}"

@@ -117,8 +117,8 @@ def _adamw_mixed(tensors: StepTensors, options: GroupOptions, lr: float | Tensor
     """
     columns = _columns(tensors, options, [i])
     dtype = torch.promote_types(tensors.params[i].dtype, columns[1][0].dtype)
-    *wide, steps = [[x.to(dtype) for x in column] for column in columns[:-1]] + [columns[-1]]
-    _adamw(options, lr, None, *wide, steps)
+    wide = [[x.to(dtype) for x in column] for column in columns[:-1]]
+    _adamw(options, lr, None, *wide, columns[-1])
     for column, wide_column in zip(columns, wide, strict=False):
         for x, wide_x in zip(column, wide_column, strict=True):
             if x is not tensors.grads[i]:
@@ -126,45 +126,21 @@ def _adamw_mixed(tensors: StepTensors, options: GroupOptions, lr: float | Tensor
 
 
 def _adamw(
-    options: GroupOptions, lr: float | Tensor, grad_scale: Tensor | None, *columns: list[Tensor]
+    options: GroupOptions, lr: float | Tensor, grad_scale: Tensor | None, *columns: Any
 ) -> None:
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = columns
+    """torch's AdamW on the lists of tensors that `_columns` returns."""
     # In a CUDA graph many small kernels would be replayed: there torch chooses, as its AdamW does.
     foreach = options.foreach if options.capturable else bool(options.foreach)
     fused = options.fused if options.capturable else False
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        state_steps,
-        foreach=foreach,
-        capturable=options.capturable,
-        differentiable=options.differentiable,
-        fused=fused,
-        grad_scale=grad_scale,
-        has_complex=any(map(torch.is_complex, params)),
-        amsgrad=options.amsgrad,
-        beta1=options.beta1,
-        beta2=options.beta2,
-        lr=lr,
-        weight_decay=options.weight_decay,
-        eps=options.eps,
-        maximize=options.maximize,
-    )
+    own: dict[str, Any] = options._replace(lr=lr, foreach=foreach, fused=fused)._asdict()
+    own |= {"grad_scale": grad_scale, "has_complex": any(map(torch.is_complex, columns[0]))}
+    adamw(*columns, **own)
 
 
 def _columns(tensors: StepTensors, options: GroupOptions, chosen: list[int]) -> list[list[Any]]:
     """The tensor lists that AdamW takes, for the chosen positions."""
-    columns: list[list[Any]] = [
-        tensors.params,
-        tensors.grads,
-        tensors.exp_avgs,
-        tensors.exp_avg_sqs,
-        tensors.max_exp_avg_sqs if options.amsgrad else [],
-        tensors.state_steps,
-    ]
+    maxima = tensors.max_exp_avg_sqs if options.amsgrad else []
+    columns: list[list[Any]] = [*tensors[:4], maxima, tensors.state_steps]
     return [[column[i] for i in chosen] if column else [] for column in columns]
 
 

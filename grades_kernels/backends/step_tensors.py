@@ -249,18 +249,10 @@ def prepare_state(
     prev_grads: bool,
     default_state: Mapping[str, Any],
 ) -> None:
-    """Check all gradients, and make the state that their tensors lack.
+    """Check all gradients, and make the state that the tensors of `chosen` (per group) lack.
 
-    Args:
-        chosen: The parameters to prepare, with their units, per group.
-        init_group: `Adam._init_group` of the optimizer.
-        prev_grads: Whether the next step reads or writes previous gradients.
-        default_state: The first state of a monitored tensor, beside AdamW's.
-
-    Raises:
-        RuntimeError: For a sparse gradient.
-        ValueError: For a gradient that does not fit its parameter.
-        AssertionError: For `capturable=True` on a device that does not support it.
+    `init_group` is `Adam._init_group` of the optimizer, `default_state` the first state of a
+    monitored tensor beside AdamW's. `prev_grads` as in `Layout.collect`.
     """
     check_gradients(groups)
     for group, pairs in zip(groups, chosen, strict=True):
@@ -286,11 +278,7 @@ def prepare_state(
 
 
 def _place_as_parameter(own: dict[str, Any], p: Any) -> None:
-    """Bring the state of a DTensor to the ranks that have the parameter's elements.
-
-    Raises:
-        RuntimeError: For state that is no DTensor, as in torch's own AdamW.
-    """
+    """Bring the state of a DTensor to the ranks that have the parameter's elements."""
     for key in (*MOMENTS, "prev_grad"):
         x = own.get(key)
         if x is None or x.numel() == 0 or x.shape != p.shape:  # a placeholder

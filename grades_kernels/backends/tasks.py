@@ -26,7 +26,7 @@ UPDATE, KEEP, UNSCALE = 8, 16, 32
 
 
 class GroupOptions(NamedTuple):
-    """The hyper-parameters and flags of a parameter group, as in `torch.optim.AdamW`."""
+    """The hyper-parameters and flags of a parameter group, as in `torch.optim.adamw.adamw`."""
 
     lr: float | Tensor
     beta1: float | Tensor

@@ -50,15 +50,9 @@ class TritonEngine:
     device has taken it.
 
     Args:
-        tensors: The tensors of the first step, whether they have a gradient or not.
-        units: The unit of each of them, None where it is not monitored.
-        device: Their device.
-        layout: The positions of the tensors; None where a single step is taken.
+        tensors, units, layout: As in `HostEngine`; tensors may lack a gradient.
         own_units: The units to decide, in the same order on all ranks of a job, also those of other
             ranks, and those of which no tensor has state yet; None: those of the tensors.
-
-    Raises:
-        ValueError: If state cannot be read by the kernels; `fit_state` makes it so that it can.
     """
 
     runs_ahead = unscales = True
@@ -101,7 +95,9 @@ class TritonEngine:
         self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
         self.position = {p: n for n, p in tensors.dtensors}
         self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
-        self.pending: Any = None  # the arguments of `_outcome`
+        # Of a step under way: per tensor 1 if it is updated, the units whose gradients it stores
+        # (both if it happens); whether it decides, all ranks take part, the device may skip it.
+        self.pending: tuple[np.ndarray, list[Unit], bool, bool, bool] | None = None
         self.is_compiled, self.only_compiles = layout is None, False
         self.in_step = False  # also after an exception, when the state of the device is unknown
         self.stream = torch.cuda.current_stream(device) if self.cuda else None
@@ -206,21 +202,7 @@ class TritonEngine:
     def sync(self) -> Outcome | None:
         if self.pending is None:
             return None
-        outcome, self.pending = self._outcome(*self.pending), None
-        return outcome
-
-    def _outcome(
-        self, updated: np.ndarray, kept: list[Unit], decides: bool, agreed: bool, scaled: bool
-    ) -> Outcome:
-        """The results of the last step, once the device has taken it.
-
-        Args:
-            updated: Per tensor 1 if it was updated, provided that the step happened.
-            kept: The units of which all gradients were stored, if it happened.
-            decides: Whether values and decisions were computed.
-            agreed: Whether all ranks took part.
-            scaled: Whether the device knows if the step happened.
-        """
+        updated, kept, decides, agreed, scaled = self.pending
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
         own_units = self.tables.own_units
@@ -239,6 +221,7 @@ class TritonEngine:
                 must_join = bool(of_ranks[-1])
         if happened:
             self.steps += updated
+        self.pending = None
         return Outcome(values, kept, decided, happened, ranks_agree, must_join)
 
     def _tasks(
@@ -397,9 +380,6 @@ def _readable(
 
     They walk through memory, in which a gradient may have other strides than its parameter, or the
     other sign (a lazily negated tensor, as the imaginary part of a conjugate).
-
-    Raises:
-        RuntimeError: If the kernels unscale a gradient that cannot be written to.
     """
     grads, copies = list(tensors.grads), []
     for n in tensors.unordered or ():

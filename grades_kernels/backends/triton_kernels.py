@@ -33,12 +33,7 @@ MAX_REGISTERS = 168
 
 
 def launch_options(backend: str, warp_size: int = 32) -> dict[str, Any]:
-    """Compile options of both kernels.
-
-    Args:
-        backend: "cuda", "hip" or "cpu" (the interpreter).
-        warp_size: Threads of a warp on the device.
-    """
+    """Compile options of both kernels for "cuda", "hip" or "cpu" (the interpreter)."""
     # Every operation rounds, as in the reference and alike in all variants.
     options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
     if backend == "cuda":

@@ -64,9 +64,6 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
 
     `name` is the path of the stack, where a model has several; None: there is one, beside which
     lists of single layers (norms, the linear layers of a head) do not count.
-
-    Raises:
-        ValueError: If there is none, or several and `name` is None; the message names them.
     """
     stacks = {stack.name: stack for stack in _stacks(model)}
     if name is None:
@@ -127,9 +124,6 @@ def below_the_blocks(
         backward: Computes the loss and all gradients anew, the same in every call.
         used: Names of the tensors that get a gradient from it. Others may act on the loss of other
             batches, as the head of a second task.
-
-    Raises:
-        ValueError: If no block is called.
     """
     # Hooks that are set after `model.compile()` may not be seen by code that was compiled before.
     with _stopped_inputs(stack.blocks) as order, torch.compiler.set_stance("force_eager"):

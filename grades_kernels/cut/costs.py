@@ -30,14 +30,8 @@ def step_costs(
 ) -> dict[int | None, float]:
     """The cost of forward and backward pass with every cut, relative to none.
 
-    Args:
-        model: The model; its `requires_grad` flags are not restored.
-        backward: As in `below_the_blocks`.
-        segments: As in `Cut`.
-        kind: "count" or "time".
-
-    Raises:
-        ValueError: If there is nothing to count.
+    `backward` is as in `below_the_blocks`, `segments` as in `Cut`, `kind` as `cost` of
+    `choose_cut`. The `requires_grad` flags of the model are not restored.
     """
     params = trainable(model)
     measure = _multiply_adds if kind == "count" else _seconds

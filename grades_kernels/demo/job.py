@@ -130,11 +130,6 @@ def run_demo(plan: Plan, out: str | os.PathLike[str]) -> dict[str, Any]:
     """Pre-train, fine-tune four times, print the comparison, and return the content of runs.json.
 
     The folder `out`, made when missing, gets report.json, report.png, runs.json and runs.png.
-
-    Raises:
-        ImportError: rich or matplotlib is missing.
-        FileNotFoundError: The source of the standard library is missing.
-        ValueError: The plan has too few steps.
     """
     if plan.steps < MIN_STEPS:
         raise ValueError(f"steps={plan.steps} must be {MIN_STEPS} or more: tau needs observations")

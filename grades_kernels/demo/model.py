@@ -126,11 +126,7 @@ class Text(NamedTuple):
 
 
 def read_library(part: str, root: str | os.PathLike[str] | None = None) -> Text:
-    """Read the standard library's "modules" (its top folder) or "packages", in a fixed order.
-
-    Raises:
-        FileNotFoundError: `root`, by default the library of this Python, has too little source.
-    """
+    """The standard library's "modules" (its top folder) or "packages"; `root`: another library."""
     root = Path(root or sysconfig.get_path("stdlib"))
     patterns = ["*.py"] if part == "modules" else [f"{x}/**/*.py" for x in PACKAGES.split()]
     paths = sorted(path for pattern in patterns for path in root.glob(pattern))

@@ -23,11 +23,7 @@ def exact_grace_steps(alpha: float, total_steps: int) -> int:
 
 
 def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
-    """The configuration for the arguments of `GradESAdamW`, where `alpha` gives the grace period.
-
-    Raises:
-        ValueError: For a value out of range, naming the argument, the value and the range.
-    """
+    """The configuration for the arguments of `GradESAdamW`, checked."""
     check_number("alpha", alpha, "[0, 1)", lambda x: 0 <= x < 1)
     check_number("max_frozen", arguments["max_frozen"], "(0, 1]", lambda x: 0 < x <= 1)
     for name, least in _LEAST.items():
@@ -46,11 +42,7 @@ def make_config(*, alpha: float, **arguments: Any) -> FreezeConfig:
 
 
 def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
-    """Check the freezing settings of a parameter group.
-
-    Raises:
-        ValueError: For an impossible value, or a combination that cannot work.
-    """
+    """Raise ValueError for settings of a parameter group that cannot work."""
     tau, statistic = group["tau"], group["statistic"]
     if not group.get("decoupled_weight_decay", True):
         raise ValueError(
@@ -86,11 +78,7 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
 
 
 def check_new_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
-    """As `check_group`, before a group is added.
-
-    Raises:
-        ValueError: Also for an option of the whole optimizer that the group has otherwise.
-    """
+    """As `check_group`, and for an option of the whole optimizer that a new group has otherwise."""
     # ZeroRedundancyOptimizer copies them into groups, which go into checkpoints for other runs.
     for name, value in vars(config).items():
         if group.get(name) not in (None, value):
@@ -118,7 +106,7 @@ def unused_options(config: FreezeConfig, groups: Sequence[Mapping[str, Any]]) ->
     )
 
 
-# All three raise ValueError with the argument, the value and the valid ones.
+# These raise ValueError with the argument, the value and the valid ones.
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,5 @@
 """Parameter names: the unit that a tensor belongs to, and the layer and the kind of a unit.
 
-A *unit* is a set of tensors that freeze together: one weight matrix, one stack of expert matrices
-stored in a single parameter, or the factors of one LoRA update.
-
 Names are compared by whole components ("lm_head") or whole words of a component ("q_norm" is a
 norm), never by substrings: "overhead_proj" and "normalizer_proj" contain none of the words below.
 """

@@ -1,9 +1,9 @@
 """The freeze table: the statistic of every unit, and the steps of its decision and its freezing.
 
-A *unit* is a set of tensors that freeze together: one weight matrix, or the A/B pair of a LoRA
-adapter. The table is plain Python and refers to no tensor, so it can be read, pickled and rebuilt
-at any time. Every decision is made here; the Triton kernels make the same one on the device, and
-the host repeats it here with the statistics that the device wrote.
+A *unit* is a set of tensors that freeze together: one weight matrix, one stack of expert matrices
+stored in a single parameter, or the factors of one LoRA update. The table is plain Python and
+refers to no tensor, so it can be read, pickled and rebuilt at any time. Every decision is made
+here; the Triton kernels make the same one on the device, and the host repeats it here.
 """
 
 from __future__ import annotations

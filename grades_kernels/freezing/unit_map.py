@@ -128,9 +128,6 @@ def make_unit_map(
         is_frozen: Whether a tensor is frozen by this optimizer.
         attached: Names of the tensors of each group, in place of the groups' own.
         prefix: Put before the names of nameless units, e.g. "rank1.".
-
-    Raises:
-        ValueError: For a frozen tensor that is no longer monitored, and for tensors of one name.
     """
     params: list[Tensor] = []
     units: list[Unit | None] = []
@@ -195,11 +192,7 @@ def make_unit_map(
 
 
 def names_of(groups: Groups, attached: list[list[str]] | None) -> list[list[str] | None]:
-    """Per group the names of its tensors, or None.
-
-    Raises:
-        ValueError: If tensors have been removed since names were attached.
-    """
+    """Per group the names of its tensors, or None; `attached` are those of `attach(model)`."""
     names: list[list[str] | None] = [group.get("param_names") for group in groups]
     if attached is not None:
         sizes = [len(group["params"]) for group in groups[: len(attached)]]
@@ -219,9 +212,6 @@ def names_from_model(groups: Groups, model: Any) -> list[list[str]]:
     """The names that the tensors of each group have in a model.
 
     A tied tensor gets the name that leaves it unmonitored, if it has one.
-
-    Raises:
-        ValueError: If a tensor of a group is no parameter of the model.
     """
     names: dict[Tensor, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -171,8 +171,7 @@ def _are_finished(trainer: Trainer) -> bool:
 
 def _stop(trainer: Trainer, pl_module: LightningModule) -> None:
     trainer.should_stop = True
-    units = [own for x in _optimizers(trainer) for own in x._freezer.unit_map.members.values()]
-    monitored = set(itertools.chain.from_iterable(units))
+    monitored = {p for x in _optimizers(trainer) for p, _ in x._freezer.unit_map.monitored}
     if not any(p.requires_grad and p not in monitored for p in pl_module.parameters()):
         # They are released, or about to be; a backward pass would fail after that.
         trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None

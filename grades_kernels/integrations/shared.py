@@ -95,9 +95,6 @@ def within_an_epoch(options: Mapping[str, Any], loader: Any) -> dict[str, Any]:
     """The options with which `choose_cut` reads no more batches than the loader has.
 
     In a second epoch the gain would be measured on examples that the direction knows.
-
-    Raises:
-        ValueError: If it has fewer than four.
     """
     n_batches = (choose_cut.__kwdefaults__ or {})["n_batches"]
     with suppress(TypeError):  # a loader without a length
@@ -111,11 +108,7 @@ def within_an_epoch(options: Mapping[str, Any], loader: Any) -> dict[str, Any]:
 
 
 def choice_options(cut: Any) -> dict[str, Any] | None:
-    """The options with which `choose_cut` has still to choose a cut; None where it need not.
-
-    Raises:
-        ValueError: If `cut` is neither None nor "auto", a `Cut`, or a mapping of such options.
-    """
+    """The options with which `choose_cut` has still to choose a cut; None where it need not."""
     if cut is None or isinstance(cut, Cut):
         return None
     options = set(choose_cut.__kwdefaults__ or ())

@@ -1,8 +1,4 @@
-"""The report of a run, to print, save, load and plot, and thresholds calculated from it.
-
-Importing this package imports neither ``rich`` nor ``matplotlib``: only colours and pictures need
-them.
-"""
+"""The report of a run, and thresholds calculated from it. Imports neither rich nor matplotlib."""
 
 from ..freezing.table import FreezeEvent
 from .calibration import Calibration, calibrate
