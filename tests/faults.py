@@ -196,15 +196,19 @@ def with_new_moment(tensors, i, statistic, options):
 
 
 measuring("momentum looks at the new moment", with_new_moment)
-measuring(
-    "momentum ignores maximize",
-    lambda tensors, i, statistic, options: (
-        tensors,
-        i,
-        statistic,
-        options._replace(maximize=False),
-    ),
-)
+
+
+def without_maximize(name):
+    def change(tensors, i, statistic, options):
+        if statistic == table.STATISTICS[name].code:
+            options = options._replace(maximize=False)
+        return tensors, i, statistic, options
+
+    return change
+
+
+measuring("momentum ignores maximize", without_maximize("momentum"))
+measuring("gain against the sign of maximize", without_maximize("gain"), STATISTICS, ORACLE)
 
 wrapping("differences are rounded to bf16", reference, "_widened", SEMANTICS)(
     lambda real: lambda x: x
@@ -232,16 +236,6 @@ def _(real):
 @fault("signal after a single gradient is evidence", STATISTICS, ORACLE)
 def _(patch):
     patch.setitem(reference._LEAST_STEPS, table.STATISTICS["signal"].code, 1)
-
-
-@wrapping("gain against the sign of maximize", reference, "_measure", STATISTICS, ORACLE)
-def _(real):
-    def measure(tensors, i, statistic, options):
-        if statistic == table.STATISTICS["gain"].code:
-            options = options._replace(maximize=False)
-        return real(tensors, i, statistic, options)
-
-    return measure
 
 
 # Evidence

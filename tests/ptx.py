@@ -37,6 +37,7 @@ TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
 
 _BASE = 4096  # below it no memory is mapped
 _PROGRAMS_AT_ONCE = 64
+_PROGRAM_BITS = 17  # addresses have 47, and the lowest one is dropped
 _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -352,20 +353,21 @@ def check_races(accesses: Sequence[tuple[bool, int, np.ndarray, np.ndarray]]) ->
     """Raise if a program wrote bytes that another one of its launch wrote or read."""
 
     def pairs(wanted: bool) -> np.ndarray:
-        """(address in units of 2 bytes, program) of all that was stored, or loaded."""
-        found = [np.zeros((0, 2), np.int64)]
+        """All that was stored, or loaded: the address in units of 2 bytes, then the program."""
+        found = [np.zeros(0, np.int64)]
         for stores, n_bytes, at, program in accesses:
             if stores == wanted:
-                units = (at[:, None] // 2 + np.arange(max(1, n_bytes // 2))).ravel()
-                found.append(np.stack([units, np.repeat(program, len(units) // len(at))], axis=1))
-        return np.unique(np.concatenate(found), axis=0)
+                units = at[:, None] // 2 + np.arange(max(1, n_bytes // 2))
+                found.append((units << _PROGRAM_BITS | program[:, None]).ravel())
+        return np.unique(np.concatenate(found))
 
     written = pairs(True)
-    if len(np.unique(written[:, 0])) < len(written):
+    places = written >> _PROGRAM_BITS  # in order, as `written` is
+    if (places[1:] == places[:-1]).any():
         raise Fault("two programs write the same bytes")
     read = pairs(False)
-    read = read[np.isin(read[:, 0], written[:, 0])]
-    if len(np.unique(np.concatenate([written, read]), axis=0)) > len(written):
+    read = read[np.isin(read >> _PROGRAM_BITS, places)]
+    if not np.isin(read, written).all():
         raise Fault("a program reads bytes that another one writes")
 
 
@@ -408,6 +410,7 @@ class EmulatedKernel:
 
     def _launch(self, n_programs: int, *args: Any, **options: Any) -> None:
         EmulatedKernel.n_launches += 1
+        assert n_programs < 1 << _PROGRAM_BITS
         code = self._code(args, options)
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
         arguments = dict.fromkeys(code.params, 0)  # Triton adds two that are not used

@@ -59,6 +59,31 @@ def gradient(kind, p, seed, scale):
     return g
 
 
+GRADIENTS_OF_STEPS = st.fixed_dictionaries(
+    {
+        "kinds": st.lists(st.sampled_from(GRADIENTS), min_size=9, max_size=9),
+        "seed": SEEDS,
+        "scale": st.sampled_from([1.0, 0.3, 0.03]),
+        "n": st.integers(1, 3),
+    }
+)
+
+
+def change(**drawn):
+    """A rule that changes something with the values drawn, and then takes steps."""
+
+    def decorate(function):
+        def changed(self, gradients, **values):
+            function(self, **values)
+            self.check()
+            self.steps(**gradients)
+
+        changed.__name__ = function.__name__
+        return rule(gradients=GRADIENTS_OF_STEPS, **drawn)(changed)
+
+    return decorate
+
+
 def decisions(optimizer):
     return [(event.step, event.unit, event.decided_at) for event in optimizer.freeze_events]
 
@@ -96,14 +121,8 @@ class Changes(RuleBasedStateMachine):
     def frozen(self):
         return self.worlds["reference"][1].frozen_units
 
-    @rule(
-        kinds=st.lists(st.sampled_from(GRADIENTS), min_size=9, max_size=9),
-        seed=SEEDS,
-        scale=st.sampled_from([1.0, 0.3, 0.03]),
-        n=st.integers(1, 3),
-    )
-    def step(self, kinds, seed, scale, n):
-        def change(params, optimizer):
+    def steps(self, kinds, seed, scale, n):
+        def take(params, optimizer):
             for t in range(n):
                 for k, p in enumerate(params):
                     kind = kinds[k] if p.dim() > 1 or kinds[k] != "transposed" else "usual"
@@ -111,44 +130,48 @@ class Changes(RuleBasedStateMachine):
                 if optimizer.monitored_units:
                     optimizer.step()
 
-        self.each(change)
+        self.each(take)
 
-    @rule(k=st.integers(0, 1), tau=st.sampled_from(TAUS))
+    @change()
+    def no_change(self):
+        pass
+
+    @change(k=st.integers(0, 1), tau=st.sampled_from(TAUS))
     def change_tau(self, k, tau):
-        def change(params, optimizer):
+        def act(params, optimizer):
             if tau is None:
                 optimizer.thaw()
             optimizer.param_groups[k]["tau"] = tau
 
-        self.each(change)
+        self.each(act)
 
-    @rule(k=st.integers(0, 1), lr=st.sampled_from([0.0, 0.001, 0.03]))
+    @change(k=st.integers(0, 1), lr=st.sampled_from([0.0, 0.001, 0.03]))
     def change_lr(self, k, lr):
         self.each(lambda params, optimizer: optimizer.param_groups[k].update(lr=lr))
 
     @precondition(lambda self: not self.frozen)
-    @rule(k=st.integers(0, 1), statistic=st.sampled_from(STATISTICS))
+    @change(k=st.integers(0, 1), statistic=st.sampled_from(STATISTICS))
     def change_statistic(self, k, statistic):
         self.each(lambda params, optimizer: optimizer.param_groups[k].update(statistic=statistic))
 
-    @rule(k=st.integers(0, 3))
+    @change(k=st.integers(0, 3))
     def thaw(self, k):
-        def change(params, optimizer):
+        def act(params, optimizer):
             units = optimizer.monitored_units
             optimizer.thaw(units[k : k + 1] if k < len(units) else None)
 
-        self.each(change)
+        self.each(act)
 
-    @rule()
+    @change()
     def apply_freezes(self):
         self.each(lambda params, optimizer: optimizer.apply_freezes())
 
-    @rule(by_pickle=st.booleans())
+    @change(by_pickle=st.booleans())
     def copy(self, by_pickle):
         copied = (lambda x: pickle.loads(pickle.dumps(x))) if by_pickle else copy.deepcopy
         self.each(lambda *world: copied(world))
 
-    @rule(compact=st.booleans(), new=st.booleans())
+    @change(compact=st.booleans(), new=st.booleans())
     def resume(self, compact, new):
         for name, (params, optimizer) in self.worlds.items():
             file = io.BytesIO()
@@ -164,34 +187,34 @@ class Changes(RuleBasedStateMachine):
             self.worlds[name] = params, optimizer
 
     @precondition(lambda self: len(self.worlds["reference"][0]) < 9)
-    @rule(seed=SEEDS, tau=st.sampled_from(TAUS))
+    @change(seed=SEEDS, tau=st.sampled_from(TAUS))
     def add_group(self, seed, tau):
-        def change(params, optimizer):
+        def act(params, optimizer):
             params.append(nn.Parameter(random((3, 5), seed)))
             optimizer.add_param_group({"params": params[-1:], "tau": tau, "statistic": "change"})
 
-        self.each(change)
+        self.each(act)
 
-    @rule(k=st.integers(0, 3), transposed=st.booleans())
+    @change(k=st.integers(0, 3), transposed=st.booleans())
     def replace_data(self, k, transposed):
-        def change(params, optimizer):
+        def act(params, optimizer):
             p = params[k]
             p.grad = None
             p.data = p.data.t() if transposed and p.shape == (4, 4) else p.data.clone()
 
-        self.each(change)
+        self.each(act)
 
-    @rule(k=st.integers(0, 3))
+    @change(k=st.integers(0, 3))
     def replace_moment(self, k):
-        def change(params, optimizer):
+        def act(params, optimizer):
             own = optimizer.state.get(params[k], {})
             if "exp_avg" in own:
                 own["exp_avg"] = own["exp_avg"] * 0.5
 
-        self.each(change)
+        self.each(act)
 
     @invariant()
-    def both_are_alike(self):
+    def check(self):
         (theirs, reference), (ours, optimizer) = self.worlds.values()
         assert decisions(optimizer) == decisions(reference)
         assert optimizer.all_frozen == reference.all_frozen

@@ -539,7 +539,7 @@ def test_is_finished_is_the_same_on_a_rank_that_reads_and_on_one_that_does_not(b
 @ranks.on_ranks(2)
 def test_a_rank_that_is_waited_for_in_vain_is_named():
     """Rank 0 reads a check of which rank 1 has no part."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=4))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
     dist.barrier()
     # DTensor's caches would put another mesh in place of this one if it had no name of its own.
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("missing",))

@@ -151,24 +151,20 @@ def disturbed(backend, disturb, options):
     return result(run.steps(2))
 
 
-@pytest.mark.parametrize("options", MONITORED.values(), ids=MONITORED)
+@pytest.mark.parametrize("name", MONITORED)
 @pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("backend", FUSED, indirect=True)
 def test_a_disturbed_run_equals_one_that_searches_in_every_step(
-    backend, disturb, options, monkeypatch
+    backend, disturb, name, monkeypatch
 ):
-    found_once = disturbed(backend, disturb, options)
+    """And one under a torch without guards."""
+    found_once = disturbed(backend, disturb, MONITORED[name])
+    if name == "freezing":
+        with monkeypatch.context() as patch:
+            patch.delattr(torch._C._dynamo.guards, "TensorGuards")
+            assert_same(found_once, disturbed(backend, disturb, MONITORED[name]))
     searched_anew(monkeypatch)
-    assert_same(found_once, disturbed(backend, disturb, options))
-
-
-@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("backend", FUSED, indirect=True)
-def test_a_torch_without_guards_gives_the_same_result(backend, disturb, monkeypatch):
-    options = MONITORED["freezing"]
-    with_guards = disturbed(backend, disturb, options)
-    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
-    assert_same(with_guards, disturbed(backend, disturb, options))
+    assert_same(found_once, disturbed(backend, disturb, MONITORED[name]))
 
 
 @pytest.mark.parametrize(
