@@ -127,8 +127,7 @@ class Changes(RuleBasedStateMachine):
                 for k, p in enumerate(params):
                     kind = kinds[k] if p.dim() > 1 or kinds[k] != "transposed" else "usual"
                     p.grad = gradient(kind, p, seed + 10 * t + k, scale)
-                if optimizer.monitored_units:
-                    optimizer.step()
+                optimizer.step()
 
         self.each(take)
 
@@ -201,6 +200,40 @@ class Changes(RuleBasedStateMachine):
             p = params[k]
             p.grad = None
             p.data = p.data.t() if transposed and p.shape == (4, 4) else p.data.clone()
+
+        self.each(act)
+
+    @change()
+    def replace_data_of_state(self):
+        def act(params, optimizer):
+            for own in optimizer.state.values():
+                for x in filter(torch.is_tensor, own.values()):
+                    x.data = x.data.clone()
+
+        self.each(act)
+
+    @change(k=st.integers(0, 3), flag=st.booleans())
+    def switch(self, k, flag):
+        def act(params, optimizer):
+            if params[k] not in optimizer._freezer.release.released:
+                params[k].requires_grad_(flag)
+
+        self.each(act)
+
+    @change(k=st.integers(0, 3))
+    def forget_state(self, k):
+        def act(params, optimizer):
+            unit = optimizer._freezer.unit_map.units[k]
+            if unit is None or not unit.is_decided:
+                optimizer.state.pop(params[k], None)
+
+        self.each(act)
+
+    @precondition(lambda self: not self.frozen)
+    @change()
+    def resume_as_adamw(self):
+        def act(params, optimizer):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.adamw_state_dict()))
 
         self.each(act)
 
