@@ -196,9 +196,15 @@ def test_a_chosen_cut_leaves_no_trace_but_frozen_tensors(tmp_path, name):
     assert report.cut == cut.summary() in str(report)
 
 
-def test_a_run_with_a_cut_resumes_from_its_file(tmp_path):
+@pytest.fixture(scope="module")
+def deep_cut(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("cut"), model=deep_llama())
+    return add_grades(trainer, cut="auto", **OPTIONS).cut
+
+
+def test_a_run_with_a_cut_resumes_from_its_file(tmp_path, deep_cut):
     settings = {"save_strategy": "steps", "save_steps": 6}
-    cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut="auto", **OPTIONS).cut.at(2)
+    cut = deep_cut.at(2)
     whole = make_trainer(tmp_path / "whole", model=deep_llama(), **settings)
     expected = train(whole, cut=cut, tau=0.0)
     again = Cut.load(tmp_path / "whole" / "grades_cut.json")
@@ -207,10 +213,9 @@ def test_a_run_with_a_cut_resumes_from_its_file(tmp_path):
     assert_same_run((resumed.model, actual), (whole.model, expected), history=False)
 
 
-def test_a_cut_above_all_blocks_trains_the_head_with_plain_adamw(tmp_path):
-    cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut="auto", **OPTIONS).cut.at(4)
+def test_a_cut_above_all_blocks_trains_the_head_with_plain_adamw(tmp_path, deep_cut):
     trainer = make_trainer(tmp_path, model=deep_llama())
-    optimizer = train(trainer, cut=cut)
+    optimizer = train(trainer, cut=deep_cut.at(4))
     assert optimizer.monitored_units == [] and trainer.state.global_step == STEPS
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == {
         "lm_head.weight", "model.norm.weight"
@@ -364,8 +369,8 @@ def test_a_chosen_cut_needs_batches_that_are_dicts(tmp_path):
         add_grades(trainer, cut="auto", **OPTIONS)
 
 
-def test_a_model_that_train_makes_has_the_cut_too(tmp_path):
-    cut = add_grades(make_trainer(tmp_path, model=deep_llama()), cut="auto", **OPTIONS).cut.at(2)
+def test_a_model_that_train_makes_has_the_cut_too(tmp_path, deep_cut):
+    cut = deep_cut.at(2)
     arguments = transformers.TrainingArguments(str(tmp_path), **TRAINER)
     trainer = transformers.Trainer(
         args=arguments, train_dataset=sentences(), data_collator=Recorder(), model_init=deep_llama
@@ -383,6 +388,13 @@ def test_patterns_are_checked_before_a_cut_is_applied(tmp_path, pattern):
     with pytest.raises(ValueError, match=re.escape(repr(pattern))):
         add_grades(trainer, cut="auto", tau=0.0, taus={pattern: 1.0})
     assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_a_threshold_for_matrices_below_the_cut_warns(tmp_path, deep_cut):
+    trainer = make_trainer(tmp_path, model=deep_llama())
+    with pytest.warns(UserWarning, match=r"without effect.*'layers\\\\.0'"):
+        optimizer = train(trainer, cut=deep_cut.at(2), tau=0.0, taus={r"layers\.0": 1.0})
+    assert {unit.tau for unit in optimizer.report().units} == {0.0}
 
 
 def test_options_of_the_choice(tmp_path):

@@ -579,6 +579,16 @@ def test_other_invalid_arguments_raise(arguments, error, message):
         grades_param_groups(**arguments)
 
 
+@pytest.mark.parametrize("pattern", [r"^blocks\.0\.mlp\.0\.weight$", r"\.0\.attn"])
+def test_a_threshold_for_untrained_units_alone_warns(pattern):
+    model = in_list(Block(), Block())
+    model.blocks[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=re.escape(f"requires_grad=False: {pattern!r}")) as caught:
+        groups = grades_param_groups(model, tau=1.0, taus={pattern: 2.0})
+    assert caught[0].filename == __file__
+    assert {group["tau"] for group in groups} == {None, 1.0}
+
+
 def test_two_units_of_one_name_raise():
     inner, blocks = nn.ModuleDict({"blocks": nn.ModuleList(linears(8))}), nn.ModuleList(linears(8))
     model = nn.ModuleDict({"blocks": blocks, "module": inner})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,7 +53,8 @@ def grades_param_groups(
             the optimizer.
         taus: Thresholds for some units, `{regex: tau}`: the first regex that `re.search` finds in
             the canonical name of a unit or of one of its tensors wins. None as a threshold leaves
-            the units unmonitored. Default: none.
+            the units unmonitored. One that finds only tensors with `requires_grad=False` has no
+            effect, with a warning. Default: none.
         verbose: Print a table of the monitored units and one of the other tensors. Default False.
 
     Returns:
@@ -78,7 +80,7 @@ def grades_param_groups(
     units = _tensors_of_units(tensors)
     if not units:
         raise ValueError(_nothing_to_monitor(model))
-    tau_of_unit = _taus_of_units(units, tau, taus)
+    tau_of_unit = _taus_of_units(units, tau, taus, model)
     if all(value is None for value in tau_of_unit.values()):
         raise ValueError(
             f"taus={taus} sets None for every one of the {len(units)} units: nothing is left to "
@@ -197,10 +199,18 @@ def _taus_of_units(
     units: Mapping[str, Sequence[_NamedTensor]],
     tau: float | str,
     taus: Mapping[str, float | None],
+    model: nn.Module,
 ) -> dict[str, float | str | None]:
     """The tau of every unit: that of the first pattern that matches one of its names."""
     names = {unit: [unit, *(canonical_name(e.name) for e in units[unit])] for unit in units}
+    untrained = [
+        name
+        for own, p in model.named_parameters()
+        if not p.requires_grad and (unit := unit_of(own, p.shape, p.dtype))
+        for name in (unit, canonical_name(own))
+    ]
     chosen: dict[str, float | str | None] = {}
+    idle: list[str] = []
     for pattern, value in taus.items():
         try:
             search = re.compile(pattern).search
@@ -211,12 +221,20 @@ def _taus_of_units(
             ) from None
         unit_tau = None if value is None else _checked_number(f"taus[{pattern!r}]", value)
         matched = [unit for unit in units if any(map(search, names[unit]))]
-        if not matched:
+        if not matched and any(map(search, untrained)):
+            idle.append(pattern)
+        elif not matched:
             raise ValueError(
                 f"taus: {pattern!r} matches none of the {len(units)} monitored units, which are "
                 f"called {_sample(units)}. Correct the pattern or leave it out"
             )
         chosen = {**dict.fromkeys(matched, unit_tau), **chosen}
+    if idle:  # a cut may lie above them
+        warnings.warn(
+            f"taus: without effect, since they match only tensors with requires_grad=False: "
+            f"{_sample(idle)}.",
+            stacklevel=3,
+        )
     return {**dict.fromkeys(units, tau), **chosen}
 
 
