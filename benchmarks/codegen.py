@@ -21,7 +21,6 @@ take, and an access that has fallen apart shows because it is missing.
 from __future__ import annotations
 
 import argparse
-import bisect
 import importlib.util
 import itertools
 import os
@@ -31,9 +30,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from struct import unpack_from
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -212,16 +210,18 @@ def _compile(
     return triton.compile(source, target=target, options=options)
 
 
-def inspect(compiled: Any, text: str) -> Code:
-    """Wide accesses and their order in the machine code, and the registers and memory it takes."""
+def inspect(compiled: Any) -> Code:
+    """Wide accesses and their order, and the registers and memory of the kernel."""
     if "ptx" in compiled.asm:
-        usage = _usage(compiled.asm["cubin"])
+        text = _disassembled(compiled.asm["cubin"])
+        usage = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
         accesses = [
             (kind, int(vector) * int(bits) // 8)
             for kind, vector, bits in _PTX_ACCESS.findall(compiled.asm["ptx"])
         ]
         order, registers, spilled = list(_sass(text)), usage["REG"], usage["STACK"] + usage["LOCAL"]
     else:
+        text = compiled.asm["amdgcn"]
         usage = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
         accesses = order = list(_gcn(text))
         registers = usage["vgpr_count"]
@@ -264,45 +264,12 @@ def _gcn(text: str) -> Iterator[tuple[str, int]]:
         yield {"lo": "ld", "st": "st"}[access], 16
 
 
-def disassembled(kernels: Sequence[Any], target: GPUTarget) -> list[str]:
-    """The machine code of each kernel as text. NVIDIA's tool takes a third of a second to start."""
-    if target.backend == "hip":
-        return [compiled.asm["amdgcn"] for compiled in kernels]
-    codes = [_machine_code(compiled.asm["cubin"]) for compiled in kernels]
-    arch = f"SM{target.arch}{'a' if target.arch >= 90 else ''}"
-    text = _run("nvdisasm", b"".join(codes), "--no-dataflow", "--binary", arch)
-    ends = list(itertools.accumulate(map(len, codes)))
-    parts: list[list[str]] = [[] for _ in codes]
-    for line in text.splitlines():
-        if address := _ADDRESS.match(line):
-            parts[bisect.bisect_right(ends, int(address[1], 16))].append(line)
-    return ["\n".join(part) for part in parts]
-
-
-_ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")
-
-
-def _machine_code(cubin: bytes) -> bytes:
-    """The section of the only kernel in an ELF file."""
-    (table,), (size, n, names) = unpack_from("<Q", cubin, 40), unpack_from("<HHH", cubin, 58)
-    sections = [unpack_from("<IIQQQQ", cubin, table + k * size) for k in range(n)]
-    strings = sections[names][4]
-    (found,) = (x for x in sections if cubin.startswith(b".text.", strings + x[0]))
-    return cubin[found[4] : found[4] + found[5]]
-
-
-def _usage(cubin: bytes) -> dict[str, int]:
-    text = _run("cuobjdump", cubin, "--dump-resource-usage")
-    return {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-
-
-def _run(tool: str, data: bytes, *options: str) -> str:
-    """What one of the tools that come with Triton prints about a file of this content."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+def _disassembled(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(data)
+        file.write(cubin)
         file.flush()
-        command = [path, *options, file.name]
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -346,14 +313,12 @@ def main() -> int:
     dtypes = options.dtypes or (QUICK_DTYPES if options.quick else DTYPES)
     rows = []
     for name in options.target or (QUICK_TARGETS if options.quick else TARGETS):
-        target, chosen = TARGETS[name], list(variants(dtypes, options.quick))
-        steps = [compile_step(kernels, variant, target) for variant in chosen]
-        decisions = [compile_decide(kernels, target, flags) for flags in DECISIONS]
-        compiled = [*(kernel for kernel, _ in steps), *decisions]
-        codes = list(map(inspect, compiled, disassembled(compiled, target)))
-        for variant, (_, per_thread), code in zip(chosen, steps, codes, strict=False):
+        for variant in variants(dtypes, options.quick):
+            compiled, per_thread = compile_step(kernels, variant, TARGETS[name])
+            code = inspect(compiled)
             rows.append(_row(name, variant, code, faults(variant, code, per_thread)))
-        for flags, code in zip(DECISIONS, codes[len(steps) :], strict=True):
+        for flags in DECISIONS:
+            code = inspect(compile_decide(kernels, TARGETS[name], flags))
             label = " ".join(["decide", *flags]).lower()
             rows.append(_row(name, label, code, faults_of_any(code)))
     harness.print_table("Machine code of the kernels (widths: aligned path, per thread)", rows)
