@@ -583,7 +583,7 @@ def test_other_invalid_arguments_raise(arguments, error, message):
 def test_a_threshold_for_untrained_units_alone_warns(pattern):
     model = in_list(Block(), Block())
     model.blocks[0].requires_grad_(False)
-    with pytest.warns(UserWarning, match=re.escape(f"requires_grad=False: {pattern!r}")) as caught:
+    with pytest.warns(UserWarning, match=re.escape(f"no effect: {pattern!r}.")) as caught:
         groups = grades_param_groups(model, tau=1.0, taus={pattern: 2.0})
     assert caught[0].filename == __file__
     assert {group["tau"] for group in groups} == {None, 1.0}

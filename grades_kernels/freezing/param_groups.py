@@ -231,8 +231,8 @@ def _taus_of_units(
         chosen = {**dict.fromkeys(matched, unit_tau), **chosen}
     if idle:  # a cut may lie above them
         warnings.warn(
-            f"taus: without effect, since they match only tensors with requires_grad=False: "
-            f"{_sample(idle)}.",
+            "these patterns in taus match only tensors with requires_grad=False and have no "
+            f"effect: {_sample(idle)}.",
             stacklevel=3,
         )
     return {**dict.fromkeys(units, tau), **chosen}
