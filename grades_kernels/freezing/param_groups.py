@@ -18,7 +18,7 @@ _WITHOUT_DECAY = frozenset({"vector", "norm", "bias"})
 
 
 class _NamedTensor(NamedTuple):
-    """A trainable tensor of a model: a member of `unit`, or left unmonitored for a `reason`."""
+    """A tensor of a model: a member of `unit`, or left unmonitored for a `reason`."""
 
     name: str
     tensor: Tensor
@@ -76,7 +76,7 @@ def grades_param_groups(
     if not isinstance(taus, Mapping):
         raise TypeError(f"taus={taus!r} must be a mapping of regular expressions to thresholds")
 
-    tensors = _trainable_tensors(model)
+    tensors = _named_tensors(model, requires_grad=True)
     units = _tensors_of_units(tensors)
     if not units:
         raise ValueError(_nothing_to_monitor(model))
@@ -99,11 +99,11 @@ def grades_param_groups(
     return list(groups.values())
 
 
-def _trainable_tensors(model: nn.Module) -> list[_NamedTensor]:
-    """Every trainable tensor once, under its first name; any of its names can exclude it."""
+def _named_tensors(model: nn.Module, *, requires_grad: bool) -> list[_NamedTensor]:
+    """Every tensor with this flag once, under its first name; any of its names can exclude it."""
     names: dict[Tensor, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if parameter.requires_grad == requires_grad:
             names[parameter].append(name)
     linear = _linear_weights(model)
     tensors = []
@@ -203,14 +203,8 @@ def _taus_of_units(
 ) -> dict[str, float | str | None]:
     """The tau of every unit: that of the first pattern that matches one of its names."""
     names = {unit: [unit, *(canonical_name(e.name) for e in units[unit])] for unit in units}
-    untrained = [
-        name
-        for own, p in model.named_parameters()
-        if not p.requires_grad and (unit := unit_of(own, p.shape, p.dtype))
-        for name in (unit, canonical_name(own))
-    ]
     chosen: dict[str, float | str | None] = {}
-    idle: list[str] = []
+    unmatched: list[str] = []
     for pattern, value in taus.items():
         try:
             search = re.compile(pattern).search
@@ -221,18 +215,21 @@ def _taus_of_units(
             ) from None
         unit_tau = None if value is None else _checked_number(f"taus[{pattern!r}]", value)
         matched = [unit for unit in units if any(map(search, names[unit]))]
-        if not matched and any(map(search, untrained)):
-            idle.append(pattern)
-        elif not matched:
-            raise ValueError(
-                f"taus: {pattern!r} matches none of the {len(units)} monitored units, which are "
-                f"called {_sample(units)}. Correct the pattern or leave it out"
-            )
+        if not matched:
+            unmatched.append(pattern)
         chosen = {**dict.fromkeys(matched, unit_tau), **chosen}
-    if idle:  # a cut may lie above them
-        warnings.warn(
+    if unmatched:
+        others = _named_tensors(model, requires_grad=False)
+        untrained = [name for e in others if e.unit for name in (e.unit, canonical_name(e.name))]
+        for pattern in unmatched:
+            if not any(map(re.compile(pattern).search, untrained)):
+                raise ValueError(
+                    f"taus: {pattern!r} matches none of the {len(units)} monitored units, which "
+                    f"are called {_sample(units)}. Correct the pattern or leave it out"
+                )
+        warnings.warn(  # a cut may lie above them
             "these patterns in taus match only tensors with requires_grad=False and have no "
-            f"effect: {_sample(idle)}.",
+            f"effect: {_sample(unmatched)}.",
             stacklevel=3,
         )
     return {**dict.fromkeys(units, tau), **chosen}
