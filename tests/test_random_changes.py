@@ -70,11 +70,15 @@ GRADIENTS_OF_STEPS = st.fixed_dictionaries(
 
 
 def change(**drawn):
-    """A rule that changes something with the values drawn, and then takes steps."""
+    """A rule that changes both worlds with the values drawn, and then takes steps.
+
+    The function gets the parameters, the optimizer and the values; it may return others of the
+    former two in their place.
+    """
 
     def decorate(function):
         def changed(self, gradients, **values):
-            function(self, **values)
+            self.each(lambda *world: function(self, *world, **values))
             self.check()
             self.steps(**gradients)
 
@@ -107,10 +111,10 @@ class Changes(RuleBasedStateMachine):
                 {"params": params[2 * k : 2 * k + 2], "tau": tau, "statistic": statistic}
                 for k, (tau, statistic) in enumerate(zip(taus, statistics, strict=True))
             ]
-            self.worlds[name] = params, self.optimizer(name, groups)
+            self.worlds[name] = params, self.optimizer(groups, FUSED[name])
 
-    def optimizer(self, name, groups):
-        return GradESAdamW(groups, lr=0.01, fused=FUSED[name], **self.options)
+    def optimizer(self, groups, fused):
+        return GradESAdamW(groups, lr=0.01, fused=fused, **self.options)
 
     def each(self, change):
         """Apply `change(params, optimizer)` to both; it may return others in their place."""
@@ -132,119 +136,91 @@ class Changes(RuleBasedStateMachine):
         self.each(take)
 
     @change()
-    def no_change(self):
+    def no_change(self, params, optimizer):
         pass
 
     @change(k=st.integers(0, 1), tau=st.sampled_from(TAUS))
-    def change_tau(self, k, tau):
-        def act(params, optimizer):
-            if tau is None:
-                optimizer.thaw()
-            optimizer.param_groups[k]["tau"] = tau
-
-        self.each(act)
+    def change_tau(self, params, optimizer, k, tau):
+        if tau is None:
+            optimizer.thaw()
+        optimizer.param_groups[k]["tau"] = tau
 
     @change(k=st.integers(0, 1), lr=st.sampled_from([0.0, 0.001, 0.03]))
-    def change_lr(self, k, lr):
-        self.each(lambda params, optimizer: optimizer.param_groups[k].update(lr=lr))
+    def change_lr(self, params, optimizer, k, lr):
+        optimizer.param_groups[k]["lr"] = lr
 
     @precondition(lambda self: not self.frozen)
     @change(k=st.integers(0, 1), statistic=st.sampled_from(STATISTICS))
-    def change_statistic(self, k, statistic):
-        self.each(lambda params, optimizer: optimizer.param_groups[k].update(statistic=statistic))
+    def change_statistic(self, params, optimizer, k, statistic):
+        optimizer.param_groups[k]["statistic"] = statistic
 
     @change(k=st.integers(0, 3))
-    def thaw(self, k):
-        def act(params, optimizer):
-            units = optimizer.monitored_units
-            optimizer.thaw(units[k : k + 1] if k < len(units) else None)
-
-        self.each(act)
+    def thaw(self, params, optimizer, k):
+        units = optimizer.monitored_units
+        optimizer.thaw(units[k : k + 1] if k < len(units) else None)
 
     @change()
-    def apply_freezes(self):
-        self.each(lambda params, optimizer: optimizer.apply_freezes())
+    def apply_freezes(self, params, optimizer):
+        optimizer.apply_freezes()
 
     @change(by_pickle=st.booleans())
-    def copy(self, by_pickle):
-        copied = (lambda x: pickle.loads(pickle.dumps(x))) if by_pickle else copy.deepcopy
-        self.each(lambda *world: copied(world))
+    def copy(self, params, optimizer, by_pickle):
+        world = params, optimizer
+        return pickle.loads(pickle.dumps(world)) if by_pickle else copy.deepcopy(world)
 
     @change(compact=st.booleans(), new=st.booleans())
-    def resume(self, compact, new):
-        for name, (params, optimizer) in self.worlds.items():
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(compact=compact), file)
-            file.seek(0)
-            if new:
-                for p in optimizer._freezer.release.released:
-                    p.requires_grad_(True)
-                keys = ("params", "tau", "statistic")
-                groups = [{key: g[key] for key in keys} for g in optimizer.param_groups]
-                optimizer = self.optimizer(name, groups)
-            optimizer.load_state_dict(torch.load(file, weights_only=True))
-            self.worlds[name] = params, optimizer
+    def resume(self, params, optimizer, compact, new):
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(compact=compact), file)
+        file.seek(0)
+        if new:
+            for p in optimizer._freezer.release.released:
+                p.requires_grad_(True)
+            keys = ("params", "tau", "statistic")
+            groups = [{key: g[key] for key in keys} for g in optimizer.param_groups]
+            optimizer = self.optimizer(groups, optimizer.defaults["fused"])
+        optimizer.load_state_dict(torch.load(file, weights_only=True))
+        return params, optimizer
 
     @precondition(lambda self: len(self.worlds["reference"][0]) < 9)
     @change(seed=SEEDS, tau=st.sampled_from(TAUS))
-    def add_group(self, seed, tau):
-        def act(params, optimizer):
-            params.append(nn.Parameter(random((3, 5), seed)))
-            optimizer.add_param_group({"params": params[-1:], "tau": tau, "statistic": "change"})
-
-        self.each(act)
+    def add_group(self, params, optimizer, seed, tau):
+        params.append(nn.Parameter(random((3, 5), seed)))
+        optimizer.add_param_group({"params": params[-1:], "tau": tau, "statistic": "change"})
 
     @change(k=st.integers(0, 3), transposed=st.booleans())
-    def replace_data(self, k, transposed):
-        def act(params, optimizer):
-            p = params[k]
-            p.grad = None
-            p.data = p.data.t() if transposed and p.shape == (4, 4) else p.data.clone()
-
-        self.each(act)
+    def replace_data(self, params, optimizer, k, transposed):
+        p = params[k]
+        p.grad = None
+        p.data = p.data.t() if transposed and p.shape == (4, 4) else p.data.clone()
 
     @change()
-    def replace_data_of_state(self):
-        def act(params, optimizer):
-            for own in optimizer.state.values():
-                for x in filter(torch.is_tensor, own.values()):
-                    x.data = x.data.clone()
-
-        self.each(act)
+    def replace_data_of_state(self, params, optimizer):
+        for own in optimizer.state.values():
+            for x in filter(torch.is_tensor, own.values()):
+                x.data = x.data.clone()
 
     @change(k=st.integers(0, 3), flag=st.booleans())
-    def switch(self, k, flag):
-        def act(params, optimizer):
-            if params[k] not in optimizer._freezer.release.released:
-                params[k].requires_grad_(flag)
-
-        self.each(act)
+    def switch(self, params, optimizer, k, flag):
+        if params[k] not in optimizer._freezer.release.released:
+            params[k].requires_grad_(flag)
 
     @change(k=st.integers(0, 3))
-    def forget_state(self, k):
-        def act(params, optimizer):
-            unit = optimizer._freezer.unit_map.units[k]
-            if unit is None or not unit.is_decided:
-                optimizer.state.pop(params[k], None)
-
-        self.each(act)
+    def forget_state(self, params, optimizer, k):
+        unit = optimizer._freezer.unit_map.units[k]
+        if unit is None or not unit.is_decided:
+            optimizer.state.pop(params[k], None)
 
     @precondition(lambda self: not self.frozen)
     @change()
-    def resume_as_adamw(self):
-        def act(params, optimizer):
-            optimizer.load_state_dict(copy.deepcopy(optimizer.adamw_state_dict()))
-
-        self.each(act)
+    def resume_as_adamw(self, params, optimizer):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.adamw_state_dict()))
 
     @change(k=st.integers(0, 3))
-    def replace_moment(self, k):
-        def act(params, optimizer):
-            own = optimizer.state.get(params[k], {})
-            if "exp_avg" in own:
-                own["exp_avg"] = own["exp_avg"] * 0.5
-
-        self.each(act)
+    def replace_moment(self, params, optimizer, k):
+        own = optimizer.state.get(params[k], {})
+        if "exp_avg" in own:
+            own["exp_avg"] = own["exp_avg"] * 0.5
 
     @invariant()
     def check(self):
