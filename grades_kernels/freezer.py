@@ -406,9 +406,8 @@ class Freezer:
         freezer.table = saved["table"]
         freezer.group_gave_tau = saved.get("group_gave_tau", False)
         freezer.map_units(optimizer, saved["attached"])
-        freezer.release.released = {
-            p for p, unit in freezer.unit_map.monitored if unit.is_frozen and not p.requires_grad
-        }
+        monitored = freezer.unit_map.monitored  # what needs no gradient is frozen there
+        freezer.release.released = {p for p, _ in monitored if not p.requires_grad}
         return freezer
 
     def warn_once(self, message: str) -> None:

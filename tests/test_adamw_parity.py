@@ -201,9 +201,10 @@ def test_mixed_dtypes_in_one_group(mode):
 @amsgrad_or_not
 @maximize_or_not
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_complex_parameters(mode, dtype, amsgrad, maximize):
+@pytest.mark.parametrize("foreach", [False, True])
+def test_complex_parameters(mode, foreach, dtype, amsgrad, maximize):
     """A complex tensor is updated as two real ones, its state stays complex, and no unit has it."""
-    flags = {"amsgrad": amsgrad, "maximize": maximize}
+    flags = {"amsgrad": amsgrad, "maximize": maximize, "foreach": foreach}
     Twins(lambda: small_parameters(dtype) + small_parameters(), mode, **flags, **HYPER).train(4)
 
 

@@ -16,6 +16,7 @@ import math
 import pickle
 import types
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ from torch.optim.optimizer import (
 from torch_inputs import ADAMW, common_optimizers, needs_torch_inputs
 
 from grades_kernels import GradESAdamW, grades_adamw
-from grades_kernels.backends import native, select
+from grades_kernels.backends import native, select, step_tensors
+from grades_kernels.backends import reference as reference_backend
 
 OWN_OPTIONS = {
     "tau": None,
@@ -498,6 +500,17 @@ def functional_step(*params, **flags):
 def test_an_unknown_backend_is_not_the_reference():
     with pytest.raises(KeyError, match="mine"):
         select.run_tasks_of(["mine"])
+
+
+@pytest.mark.parametrize(("capturable", "chosen"), [(True, None), (False, False)])
+def test_torch_chooses_the_implementation_of_a_captured_step(capturable, chosen, monkeypatch):
+    """adam.py: with foreach and fused at None, else one tensor after the other."""
+    monkeypatch.setattr(step_tensors, "check_capturable", lambda p: None)  # on the CPU too
+    called = Mock()
+    monkeypatch.setattr(reference_backend, "adamw", called)
+    params = parameters()
+    train(GradESAdamW(params, capturable=capturable, fused=None if capturable else False), 1)
+    assert [called.call_args.kwargs[name] for name in ("foreach", "fused")] == [chosen, chosen]
 
 
 def test_functional_form_refuses_capturable_on_the_cpu_as_the_class_does():

@@ -589,6 +589,16 @@ def test_a_threshold_for_untrained_units_alone_warns(pattern):
     assert {group["tau"] for group in groups} == {None, 1.0}
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"0\.self_attn\.q_proj\.lora\.default$", r"0\..*v_proj\.lora_A"]
+)
+def test_an_untrained_lora_pair_is_found_by_its_name_and_by_those_of_its_factors(hf, peft, pattern):
+    model = lora_llama(hf, peft)
+    model.get_base_model().model.layers[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=re.escape(f"no effect: {pattern!r}.")):
+        grades_param_groups(model, tau=1.0, taus={pattern: 2.0})
+
+
 def test_two_units_of_one_name_raise():
     inner, blocks = nn.ModuleDict({"blocks": nn.ModuleList(linears(8))}), nn.ModuleList(linears(8))
     model = nn.ModuleDict({"blocks": blocks, "module": inner})
