@@ -7,6 +7,7 @@ safe.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -105,6 +106,12 @@ class Release:
                 return (
                     "with post_localSGD_hook the weights of the ranks differ until they are "
                     "averaged, and torch's averagers leave out those without a gradient."
+                )
+            if ddp.mixed_precision or ddp._delay_all_reduce_params:
+                return (
+                    "mixed_precision and delay_all_reduce_named_params of DistributedDataParallel "
+                    "leave hooks in the model, so that it cannot be wrapped anew. Leave them out "
+                    "(autocast does the same as the first), or use fully_shard (FSDP2)."
                 )
             if ranks is None or ranks.everywhere:
                 return None
@@ -206,25 +213,26 @@ class ReentrantDetector:
 def initialise_anew(ddp: DistributedDataParallel) -> nn.Module:
     """Initialise a DDP wrapper anew, with its settings, for the tensors that still need gradients.
 
-    It stays the same object, so every reference to it stays right. Forward hooks that were
-    registered on the wrapper itself are lost. Where nothing is left to train, which DDP refuses to
-    wrap, the result is the bare module, and using the wrapper raises an error.
+    It stays the same object, so every reference to it stays right. Where nothing is left to train,
+    which DDP refuses to wrap, the result is the bare module, and using the wrapper raises an error.
     """
-    hooks, module, training = _hooks(ddp), ddp.module, ddp.training
+    hooks, module, own = _hooks(ddp), ddp.module, vars(ddp)
     builtin = str(ddp._get_ddp_logging_data().get("comm_hook"))
-    renamed = hasattr(ddp, "forward_sync_buffers")  # in torch 2.13, where the old name warns
-    buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
-    names = ["device_ids", "output_device", "dim", "process_group", "static_graph", buffers]
-    names += ["find_unused_parameters", "gradient_as_bucket_view", "mixed_precision"]
-    settings = {name: getattr(ddp, name) for name in names}
-    settings["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
+    # Most arguments are attributes of the same name; the mesh has given its process group.
+    arguments = inspect.signature(DistributedDataParallel.__init__).parameters
+    settings = {name: own[name] for name in arguments if name in own and name != "device_mesh"}
     settings["init_sync"] = False  # the ranks have the same weights already
+    if not ddp.bucket_bytes_cap_default:
+        settings["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
+    if caps := own.get("bucket_bytes_cap_list"):  # since torch 2.11
+        settings["bucket_cap_mb_list"] = [cap / 2**20 for cap in caps]
+    of_module = {name: own[name] for name in vars(nn.Module())}  # forward hooks, training, ...
     # They have hooks on the gradients, of which there must not be two kinds.
     del ddp.reducer, ddp.logger
     if not any(p.requires_grad for p in module.parameters()):
         return module
     DistributedDataParallel.__init__(ddp, module, **settings)
-    ddp.training = training
+    own.update(of_module)
     for hook, state in hooks:
         if hasattr(state, "start_powerSGD_iter"):
             # Its buffers have the sizes of the buckets, which DDP changes again after a pass.

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import copy
 import gc
+import inspect
 import math
 import multiprocessing
 import warnings
@@ -635,6 +636,71 @@ def test_nothing_is_released_where_ranks_train_apart():
     assert opt.frozen_units == [UP] and stopped(model) == []
     with pytest.raises(RuntimeError, match=r"apply_freezes\(model\): with post_localSGD_hook"):
         opt.apply_freezes(ddp)
+
+
+SETTINGS = [
+    {},
+    {"bucket_cap_mb": 1e-3, "find_unused_parameters": True, "skip_all_reduce_unused_params": True},
+    {"bucket_cap_mb_list": [1e-3, 2e-3], "gradient_as_bucket_view": True},
+    {"batched_grad_copy": True, "static_graph": True, "broadcast_buffers": False},
+]
+
+
+def described(ddp):
+    """All that a wrapper says of itself, but for times, objects and the model."""
+    own = {k: x for k, x in vars(ddp).items() if isinstance(x, (bool, int, float, str, list))}
+    logged = {k: x for k, x in ddp._get_ddp_logging_data().items() if "time" not in k}
+    return logged | {k: x for k, x in own.items() if k != "_module_parameters"}
+
+
+@pytest.mark.filterwarnings("ignore:.*broadcast_buffers:FutureWarning")
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda x: ",".join(x) or "defaults")
+@ranks.on_ranks(2)
+def test_a_wrapper_that_is_initialised_anew_has_its_settings_and_hooks(settings):
+    """It is like one that is made for the tensors that are left."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    settings = {name: x for name, x in settings.items() if name in known}  # of this torch
+    model, opt = build()
+    ddp, calls = DistributedDataParallel(model, **settings), []
+    ddp.register_forward_hook(lambda *_: calls.append(ddp))
+    ddp.eval()
+    release_under_ddp(opt, lambda: ddp)
+    freeze(opt, UP)
+    train(ddp, opt, 3)
+    assert stopped(model) == [UP] and len(calls) == 3 and not ddp.training
+    model, _ = build()
+    model.layers[0].up_proj.requires_grad_(False)
+    fresh = DistributedDataParallel(model, **settings)
+    fresh.eval()
+    train(fresh, torch.optim.SGD(model.parameters()), 1)
+    assert described(ddp) == described(fresh)
+
+
+def delayed(model):
+    first, last = next(model.named_parameters()), model.lm_head.weight
+    return DistributedDataParallel(
+        model, delay_all_reduce_named_params=[first], param_to_hook_all_reduce=last
+    )
+
+
+def mixed_precision(model):
+    ddp = DistributedDataParallel(model)
+    ddp.mixed_precision = object()  # the argument needs an accelerator
+    return ddp
+
+
+@pytest.mark.parametrize("wrap", [delayed, mixed_precision])
+@ranks.on_ranks(2)
+def test_a_wrapper_with_hooks_in_the_model_is_not_initialised_anew(wrap):
+    model, opt = build()
+    ddp = wrap(model)
+    freeze(opt, UP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, opt, 2)
+    with pytest.raises(RuntimeError, match=r"delay_all_reduce_named_params .* leave hooks"):
+        opt.apply_freezes(ddp)
+    assert stopped(model) == [] and hasattr(ddp, "reducer")
 
 
 @ranks.on_ranks(2)
