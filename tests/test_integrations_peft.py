@@ -1,5 +1,7 @@
 """LoRA and DoRA adapters of PEFT as units, in a plain loop, in the Trainer and in TRL."""
 
+import contextlib
+
 import pytest
 import torch
 from tiny import TRAINER, Recorder, assert_same_weights, sentences, tiny_llama
@@ -122,6 +124,19 @@ def test_a_pair_freezes_if_only_one_factor_is_trained():
     optimizer = monitor(model, source="named_parameters", grace_steps=1, statistic="norm")
     train(model, optimizer, 2)
     assert optimizer.frozen_units == units()
+
+
+@pytest.mark.parametrize("stop_grad", ["auto", False])
+def test_adalora_reads_the_gradients_of_frozen_factors_too(stop_grad):
+    settings = {"target_modules": list(KINDS), "total_step": 9, "tinit": 1, "tfinal": 1}
+    model = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(**settings))
+    optimizer = monitor(model, statistic="norm", grace_steps=0, stop_grad=stop_grad)
+    needed = pytest.raises(TypeError) if stop_grad else contextlib.nullcontext()
+    with needed:
+        for step in range(6):
+            train(model, optimizer, 1, start=step)
+            model.base_model.update_and_allocate(step)
+    assert optimizer.all_frozen
 
 
 def test_magnitudes_of_dora_train_on_while_their_pair_is_frozen():
