@@ -155,7 +155,7 @@ class Ranks:
         `tensors` are all tensors of the optimizer, and `on_device` is whether the Triton kernels
         serve the units of this rank. The result is the ranks, and the units of all of them: the
         same list everywhere, by rank, with this rank's own objects where it has tensors of the
-        unit.
+        unit. `table` gets the number of steps of the others where this rank has no units.
 
         Raises:
             ValueError: If the ranks disagree about the configuration, about a unit that several
@@ -178,12 +178,16 @@ class Ranks:
         ]
         n_elements = sum(p.numel() for p in tensors)
         gathered: list[Any] = [None] * dist.get_world_size(group)
-        message = (table.config, table.t, mine, n_elements, on_device, uuid4().hex)
+        # A rank without units may have no state that tells it how many steps were taken.
+        t = table.t if mine or table.t else None
+        message = (table.config, t, mine, n_elements, on_device, uuid4().hex)
         dist.all_gather_object(gathered, message, group=group)
         configs, steps, from_ranks, sizes, are_on_device, tokens = zip(*gathered, strict=True)
         for name in vars(table.config):
             check_same(f"the argument {name}", [getattr(config, name) for config in configs])
-        check_same("the number of steps taken", steps)
+        counts = {rank: t for rank, t in enumerate(steps) if t is not None}
+        check_same("the number of steps taken", list(counts.values()), ranks=list(counts))
+        table.t = max(counts.values(), default=0)
         shares = list(from_ranks)
         shares[dist.get_rank(group)] = mine
         identities = [[(x.unit.name, x.shapes, x.checksum) for x in own] for own in shares]
@@ -237,8 +241,9 @@ class Ranks:
         found = []
         for (mesh, dims), parts in self._sharded.items():
             own = [self.members[unit][k] for unit, k in parts if unit in chosen]
-            rows = torch.tensor([position.get(p, len(sums) - 1) for p in own], device=sums.device)
-            found.append((mesh, dims, rows))
+            rows = [position.get(p, len(sums) - 1) for p in own]
+            indices = torch.tensor(rows, dtype=torch.int64, device=sums.device)
+            found.append((mesh, dims, indices))
         return found
 
     def add_shards(self, sums: Tensor, shards: Iterable[ShardRows]) -> None:

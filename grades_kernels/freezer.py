@@ -328,7 +328,7 @@ class Freezer:
                 self.ranks, units = Ranks.join(
                     self.table, unit_map.members, unit_map.params, group, on_device=on_device
                 )
-            self.table = self.table.successor(units)
+            self.table, self._known_t = self.table.successor(units), self.table.t
             members = {unit: unit_map.members.get(unit, ()) for unit in units}
             self.unit_map, self.engines = replace(unit_map, members=members), []
 
@@ -349,9 +349,9 @@ class Freezer:
     def _adopt_state(self, optimizer: Any) -> None:
         """Read the table from a state that was put in place without `load_state_dict`.
 
-        ZeroRedundancyOptimizer loads a checkpoint that way.
+        ZeroRedundancyOptimizer loads a checkpoint that way, be it of plain AdamW.
         """
-        if self.table.t == 0 and any(own.get("grades_t") for own in optimizer.state.values()):
+        if self.table.t == 0 and checkpoint.loaded_t(self.unit_map.params, optimizer.state):
             own = {n: optimizer.state.get(p, {}) for n, p in enumerate(self.unit_map.params)}
             prev_grads = {n: x["prev_grad"] for n, x in own.items() if "prev_grad" in x}
             self._read_state(optimizer, prev_grads)

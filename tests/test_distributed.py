@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grades_kernels import GradESAdamW, distributed, rank_errors
 from grades_kernels.backends import native, reference
+from grades_kernels.integrations import is_finished
 
 WIDTH, HIDDEN, BATCH, STEPS = 6, 8, 8, 14
 ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}
@@ -829,6 +830,14 @@ def test_zero_with_matrices_that_look_alike():
     return optimizer.optim.frozen_units, optimizer.optim.all_frozen
 
 
+def saved_on_all(optimizer):
+    """The checkpoint of a ZeroRedundancyOptimizer, on every rank."""
+    optimizer.consolidate_state_dict(to=0)
+    saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved, src=0)
+    return saved[0]
+
+
 def zero_resumed(split):
     """A run of 10 steps that is saved and loaded after step `split`, where 10 is never."""
     own = {**CHANGE, "tau": 4.0, "patience": 2}
@@ -838,13 +847,9 @@ def zero_resumed(split):
     for _ in backward(model, optimizer, 3, mine, last=split):
         optimizer.step()
     if split < 10:
-        saved = [None]
-        optimizer.consolidate_state_dict(to=0)
-        if dist.get_rank() == 0:
-            saved = [optimizer.state_dict()]
-        dist.broadcast_object_list(saved, src=0)
+        saved = saved_on_all(optimizer)
         optimizer = optimizer_of(net, own, "zero")
-        optimizer.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved)
         optimizer.consolidate_state_dict(to=0)  # which must not write over the loaded state
     for _ in backward(model, optimizer, 3, mine, first=split + 1, last=10):
         optimizer.step()
@@ -858,6 +863,48 @@ def test_zero_checkpoint():
     assert uninterrupted[0]["events"]
     for split in (4, 7):
         assert same_on_all([*ranks.run(2, zero_resumed, split), uninterrupted[0]])
+
+
+def zero_resumed_where_rank_1_has_a_bias_alone(first_class, own, steps, bias_trains=True):
+    """An optimizer that goes on after three steps of another one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    net[0].bias.requires_grad_(bias_trains)
+    model = DistributedDataParallel(net)
+
+    def train(optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+        return optimizer
+
+    if first_class is GradESAdamW:
+        first = optimizer_of(net, own, "zero")
+    else:
+        first = ZeroRedundancyOptimizer(net.parameters(), first_class, **ADAMW)
+    optimizer, saved = optimizer_of(net, own, "zero"), saved_on_all(train(first, 3))
+    optimizer.load_state_dict(saved)
+    return train(optimizer, steps).optim
+
+
+@pytest.mark.parametrize("bias_trains", [True, False])
+@pytest.mark.parametrize("first_class", [GradESAdamW, torch.optim.AdamW])
+@ranks.on_ranks(2)
+def test_a_zero_rank_without_a_matrix_resumes(first_class, bias_trains):
+    """The count of steps continues, also that of plain AdamW, and on a rank without any state."""
+    own = {"statistic": "norm", "grace_steps": 5, "tau": 1e9}
+    optimizer = zero_resumed_where_rank_1_has_a_bias_alone(first_class, own, 3, bias_trains)
+    assert [event[:2] for event in optimizer.freeze_events] == [(6, "0.weight")]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@ranks.on_ranks(2)
+def test_a_zero_rank_without_a_matrix_knows_that_a_resumed_run_is_finished(backend):
+    own = {"statistic": "norm", "grace_steps": 0, "tau": 1e9, "fused": backend == "triton"}
+    optimizer = zero_resumed_where_rank_1_has_a_bias_alone(GradESAdamW, own, 1, bias_trains=False)
+    assert optimizer.backend == backend
+    assert is_finished(optimizer)
 
 
 def in_pairs(index):

@@ -522,6 +522,22 @@ def test_a_check_is_void_on_all_ranks_where_one_has_no_gradient(timing, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("timing", ["same_step", "next_step"])
+@ranks.on_ranks(2)
+def test_a_run_goes_on_while_nothing_is_monitored(timing, backend):
+    with only(backend) as options:
+        own = {"freeze_timing": timing, **options}
+        _, optimizer = sharded_over(init_device_mesh("cpu", (2,)), 0.0, **own)
+        frozen = []
+        for tau in (0.0, None, 1e9):
+            optimizer.param_groups[0]["tau"] = tau
+            optimizer.step()
+            optimizer.step()
+            frozen.append(len(optimizer.frozen_units))
+    assert frozen == [0, 0, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @ranks.on_ranks(2)
 def test_is_finished_is_the_same_on_a_rank_that_reads_and_on_one_that_does_not(backend):
     """All stop after the same step, and none waits to know it."""
