@@ -1047,6 +1047,14 @@ def test_blocks_may_return_their_output_in_a_tuple_but_no_more():
     assert_not_cached(model, cache, "returns more than", range(8, 16))
 
 
+def assign(fc):
+    fc.load_state_dict({name: x.clone() for name, x in fc.state_dict().items()}, assign=True)
+
+
+def add(fc):
+    fc.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     ("spoil", "later", "message"),
     [
@@ -1055,8 +1063,11 @@ def test_blocks_may_return_their_output_in_a_tuple_but_no_more():
         (lambda fc: nn.init.zeros_(fc.weight), False, "weights below the cut have changed"),
         (lambda fc: nn.init.zeros_(fc.weight), True, "weights below the cut have changed"),
         (lambda fc: fc.requires_grad_(True), False, "have changed or train again"),
+        (assign, True, "weights below the cut have changed"),
+        (add, True, "weights below the cut have changed"),
+        (lambda fc: fc.double(), True, "weights below the cut have changed"),
     ],
-    ids=["hook", "hook later", "weight", "base weight later", "trains"],
+    ids=["hook", "hook later", "weight", "base weight later", "trains", "assign", "add", "cast"],
 )
 def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, later, message):
     """Before rows are stored, and after; base weights are not frozen by a cut."""

@@ -54,16 +54,13 @@ class ActivationCache:
         if not cut.k:
             raise _error(f"the cut freezes {cut.k or 0} of {cut.n_blocks} blocks.")
         params = tensors_of(model)
-        self._below = [params[name] for name in cut.frozen if name in params]
-        if len(self._below) < len(cut.frozen) or any(p.requires_grad for p in self._below):
+        if any(name not in params or params[name].requires_grad for name in cut.frozen):
             raise _error(
                 "tensors below the cut still train. Call cut.apply(model, eval_frozen=True) first."
             )
+        self._model, self._cut, self._k = model, cut, cut.k
         self._blocks = blocks_of(model, cut.stack)
-        self._k = cut.k
-        # The base weights of adapters too.
-        inside = (p for block in self._blocks[: cut.k] for p in block.parameters())
-        self._below = list(dict.fromkeys([*self._below, *inside]))
+        self._below = self._tensors_below()
         self._versions = self._current_versions()
         self._frozen: list[nn.Module] = []  # lowest first, as they ran
         self._rows: dict[Hashable, Tensor] = {}
@@ -86,7 +83,7 @@ class ActivationCache:
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         keys = [key.item() if isinstance(key, Tensor) else key for key in ids]
-        if self._current_versions() != self._versions:
+        if self._is_outdated():
             raise _error("weights below the cut have changed or train again. Make a new cache.")
         ran: list[nn.Module] = []
         with ExitStack() as stack:
@@ -96,11 +93,28 @@ class ActivationCache:
         if skips and self._frozen[-1] not in ran:
             raise _error("the highest frozen block did not run, for which rows are stored.")
 
-    def _current_versions(self) -> list[tuple[int, bool]]:
-        return [(p._version, p.requires_grad) for p in self._below]
+    def _tensors_below(self) -> dict[str, Tensor]:
+        """The tensors below the cut by name, the base weights of adapters too."""
+        blocks, frozen = blocks_of(self._model, self._cut.stack), set(self._cut.frozen)
+        inside = {p for block in blocks[: self._k] for p in block.parameters()}
+        tensors = tensors_of(self._model).items()
+        return {name: p for name, p in tensors if name in frozen or p in inside}
+
+    def _current_versions(self) -> list[tuple[Any, ...]]:
+        return [(p._version, p.requires_grad, p.dtype) for p in self._below.values()]
+
+    def _is_outdated(self) -> bool:
+        """Whether tensors below the cut were written, cast, replaced or added."""
+        now = self._tensors_below()
+        return (
+            self._current_versions() != self._versions
+            or now.keys() != self._below.keys()
+            # FSDP2 puts others in place of its DTensors while a block is gathered.
+            or any(now[name] is not p for name, p in self._below.items() if not hasattr(p, "_spec"))
+        )
 
     def _store(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
-        device = self._below[0].device
+        device = next(iter(self._below.values())).device
         states_before = _random_states(device)
 
         def note(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
