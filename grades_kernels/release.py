@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle, unserializable_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .distributed import Ranks, all_sharded, in_a_job, is_initialized
 from .freezing.naming import is_embedding, layer_and_kind, stack_of
@@ -34,8 +33,11 @@ if TYPE_CHECKING:
 
 State = Mapping[Tensor, dict[str, Any]]
 
-_SWITCHED_OFF = WeakIdKeyDictionary()
-"""The tensors that optimizers of this process have released: a checkpoint may train them again."""
+_RELEASED = "_grades_released"
+"""An attribute of released tensors: a checkpoint may train them again, also with another optimizer.
+
+With a weak reference to a tensor torch can neither move a DTensor nor swap tensors.
+"""
 
 NOTHING_LEFT = (
     "every parameter of this optimizer is frozen and needs no gradient any more. Where nothing "
@@ -144,7 +146,7 @@ class Release:
                         own[key] = placeholder(p, own[key].dtype)
                 _stop_gradient(p)
                 self.released.add(p)
-                _SWITCHED_OFF[p] = True
+                setattr(p, _RELEASED, True)
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
             self.changed_since_rewrap = True
@@ -159,14 +161,14 @@ class Release:
         """Let tensors need gradients again."""
         for p in tensors:
             p.requires_grad_(True)
-            _SWITCHED_OFF.pop(p, None)
+            vars(p).pop(_RELEASED, None)
             if p in self.released:
                 self.released.discard(p)
                 self.changed_since_rewrap = True
 
     def take_all_back(self, tensors: Iterable[Tensor]) -> None:
         """Let those need gradients again that this optimizer or another one has released."""
-        self.take_back([p for p in tensors if p in self.released or p in _SWITCHED_OFF])
+        self.take_back([p for p in tensors if p in self.released or hasattr(p, _RELEASED)])
 
     def rewrap(self, ddp: DistributedDataParallel | None) -> nn.Module | None:
         """Initialise the wrapper anew if tensors were released or taken back since it last was."""

@@ -822,6 +822,28 @@ def test_a_released_tensor_that_leaves_the_optimizer_is_free():
     assert removed() is None
 
 
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_model_is_moved_and_loaded_after_a_release(swaps):
+    """torch swaps the tensors of a module if asked to, and those of DTensors always."""
+    model, opt = build()
+    freeze(opt, UP)
+    train(model, opt, 3)
+    assert stopped(model) == [UP]
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+    try:
+        model.zero_grad()
+        model.double().float()
+        model.load_state_dict(build(seed=1)[0].state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    frozen = model.layers[0].up_proj.weight.clone()
+    train(model, opt, 2)
+    assert stopped(model) == [UP] and torch.equal(model.layers[0].up_proj.weight, frozen)
+    opt.thaw()
+    assert stopped(model) == []
+
+
 def test_released_tensors_stay_without_gradients():
     """PEFT's `disable_adapter`, as in DPO, asks for the gradients of all adapters again."""
     a, b, opt = matrices(1e9, 0.0)
