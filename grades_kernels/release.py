@@ -99,6 +99,11 @@ class Release:
                 "with reentrant activation checkpointing, a block none of whose inputs needs a "
                 "gradient silently stops learning. Use checkpoint(..., use_reentrant=False)."
             )
+        if automatic and self._detector is not None and self._detector.is_off:
+            return (
+                "with compiled autograd it cannot be found out whether activation checkpointing is "
+                "reentrant. Use stop_grad=True where it is not."
+            )
         members = [p for p, _ in unit_map.monitored]
         if not in_a_job(group, members) and not (automatic and is_initialized()):
             return None
@@ -186,13 +191,18 @@ class ReentrantDetector:
     block silently stops learning. Nothing in a model says which kind of checkpointing it uses, but
     a reentrant backward pass runs inside another: its frame is on the stack when a gradient
     arrives. Each tensor is observed until its first gradient; `found` has the result so far.
+
+    `is_off` is whether nothing is observed: compiled autograd breaks its graph at every hook, and
+    would take a second per tensor to compile the second backward pass.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.found = False
+        dynamo = sys.modules.get("torch._dynamo")
+        self.is_off = dynamo is not None and dynamo.config.compiled_autograd
         # By the `id`: a tensor that refers to itself is not freed before a garbage collection.
         self._handles: dict[int, RemovableHandle] = {}
-        for p in tensors:
+        for p in () if self.is_off else tensors:
             if p.requires_grad:
                 # A copy or pickle of the tensor goes without it, and need not warn about that.
                 hook = unserializable_hook(partial(self._look, id(p)))

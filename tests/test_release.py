@@ -414,6 +414,20 @@ def test_other_checkpointing_stops_gradients(reentrant):
     assert stopped(model) == [UP]
 
 
+@pytest.mark.parametrize("stop_grad", ["auto", True])
+def test_compiled_autograd_meets_no_hooks(stop_grad):
+    """It takes a second to compile each, and without them only the user knows what is safe."""
+    model, opt = build(stop_grad=stop_grad)
+    freeze(opt, UP)
+    automatic = stop_grad == "auto"
+    warned = pytest.warns(UserWarning, match=r"compiled autograd.*stop_grad=True")
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        with warned if automatic else contextlib.nullcontext():
+            train(model, opt, 3)
+        assert all(not p._backward_hooks for p in model.parameters())
+    assert opt.frozen_units == [UP] and stopped(model) == ([] if automatic else [UP])
+
+
 def test_stop_grad_false_waits_for_apply_freezes():
     model, opt = build(n_blocks=6, stop_grad=False)
     freeze(opt, UP)
