@@ -372,6 +372,17 @@ def test_the_default_device_of_torch_does_not_matter():
     tr.assert_same(ours, theirs)
 
 
+def test_the_state_may_be_made_in_inference_mode():
+    """torch counts no versions of such tensors."""
+    ours, theirs = tr.both()
+    for run in (ours, theirs):
+        grads = tr.usual(run)
+        for _ in range(4):
+            with torch.inference_mode():
+                run.step(*grads)
+    tr.assert_same(ours, theirs)
+
+
 def test_the_default_dtype_of_torch_does_not_matter():
     """Partial sums are fp32: those of an fp16 table would overflow, and nothing would freeze."""
     run = tr.start(tau=1e9)

@@ -75,7 +75,7 @@ class TritonEngine:
             self.options = launch_options("hip" if torch.version.hip else "cuda", warp_size)
         # The host counts the steps of a tensor too; a step that somebody else writes to shows in
         # its version.
-        self.step_versions = [step._version for step in tensors.state_steps]
+        self.step_versions = _versions(tensors.state_steps)
         self.steps = np.zeros(0, dtype=np.int64)
         if tensors.params:
             self.steps = torch.stack(tensors.state_steps).cpu().numpy().astype(np.int64)
@@ -122,7 +122,7 @@ class TritonEngine:
         `state[p]["exp_avg"] = ...` and `x.data = ...` give a tensor another address; the old memory
         may belong to somebody else by now.
         """
-        if self.step_versions != [step._version for step in tensors.state_steps]:
+        if self.step_versions != _versions(tensors.state_steps):
             return False
         addresses = _addresses(tensors)
         if addresses != self.addresses:
@@ -402,6 +402,13 @@ def _addresses(tensors: StepTensors) -> list[int]:
     for optional in (tensors.max_exp_avg_sqs, tensors.prev_grads):
         addresses += [0 if x is None else x.data_ptr() for x in optional]
     return addresses
+
+
+def _versions(steps: Sequence[Tensor]) -> list[int]:
+    try:
+        return [step._version for step in steps]
+    except RuntimeError:  # made under torch.inference_mode, which counts none
+        return []
 
 
 def _lacks_prev_grads(tensors: StepTensors) -> bool:
