@@ -1080,6 +1080,32 @@ def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, later, m
     assert_not_cached(model, cache, message)
 
 
+@pytest.mark.parametrize("evaluated_before", [False, True])
+@ranks.on_ranks(2)
+def test_a_cache_under_fsdp2(evaluated_before):
+    """It puts whole tensors in place of the shards at times, which are no other weights."""
+    model = make()
+    cut = cut_of(model).at(2)
+    cut.apply(model, eval_frozen=True)
+    for block in model.layers:
+        fully_shard(block, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+    if evaluated_before:
+        with torch.no_grad():
+            loss_of(model, batches()[0])
+    cache = ActivationCache(model, cut, max_bytes=1e6)
+    losses = []
+    for _ in range(3):
+        with cache.rows(range(8)):
+            loss = loss_of(model, batches()[0])
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == losses[1] == losses[2] and cache.n_skipped == 2
+    if not evaluated_before:
+        assign(model)
+        assert_not_cached(model, cache, "weights below the cut have changed")
+
+
 def test_a_weight_that_a_higher_block_shares_is_named():
     model = make()
     model.layers[0].fc1.weight = model.layers[3].fc1.weight

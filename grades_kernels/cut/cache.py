@@ -35,7 +35,7 @@ class ActivationCache:
     that leaves no trace.
 
     Args:
-        model: The model, after `cut.apply(model, eval_frozen=True)`.
+        model: The model, after `cut.apply(model, eval_frozen=True)`, and after `fully_shard`.
         cut: The cut; at least one block is frozen.
         max_bytes: Size up to which rows are stored, in the memory of the CPU.
         dtype: The dtype of stored rows; None: as they are computed.
@@ -109,8 +109,7 @@ class ActivationCache:
         return (
             self._current_versions() != self._versions
             or now.keys() != self._below.keys()
-            # FSDP2 puts others in place of its DTensors while a block is gathered.
-            or any(now[name] is not p for name, p in self._below.items() if not hasattr(p, "_spec"))
+            or any(_is_replaced(p, now[name]) for name, p in self._below.items())
         )
 
     def _store(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
@@ -196,6 +195,12 @@ class ActivationCache:
             stack.callback(vars(block).pop, "forward")
             vars(block)["forward"] = partial(forward, block)
         self.n_skipped += 1
+
+
+def _is_replaced(p: Tensor, now: Tensor) -> bool:
+    """Whether it is another tensor, and not the same one gathered by FSDP2 or offloaded."""
+    is_same_kind = hasattr(p, "_spec") == hasattr(now, "_spec")
+    return now is not p and is_same_kind and not now.is_meta
 
 
 def _error(text: str) -> ValueError:
