@@ -255,7 +255,7 @@ def loaded_t(params: Iterable[Tensor], state: State) -> int:
     for p in params:
         own = state.get(p)
         if own:
-            counts += [int(own["step"]), own.get("grades_t", 0)]
+            counts += [int(own.get("step", 0)), own.get("grades_t", 0)]
     return max(counts)
 
 

@@ -149,13 +149,15 @@ class Ranks:
         group: ProcessGroup | None,
         *,
         on_device: bool = False,
+        t_is_exact: bool = True,
     ) -> tuple[Ranks, list[Unit]]:
         """Exchange the units of all ranks; every rank of `group` must call this together.
 
         `tensors` are all tensors of the optimizer, and `on_device` is whether the Triton kernels
         serve the units of this rank. The result is the ranks, and the units of all of them: the
         same list everywhere, by rank, with this rank's own objects where it has tensors of the
-        unit. `table` gets the number of steps of the others where this rank has no units.
+        unit. `table` gets the number of steps of the others where this rank cannot know it: where
+        nothing trains, and unless `t_is_exact`.
 
         Raises:
             ValueError: If the ranks disagree about the configuration, about a unit that several
@@ -178,16 +180,16 @@ class Ranks:
         ]
         n_elements = sum(p.numel() for p in tensors)
         gathered: list[Any] = [None] * dist.get_world_size(group)
-        # A rank without units may have no state that tells it how many steps were taken.
-        t = table.t if mine or table.t else None
+        t_is_exact &= table.t > 0 or any(p.requires_grad for p in tensors)
+        t = table.t, t_is_exact
         message = (table.config, t, mine, n_elements, on_device, uuid4().hex)
         dist.all_gather_object(gathered, message, group=group)
         configs, steps, from_ranks, sizes, are_on_device, tokens = zip(*gathered, strict=True)
         for name in vars(table.config):
             check_same(f"the argument {name}", [getattr(config, name) for config in configs])
-        counts = {rank: t for rank, t in enumerate(steps) if t is not None}
-        check_same("the number of steps taken", list(counts.values()), ranks=list(counts))
-        table.t = max(counts.values(), default=0)
+        exact = {rank: t for rank, (t, is_exact) in enumerate(steps) if is_exact}
+        check_same("the number of steps taken", list(exact.values()), ranks=list(exact))
+        table.t = max(t for t, _ in steps)
         shares = list(from_ranks)
         shares[dist.get_rank(group)] = mine
         identities = [[(x.unit.name, x.shapes, x.checksum) for x in own] for own in shares]

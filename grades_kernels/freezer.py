@@ -60,6 +60,7 @@ class Freezer:
         self.group_gave_tau = False
         self._job: Any = None  # the units have been exchanged for this one
         self._known_t = 0  # every rank knows the decisions of the steps up to this one
+        self._t_is_exact = True  # else the steps of plain AdamW, a lower bound
         self._warned: set[str] = set()
 
     # Readings, none of which makes anything anew
@@ -302,6 +303,8 @@ class Freezer:
         self.table = self.table.successor(list(unit_map.members), former)
         self.unit_map, self.engines, self._job = unit_map, [], None
         self.release.released.intersection_update(unit_map.params)
+        if self.table.t > 0:  # loaded, copied, or with other tensors than in the first step
+            self.release.observe(unit_map)
 
     def _follow_taus(self, optimizer: Any) -> None:
         """Read the thresholds, as lr is read, once all decisions with the former ones are known."""
@@ -326,8 +329,14 @@ class Freezer:
             )
             with naming_absent_ranks(group, self.table.t + 1, "exchange of units"):
                 self.ranks, units = Ranks.join(
-                    self.table, unit_map.members, unit_map.params, group, on_device=on_device
+                    self.table,
+                    unit_map.members,
+                    unit_map.params,
+                    group,
+                    on_device=on_device,
+                    t_is_exact=self._t_is_exact,
                 )
+            self._t_is_exact = True
             self.table, self._known_t = self.table.successor(units), self.table.t
             members = {unit: unit_map.members.get(unit, ()) for unit in units}
             self.unit_map, self.engines = replace(unit_map, members=members), []
@@ -354,14 +363,19 @@ class Freezer:
         if self.table.t == 0 and checkpoint.loaded_t(self.unit_map.params, optimizer.state):
             own = {n: optimizer.state.get(p, {}) for n, p in enumerate(self.unit_map.params)}
             prev_grads = {n: x["prev_grad"] for n, x in own.items() if "prev_grad" in x}
-            self._read_state(optimizer, prev_grads)
+            self._t_is_exact = any("grades_t" in x for x in own.values())
+            # Before the ranks have joined, not all would initialise a DDP wrapper anew.
+            may_release = not in_a_job(optimizer.process_group, self.unit_map.params)
+            self._read_state(optimizer, prev_grads, may_release=may_release)
 
     def restore(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:
         """Rebuild the table from the state that a checkpoint has just replaced."""
         self.release.take_all_back(self.unit_map.params)
         self._read_state(optimizer, prev_grads)
 
-    def _read_state(self, optimizer: Any, prev_grads: dict[int, Tensor]) -> None:
+    def _read_state(
+        self, optimizer: Any, prev_grads: dict[int, Tensor], *, may_release: bool = True
+    ) -> None:
         groups, state = optimizer.param_groups, optimizer.state
         params = [p for group in groups for p in group["params"]]
         checkpoint.complete_loaded_state(params, state, groups, prev_grads)
@@ -371,8 +385,9 @@ class Freezer:
         for unit in self.table.units:
             unit.is_published = unit.is_frozen  # before the checkpoint was written
         released = [unit for unit in self.table.units if unit.is_released]
-        self._release_where_safe(optimizer, released)
-        self.release.rewrap(self.release.ddp)  # for tensors that the checkpoint lets train again
+        if may_release:
+            self._release_where_safe(optimizer, released)
+            self.release.rewrap(self.release.ddp)  # for tensors that the checkpoint trains again
         for unit in released:
             if not self.release.released.issuperset(self.unit_map.members[unit]):
                 unit.released_at = NEVER  # it is not safe in this run

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import takewhile
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,12 @@ State = Mapping[Tensor, dict[str, Any]]
 _RELEASED = "_grades_released"
 """An attribute of released tensors: a checkpoint may train them again, also with another optimizer.
 
-With a weak reference to a tensor torch can neither move a DTensor nor swap tensors.
+It is the tensor's `id`, so that a copy or pickle is not marked. With a weak reference to a tensor
+torch could neither move a DTensor nor swap tensors; a swap loses attributes, so that living
+optimizers are asked too.
 """
+
+_ALIVE: WeakSet[Release] = WeakSet()
 
 NOTHING_LEFT = (
     "every parameter of this optimizer is frozen and needs no gradient any more. Where nothing "
@@ -61,7 +66,9 @@ class Release:
         self.released: set[Tensor] = set()
         self.changed_since_rewrap = False
         self.find_wrapper: Callable[[], Any] = lambda: None
+        self._has_begun = False
         self._detector: ReentrantDetector | None = None
+        _ALIVE.add(self)
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
@@ -71,12 +78,19 @@ class Release:
 
     def begin_run(self, unit_map: UnitMap, group: ProcessGroup | None, ranks: Ranks | None) -> None:
         """Look for reentrant checkpointing from the first step on; raise as `raise_if_required`."""
-        if self._detector is not None:
+        if self._has_begun:
             return
         reason = self.why_not(unit_map, group, ranks) if unit_map.members else None
         self.raise_if_required(reason)
+        self._has_begun = True
         # Also where nothing is released by itself: `apply_freezes` may be called.
-        self._detector = ReentrantDetector(p for p, _ in unit_map.monitored)
+        self.observe(unit_map)
+
+    def observe(self, unit_map: UnitMap) -> None:
+        """Look for reentrant checkpointing in the next backward pass, around new tensors too."""
+        if self._detector is None:
+            self._detector = ReentrantDetector()
+        self._detector.observe(p for p, _ in unit_map.monitored)
 
     def why_not(
         self,
@@ -151,7 +165,7 @@ class Release:
                         own[key] = placeholder(p, own[key].dtype)
                 _stop_gradient(p)
                 self.released.add(p)
-                setattr(p, _RELEASED, True)
+                setattr(p, _RELEASED, id(p))
             if unit.released_at == NEVER:  # else it was before the checkpoint that was loaded
                 unit.released_at = t
             self.changed_since_rewrap = True
@@ -171,9 +185,10 @@ class Release:
                 self.released.discard(p)
                 self.changed_since_rewrap = True
 
-    def take_all_back(self, tensors: Iterable[Tensor]) -> None:
+    def take_all_back(self, tensors: Sequence[Tensor]) -> None:
         """Let those need gradients again that this optimizer or another one has released."""
-        self.take_back([p for p in tensors if p in self.released or hasattr(p, _RELEASED)])
+        marked = (p for p in tensors if getattr(p, _RELEASED, None) == id(p))
+        self.take_back([*marked, *(p for p in tensors if any(p in x.released for x in _ALIVE))])
 
     def rewrap(self, ddp: DistributedDataParallel | None) -> nn.Module | None:
         """Initialise the wrapper anew if tensors were released or taken back since it last was."""
@@ -196,17 +211,23 @@ class ReentrantDetector:
     would take a second per tensor to compile the second backward pass.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self.found = False
         dynamo = sys.modules.get("torch._dynamo")
         self.is_off = dynamo is not None and dynamo.config.compiled_autograd
         # By the `id`: a tensor that refers to itself is not freed before a garbage collection.
         self._handles: dict[int, RemovableHandle] = {}
-        for p in () if self.is_off else tensors:
-            if p.requires_grad:
+        self._observed: set[int] = set()
+        self.observe(tensors)
+
+    def observe(self, tensors: Iterable[Tensor]) -> None:
+        """Observe these too, where they need a gradient and have not been observed."""
+        for p in () if self.is_off or self.found else tensors:
+            if p.requires_grad and id(p) not in self._observed:
                 # A copy or pickle of the tensor goes without it, and need not warn about that.
                 hook = unserializable_hook(partial(self._look, id(p)))
                 self._handles[id(p)] = p.register_hook(hook)
+                self._observed.add(id(p))
 
     def stop(self) -> None:
         """Observe nothing any more."""
@@ -229,7 +250,7 @@ def initialise_anew(ddp: DistributedDataParallel) -> nn.Module:
     which DDP refuses to wrap, the result is the bare module, and using the wrapper raises an error.
     """
     hooks, module, own = _hooks(ddp), ddp.module, vars(ddp)
-    builtin = str(ddp._get_ddp_logging_data().get("comm_hook"))
+    builtin = str(ddp._get_ddp_logging_data().get("comm_hook") if "logger" in own else None)
     # Most arguments are attributes of the same name; the mesh has given its process group.
     arguments = inspect.signature(DistributedDataParallel.__init__).parameters
     settings = {name: own[name] for name in arguments if name in own and name != "device_mesh"}
@@ -238,13 +259,15 @@ def initialise_anew(ddp: DistributedDataParallel) -> nn.Module:
         settings["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
     if caps := own.get("bucket_bytes_cap_list"):  # since torch 2.11
         settings["bucket_cap_mb_list"] = [cap / 2**20 for cap in caps]
-    of_module = {name: own[name] for name in vars(nn.Module())}  # forward hooks, training, ...
+    kept = [*vars(nn.Module()), "require_backward_grad_sync", "require_forward_param_sync"]
+    before = {name: own[name] for name in kept}  # forward hooks, training, no_sync, ...
     # They have hooks on the gradients, of which there must not be two kinds.
-    del ddp.reducer, ddp.logger
+    for name in ("reducer", "logger"):
+        own.pop(name, None)
     if not any(p.requires_grad for p in module.parameters()):
         return module
     DistributedDataParallel.__init__(ddp, module, **settings)
-    own.update(of_module)
+    own.update(before)
     for hook, state in hooks:
         if hasattr(state, "start_powerSGD_iter"):
             # Its buffers have the sizes of the buckets, which DDP changes again after a pass.

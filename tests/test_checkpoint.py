@@ -924,6 +924,13 @@ def test_an_interrupted_load_changes_nothing(name, monkeypatch):
     assert_ends_as(name, run, 7)
 
 
+def test_entries_of_the_user_are_saved_before_the_first_step():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = GradESAdamW([p], tau=1.0, grace_steps=0)
+    optimizer.state[p]["note"] = 1
+    assert optimizer.state_dict()["state"][0]["note"] == 1
+
+
 def test_a_run_goes_on_from_a_load_in_inference_mode():
     p = nn.Parameter(torch.ones(4, 4))
     opt = GradESAdamW([p], tau=0.0, grace_steps=1, fused=False)

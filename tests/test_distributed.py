@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grades_kernels import GradESAdamW, distributed, rank_errors
 from grades_kernels.backends import native, reference
-from grades_kernels.integrations import is_finished
+from grades_kernels.integrations import is_finished, release_under_ddp
 
 WIDTH, HIDDEN, BATCH, STEPS = 6, 8, 8, 14
 ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}
@@ -896,6 +896,65 @@ def test_a_zero_rank_without_a_matrix_resumes(first_class, bias_trains):
     own = {"statistic": "norm", "grace_steps": 5, "tau": 1e9}
     optimizer = zero_resumed_where_rank_1_has_a_bias_alone(first_class, own, 3, bias_trains)
     assert [event[:2] for event in optimizer.freeze_events] == [(6, "0.weight")]
+
+
+def matrix_and_norm(first_class, loads=lambda: True, idle=lambda step: False):
+    """The number of steps after 5 + 2 of a run through ZeRO; the last two with GradESAdamW.
+
+    In the steps that `idle` names, the tensor of rank 1 has no gradient.
+    """
+    params = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))]
+
+    def stepped(optimizer, steps):
+        for step in steps:
+            for p in params:
+                p.grad = torch.ones_like(p)
+            if idle(step):
+                params[1].grad = None
+            optimizer.step()
+        return optimizer
+
+    own = {"tau": 0.0, "grace_steps": 5} if first_class is GradESAdamW else {}
+    saved = saved_on_all(stepped(ZeroRedundancyOptimizer(params, first_class, **own), range(5)))
+    optimizer = ZeroRedundancyOptimizer(params, GradESAdamW, tau=0.0, grace_steps=5)
+    if loads():
+        optimizer.load_state_dict(saved)
+    return stepped(optimizer, (5, 6)).optim._freezer.table.t
+
+
+@pytest.mark.parametrize("n_idle", [3, 5])
+@ranks.on_ranks(2, [7] * 2)
+def test_adamw_tensors_that_joined_later_do_not_tell_the_number_of_steps(n_idle):
+    return matrix_and_norm(torch.optim.AdamW, idle=lambda step: step < n_idle)
+
+
+@ranks.on_ranks(2)
+def test_a_rank_that_alone_does_not_load_is_noticed():
+    with pytest.raises(ValueError, match=r"number of steps taken: rank 0: 5, rank 1: 0"):
+        matrix_and_norm(GradESAdamW, loads=lambda: dist.get_rank() == 0)
+
+
+@ranks.on_ranks(2)
+def test_a_zero_job_resumes_from_one_process_that_had_released():
+    """No rank initialises its DDP wrapper anew before all know who has which tensors."""
+    net = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2)))
+    groups = [{"params": [net[0].weight], "tau": 1e9}, {"params": [net[1].weight], "tau": 0.0}]
+    own = {"statistic": "norm", "grace_steps": 0}
+    alone = GradESAdamW(groups, stop_grad=True, **own)
+    alone.process_group = [dist.new_group([0]), dist.new_group([1])][dist.get_rank()]
+    for _ in range(3):
+        feed(alone, *(1.0 if p.requires_grad else None for p in net.parameters()))
+    assert [p.requires_grad for p in net.parameters()] == [False, True]
+    saved, ddp = alone.state_dict(), DistributedDataParallel(net.requires_grad_(True))
+    zero = ZeroRedundancyOptimizer(groups, GradESAdamW, **own)
+    zero.optim.attach(net)
+    release_under_ddp(zero.optim, lambda: ddp)
+    zero.load_state_dict(saved)
+    for _ in range(2):
+        ddp(torch.ones(2, 4)).square().sum().backward()
+        zero.step()
+    assert [p.requires_grad for p in net.parameters()] == [True, True]
+    assert zero.optim.frozen_units == ["0.weight"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -7,6 +7,7 @@ import gc
 import inspect
 import math
 import multiprocessing
+import pickle
 import warnings
 import weakref
 
@@ -66,12 +67,16 @@ def build(n_blocks=3, reentrant=None, seed=0, tau=0.0, **options):
     """A model and its optimizer, one group per parameter, so that each matrix has its own tau."""
     torch.manual_seed(seed)
     model = Blocks(n_blocks, reentrant=reentrant)
+    return model, optimizer_of(model, tau, **options)
+
+
+def optimizer_of(model, tau=0.0, **options):
     options = {"grace_steps": 0, "statistic": "norm", "fused": False, **options}
     groups = [
         {"params": [(n, p)], "tau": tau if "_proj" in n else None}
         for n, p in model.named_parameters()
     ]
-    return model, GradESAdamW(groups, lr=0.01, **options)
+    return GradESAdamW(groups, lr=0.01, **options)
 
 
 def loss_of(model, step):
@@ -385,6 +390,39 @@ def test_nothing_is_released_under_reentrant_checkpointing(stop_grad):
     assert stopped(model) == []
 
 
+def loaded(model, opt):
+    other_model, other = build(reentrant=True)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(opt.state_dict())
+    return other_model, other
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("again", [loaded, lambda *pair: copy.deepcopy(pair)], ids=["load", "copy"])
+def test_reentrant_checkpointing_is_found_again(again):
+    """Before the first release after it, although a unit is frozen from the first step on."""
+    model, opt = build(reentrant=True)
+    freeze(opt, UP)
+    train(model, opt, 3)
+    model, opt = again(model, opt)
+    train(model, opt, 3)
+    assert opt.frozen_units == [UP] and stopped(model) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reentrant_checkpointing_is_found_around_a_unit_that_joins_later():
+    model, opt = build(reentrant=True)
+    joining = model.layers[0].up_proj.weight.requires_grad_(False)
+    for group in opt.param_groups:
+        if group["params"][0] is not joining:
+            group["tau"] = None
+    train(model, opt, 3)
+    joining.requires_grad_(True)
+    freeze(opt, UP)
+    train(model, opt, 4)
+    assert opt.frozen_units == [UP] and stopped(model) == []
+
+
 def test_a_matrix_without_a_gradient_is_freed_with_its_model():
     """No cycle of references: the memory is free without a garbage collection."""
     used, idle = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
@@ -690,6 +728,36 @@ def test_a_wrapper_that_is_initialised_anew_has_its_settings_and_hooks(settings)
     assert described(ddp) == described(fresh)
 
 
+@ranks.on_ranks(2)
+def test_a_wrapper_is_initialised_anew_within_no_sync():
+    """Its gradients stay those of this rank, as Accelerate's LocalSGD wants them."""
+    model, opt = build()
+    ddp = DistributedDataParallel(model)
+    release_under_ddp(opt, lambda: ddp)
+    freeze(opt, UP)
+    with ddp.no_sync():
+        train(ddp, opt, 3, first=torch.distributed.get_rank())
+        assert stopped(model) == [UP] and not ddp.require_backward_grad_sync
+    assert ddp.require_backward_grad_sync
+
+
+@ranks.on_ranks(2)
+def test_a_wrapper_around_nothing_that_trains_can_be_used_again_after_a_thaw():
+    model, opt = build(stop_grad=False)
+    model.requires_grad_(False)
+    for name in opt.monitored_units:
+        model.get_parameter(name).requires_grad_(True)
+    ddp = DistributedDataParallel(model)
+    freeze(opt, *opt.monitored_units)
+    train(ddp, opt, 2)
+    assert opt.apply_freezes(ddp) is model
+    freeze(opt)
+    opt.thaw()
+    assert opt.apply_freezes(ddp) is ddp
+    train(ddp, opt, 1, first=torch.distributed.get_rank())
+    assert all(map(torch.equal, *ranks.gathered(values(model))))
+
+
 def delayed(model):
     first, last = next(model.named_parameters()), model.lm_head.weight
     return DistributedDataParallel(
@@ -854,8 +922,20 @@ def test_a_model_is_moved_and_loaded_after_a_release(swaps):
     frozen = model.layers[0].up_proj.weight.clone()
     train(model, opt, 2)
     assert stopped(model) == [UP] and torch.equal(model.layers[0].up_proj.weight, frozen)
-    opt.thaw()
+    nothing_frozen = build()[1].state_dict()
+    optimizer_of(model).load_state_dict(nothing_frozen)
     assert stopped(model) == []
+
+
+def test_a_copy_of_a_released_tensor_is_not_trained_by_a_checkpoint():
+    """The user of the copy has frozen it."""
+    model, opt = build()
+    freeze(opt, UP)
+    train(model, opt, 3)
+    model = pickle.loads(pickle.dumps(model))
+    fresh = GradESAdamW(model.named_parameters(), tau=0.0, grace_steps=0)
+    fresh.load_state_dict(fresh.state_dict())
+    assert stopped(model) == [UP]
 
 
 def test_released_tensors_stay_without_gradients():

@@ -405,10 +405,8 @@ def _addresses(tensors: StepTensors) -> list[int]:
 
 
 def _versions(steps: Sequence[Tensor]) -> list[int]:
-    try:
-        return [step._version for step in steps]
-    except RuntimeError:  # made under torch.inference_mode, which counts none
-        return []
+    # Those made under torch.inference_mode count none.
+    return [-1 if step.is_inference() else step._version for step in steps]
 
 
 def _lacks_prev_grads(tensors: StepTensors) -> bool:
