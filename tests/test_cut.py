@@ -1080,6 +1080,17 @@ def test_a_cache_of_other_weights_or_with_hooks_below_is_refused(spoil, later, m
     assert_not_cached(model, cache, message)
 
 
+def test_offloaded_weights_are_no_others():
+    """Accelerate leaves a tensor on the meta device in place of each between two passes."""
+    model = make()
+    cache = cached(model)
+    losses = two_epochs(model, cache)
+    fc = model.layers[0].fc1
+    for name, p in list(fc.named_parameters()):
+        setattr(fc, name, nn.Parameter(p.to("meta"), requires_grad=False))
+    assert two_epochs(model, cache) == losses and cache.n_skipped == 3
+
+
 @pytest.mark.parametrize("evaluated_before", [False, True])
 @ranks.on_ranks(2)
 def test_a_cache_under_fsdp2(evaluated_before):
