@@ -185,10 +185,9 @@ class Release:
                 self.released.discard(p)
                 self.changed_since_rewrap = True
 
-    def take_all_back(self, tensors: Sequence[Tensor]) -> None:
+    def take_all_back(self, tensors: Iterable[Tensor]) -> None:
         """Let those need gradients again that this optimizer or another one has released."""
-        marked = (p for p in tensors if getattr(p, _RELEASED, None) == id(p))
-        self.take_back([*marked, *(p for p in tensors if any(p in x.released for x in _ALIVE))])
+        self.take_back([p for p in tensors if _is_released(p)])
 
     def rewrap(self, ddp: DistributedDataParallel | None) -> nn.Module | None:
         """Initialise the wrapper anew if tensors were released or taken back since it last was."""
@@ -333,6 +332,11 @@ def frozen_prefix(units: Sequence[Unit], unit_map: UnitMap) -> tuple[int, tuple[
         if is_below and p.requires_grad and (row is None or not row.is_frozen):
             below.append(name)
     return len(prefix), tuple(below)
+
+
+def _is_released(p: Tensor) -> bool:
+    """Whether an optimizer of this process has released it, and none has taken it back."""
+    return getattr(p, _RELEASED, None) == id(p) or any(p in x.released for x in _ALIVE)
 
 
 def _stop_gradient(p: Tensor) -> None:

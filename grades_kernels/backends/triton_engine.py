@@ -405,8 +405,10 @@ def _addresses(tensors: StepTensors) -> list[int]:
 
 
 def _versions(steps: Sequence[Tensor]) -> list[int]:
-    # Those made under torch.inference_mode count none.
-    return [-1 if step.is_inference() else step._version for step in steps]
+    try:
+        return [step._version for step in steps]
+    except RuntimeError:  # some were made under torch.inference_mode and count none
+        return [-1 if step.is_inference() else step._version for step in steps]
 
 
 def _lacks_prev_grads(tensors: StepTensors) -> bool:
