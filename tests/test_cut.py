@@ -292,6 +292,31 @@ def test_a_place_for_a_cut_freezes_something_and_leaves_something():
     assert [candidate.cost < 1 for candidate in cut.candidates] == [False, True, True]
 
 
+class Headless(Model):
+    """The blocks are the highest part that trains; the head is left over from another task."""
+
+    def forward(self, tokens):
+        x = self.through_blocks(self.embed(tokens) + self.position)
+        return F.layer_norm(x, x.shape[-1:]).mean(1)
+
+
+def test_no_cut_leaves_only_tensors_without_a_gradient():
+    cut = cut_of(make(kind=Headless))
+    assert [candidate.k for candidate in cut.candidates] == [None, 0, 1, 2, 3]
+    assert cut.gains[-1] == 0 and cut.gains[-2] != 0  # that of the highest block
+
+
+def test_without_a_place_for_a_cut_there_is_none(tmp_path):
+    model = make(kind=Headless)
+    for part in (model.embed, *model.layers[:3]):
+        part.requires_grad_(False)
+    model.position.requires_grad_(False)
+    cut = cut_of(model)
+    assert cut.k is None and cut.reason == "nothing that trains lies below another part that does"
+    assert "no cut" in str(cut) and cut.apply(model) == []
+    cut.plot(tmp_path / "cut.png")
+
+
 def test_blocks_that_are_left_out_at_random_keep_their_order():
     def drop(block, x):
         return block(x) if torch.rand(()) > 0.5 else x

@@ -40,9 +40,11 @@ class Tracker(transformers.TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def make_trainer(folder, *, model=None, data=None, optimizer=None, **changes):
+def make_trainer(
+    folder, *, kind=transformers.Trainer, model=None, data=None, optimizer=None, **changes
+):
     settings = {**TRAINER, "weight_decay": 0.1, **changes}
-    return transformers.Trainer(
+    return kind(
         model=model or tiny_llama(),
         args=transformers.TrainingArguments(str(folder), **settings),
         train_dataset=sentences() if data is None else data,
@@ -459,6 +461,36 @@ def test_optimizer_has_the_groups_and_hyperparameters_of_the_trainer(tmp_path):
     taus = {unit.name: unit.tau for unit in optimizer.report().units}
     assert taus == {name: 0.5 if "layers.0" in name else 0.0095 for name in taus}
     assert "model.layers.1.mlp.up_proj.weight" in taus
+
+
+class WithLossWeights(transformers.Trainer):
+    """Its loss has weights of its own, as in sentence-transformers, at another learning rate."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(torch.ones(2, 2))
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        kind, options = super().get_optimizer_cls_and_kwargs(args, model)
+        own = {"params": [self.scale], "lr": 0.1, "weight_decay": 0.0}
+        decayed = {"params": list(model.parameters()), "weight_decay": 0.05}
+        return kind, {**options, "optimizer_dict": [own, decayed]}
+
+    def compute_loss(self, model, inputs, **options):
+        return super().compute_loss(model, inputs) * self.scale.square().mean()
+
+
+def test_tensors_beside_the_model_train_as_in_the_trainer_itself(tmp_path):
+    def trainer(name):
+        return make_trainer(tmp_path / name, kind=WithLossWeights, optim="adamw_torch")
+
+    ours, stock = trainer("ours"), trainer("stock")
+    optimizer = train(ours, tau=0.0, fused=False)
+    stock.train()
+    assert_same_weights(ours.model, stock.model)
+    assert ours.scale.equal(stock.scale) and not ours.scale.equal(torch.ones(2, 2))
+    assert len(optimizer.monitored_units) == 14
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
 
 
 class Stream(IterableDataset):

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
-from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -120,7 +119,7 @@ def choose_cut(
         if tied == "freeze":
             below += shared
         segments = _segments(stack, below, names)
-        cuts = _cuts(segments, len(names))
+        cuts = _cuts(segments, used)
 
         def losses() -> Tensor:
             repeat_random_numbers()
@@ -140,7 +139,7 @@ def choose_cut(
         stack=stack.name,
         candidates=candidates,
         segments=segments,
-        gains=_by_segment(gains, segments, len(names)),
+        gains=_by_segment(gains, segments),
         shapes=tuple((name, tuple(p.shape)) for name, p in names.items()),
         reason=reason,
         tied=tuple(shared) if tied == "train" else (),
@@ -276,7 +275,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _by_segment(
-    gains: dict[int | None, list[float]], segments: Sequence[Sequence[str]], n_tensors: int
+    gains: dict[int | None, list[float]], segments: Sequence[Sequence[str]]
 ) -> tuple[float, ...]:
     """The mean gain of the tensors below the blocks, of every block, and above."""
     result = [0.0] * (len(segments) + 1)
@@ -285,8 +284,8 @@ def _by_segment(
         if k is not None:
             result[k] = left - fmean(row)
             left = fmean(row)
-    filled = [k for k, segment in enumerate(segments) if segment]
-    result[-1 if n_tensors > sum(map(len, segments)) else filled[-1]] = left
+    highest = max(k for k, segment in enumerate(segments) if segment)
+    result[-1 if highest in gains else highest] = left  # with no cut there, nothing trains above
     return tuple(result)
 
 
@@ -367,11 +366,14 @@ def _segments(
     )
 
 
-def _cuts(segments: Sequence[Sequence[str]], n_tensors: int) -> list[int]:
-    """The cuts that freeze something and leave something to train."""
-    n_frozen = accumulate(map(len, segments))
-    pairs = enumerate(zip(segments, n_frozen, strict=True))
-    return [k for k, (segment, n) in pairs if segment and n < n_tensors]
+def _cuts(segments: Sequence[Sequence[str]], used: set[str]) -> list[int]:
+    """The cuts that freeze something and leave something that gets a gradient."""
+    left, cuts = set(used), []
+    for k, segment in enumerate(segments):
+        left.difference_update(segment)
+        if segment and left:
+            cuts.append(k)
+    return cuts
 
 
 def _candidate(gains: dict[int | None, list[float]], k: int | None, cost: float) -> Candidate:
@@ -396,6 +398,8 @@ def _choice(candidates: Sequence[Candidate], gains: Sequence[float]) -> tuple[in
         return None, "the loss after a trial step is not finite; weights may be too narrow for it"
     if not fmean(gains) > standard_error(gains):
         return None, "the trial step gained nothing beyond its noise; more batches may show more"
+    if len(candidates) == 1:
+        return None, "nothing that trains lies below another part that does"
     best = max(candidates, key=lambda x: x.ratio)
     if best.k is None:
         return None, "every cut loses more of the gain than of the cost"

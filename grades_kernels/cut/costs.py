@@ -46,7 +46,7 @@ def step_costs(
     try:
         # The last step differs: the lowest block that trains needs no gradient of its inputs, and
         # with the last cut there is none.
-        for k in sorted({cuts[0], *cuts[-2:]}):
+        for k in sorted({*cuts[:1], *cuts[-2:]}):
             for segment in segments[: k + 1]:
                 for name in segment:
                     params[name].requires_grad_(False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -262,20 +262,47 @@ class GradESFactory:
             options["total_steps"] = planned
         if cut is not None and trainer.model_init is not None:
             cut.apply(model)
-        decayed = set(trainer.get_decay_parameter_names(model))
-        groups: dict[Any, dict[str, Any]] = {}
+        settings = _settings_of_tensors(trainer, model)
         found: Any = [{"params": [x for x in model.named_parameters() if x[1].requires_grad]}]
         if cut is None or cut.leaves_blocks:
             found = grades_param_groups(model, tau=tau, taus=taus, verbose=verbose)
-        for monitored in found:
-            for name, p in monitored["params"]:
-                own_tau, decay = monitored.get("tau"), args.weight_decay if name in decayed else 0.0
-                empty = {"params": [], "tau": own_tau, "weight_decay": decay}
-                groups.setdefault((own_tau, decay), empty)["params"].append((name, p))
+        tensors = [(name, p, group.get("tau")) for group in found for name, p in group["params"]]
+        others = settings.keys() - {p for _, p, _ in tensors}
+        beside = (p for p in settings if p in others)
+        tensors += [(f"beside_the_model.{k}", p, None) for k, p in enumerate(beside)]
+        groups: dict[Any, dict[str, Any]] = {}
+        for name, p, own_tau in tensors:
+            if p in settings:
+                own = {**settings[p], "tau": own_tau}
+                group = groups.setdefault(tuple(sorted(own.items())), {**own, "params": []})
+                group["params"].append((name, p))
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         optimizer = GradESAdamW([*groups.values()], lr=args.learning_rate, tau=tau, **options)
         release_under_ddp(optimizer, lambda: trainer.model_wrapped)
         return optimizer
+
+
+def _settings_of_tensors(trainer: Any, model: nn.Module) -> dict[Tensor, dict[str, Any]]:
+    """The tensors of the Trainer's own AdamW, with the options of their parameter group.
+
+    A derived class may have groups of its own, as that of sentence-transformers, whose losses have
+    weights.
+    """
+    args = trainer.args
+    _, own = trainer.get_optimizer_cls_and_kwargs(args, model)
+    groups = next((own[key] for key in ("optimizer_dict", "model", "params") if key in own), None)
+    if groups is None:
+        decayed = set(trainer.get_decay_parameter_names(model))
+        groups = [
+            {"params": [p], "weight_decay": args.weight_decay if name in decayed else 0.0}
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        ]
+    return {
+        p: {key: value for key, value in group.items() if key != "params"}
+        for group in groups
+        for p in group["params"]
+    }
 
 
 class GradESCallback(TrainerCallback):
