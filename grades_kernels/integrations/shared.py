@@ -35,7 +35,8 @@ def unwrap_optimizer(optimizer: Any) -> GradESAdamW:
             raise ValueError(
                 f"optimizer={type(optimizer).__name__} contains no GradESAdamW but "
                 f"{type(outer).__name__}. Train with grades_kernels.GradESAdamW (in the Trainer of "
-                "Transformers: call add_grades before train()), or remove the GradESCallback."
+                "Transformers: call add_grades before train(), or make it in create_optimizer "
+                "where that is overridden), or remove the GradESCallback."
             )
     return inner
 
