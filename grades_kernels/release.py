@@ -18,8 +18,8 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from .distributed import Ranks, all_sharded, in_a_job, is_initialized
@@ -197,14 +197,19 @@ class Release:
         return initialise_anew(ddp)
 
 
+_IN_BACKWARD = {x.__code__ for name, x in vars(BackwardCFunction).items() if "apply" in name}
+"""The code that runs on the stack while a `torch.autograd.Function` computes its gradients."""
+
+
 class ReentrantDetector:
     """Finds out from one backward pass whether reentrant activation checkpointing is in use.
 
-    Reentrant checkpointing (`use_reentrant=True`) runs a block without gradients if no input of the
-    block needs one. Stopping a gradient below can bring that about, and then every tensor of the
-    block silently stops learning. Nothing in a model says which kind of checkpointing it uses, but
-    a reentrant backward pass runs inside another: its frame is on the stack when a gradient
-    arrives. Each tensor is observed until its first gradient; `found` has the result so far.
+    Reentrant checkpointing (`use_reentrant=True`, or a `torch.autograd.Function` of another
+    library) runs a block without gradients if no input of the block needs one. Stopping a gradient
+    below can bring that about, and then every tensor of the block silently stops learning. Nothing
+    in a model says which kind of checkpointing it uses, but a reentrant backward pass runs inside
+    that of a function, whose frame is on the stack when a gradient arrives. Each tensor is observed
+    until its first gradient; `found` has the result so far.
 
     `is_off` is whether nothing is observed: compiled autograd breaks its graph at every hook, and
     would take a second per tensor to compile the second backward pass.
@@ -238,7 +243,7 @@ class ReentrantDetector:
         self._handles.pop(tensor_id).remove()
         frame: FrameType | None = sys._getframe()
         while frame is not None and not self.found:
-            self.found = frame.f_code is CheckpointFunction.backward.__code__
+            self.found = frame.f_code in _IN_BACKWARD
             frame = frame.f_back
 
 

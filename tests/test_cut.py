@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from harness import differences, exact
-from tiny import TRAINER, assert_same_weights, tiny_llama
+from tiny import TRAINER, Recomputed, assert_same_weights, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -840,9 +840,10 @@ def test_bad_input_is_an_error_and_changes_nothing(name):
     ("call", "message"),
     [
         (recompute(reentrant=True), r"reentrant.* checkpointing.*use_reentrant=False"),
+        (Recomputed.apply, r"reentrant.* checkpointing.*use_reentrant=False"),
         (lambda block, x: block.forward(x), "not called as modules"),
     ],
-    ids=["reentrant", "forward"],
+    ids=["reentrant", "by hand", "forward"],
 )
 def test_blocks_whose_passes_cannot_be_followed_are_refused(call, message):
     assert_refused(make(call=call), message)

@@ -10,12 +10,14 @@ import multiprocessing
 import pickle
 import warnings
 import weakref
+from functools import partial
 
 import psutil
 import pytest
 import ranks
 import torch
 from harness import feed, values
+from tiny import Recomputed
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
@@ -58,6 +60,8 @@ class Blocks(nn.Module):
         for layer in self.layers:
             if self.reentrant is None:
                 x = self.block(layer, x)
+            elif self.reentrant == "by hand":
+                x = Recomputed.apply(partial(self.block, layer), x)
             else:
                 x = checkpoint(self.block, layer, x, use_reentrant=self.reentrant)
         return self.lm_head(x)
@@ -377,10 +381,11 @@ def test_running_out_of_memory_loses_nothing():
     assert all(map(torch.equal, weights, model.parameters()))
 
 
+@pytest.mark.parametrize("reentrant", [True, "by hand"])
 @pytest.mark.parametrize("stop_grad", ["auto", False])
-def test_nothing_is_released_under_reentrant_checkpointing(stop_grad):
+def test_nothing_is_released_under_reentrant_checkpointing(stop_grad, reentrant):
     """A warning where it would happen by itself, an error of apply_freezes."""
-    model, opt = build(reentrant=True, stop_grad=stop_grad)
+    model, opt = build(reentrant=reentrant, stop_grad=stop_grad)
     freeze(opt, UP)
     warned = pytest.warns(UserWarning, match="reentrant.*use_reentrant=False")
     with warned if stop_grad else contextlib.nullcontext():

@@ -61,6 +61,25 @@ def regression_data(n):
     return TensorDataset(torch.randn(n, 8, generator=g), torch.randn(n, 2, generator=g))
 
 
+class Recomputed(torch.autograd.Function):
+    """Reentrant activation checkpointing that is no torch's, as in Megatron or Unsloth."""
+
+    @staticmethod
+    def forward(ctx, block, x):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.block(x)
+        torch.autograd.backward(output, grad)
+        return None, x.grad
+
+
 class Recorder:
     """A data collator that stores a copy of every batch, for a plain loop over the same batches."""
 
