@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +18,7 @@ from .freezer import Freezer
 from .freezing.config import check_group, check_new_group, make_config
 from .freezing.table import FreezeEvent
 from .freezing.unit_map import names_from_model, names_of
-from .release import frozen_prefix, memory_of
+from .release import ddp_of, frozen_prefix, memory_of
 from .report.report import FreezeReport
 
 if TYPE_CHECKING:
@@ -257,7 +256,8 @@ class GradESAdamW(AdamW):
         steps, now and then: `ddp_model = optimizer.apply_freezes(ddp_model)`.
 
         Args:
-            model: A `DistributedDataParallel` model. Not needed otherwise.
+            model: A `DistributedDataParallel` model, also in Fabric's wrapper. Not needed
+                otherwise.
 
         Returns:
             `model`, which is initialised anew where tensors were released or thawed. The bare
@@ -268,7 +268,7 @@ class GradESAdamW(AdamW):
                 activation checkpointing is in use. Nothing has changed then.
         """
         freezer = self._exact()
-        ddp = model if isinstance(model, DistributedDataParallel) else freezer.release.ddp
+        ddp = ddp_of(model) or freezer.release.ddp
         freezer.release_all(self, ddp)
         fitting = freezer.release.rewrap(ddp)
         return fitting if model is ddp else model

@@ -73,8 +73,7 @@ class Release:
     @property
     def ddp(self) -> DistributedDataParallel | None:
         """The DDP wrapper of the loop; None where there is none, or where it is not known."""
-        wrapper = self.find_wrapper()
-        return wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        return ddp_of(self.find_wrapper())
 
     def begin_run(self, unit_map: UnitMap, group: ProcessGroup | None, ranks: Ranks | None) -> None:
         """Look for reentrant checkpointing from the first step on; raise as `raise_if_required`."""
@@ -245,6 +244,12 @@ class ReentrantDetector:
         while frame is not None and not self.found:
             self.found = frame.f_code in _IN_BACKWARD
             frame = frame.f_back
+
+
+def ddp_of(model: Any) -> DistributedDataParallel | None:
+    """A model as its DDP wrapper, which may be inside of Fabric's; None where it has none."""
+    inner = getattr(model, "_forward_module", model)
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def initialise_anew(ddp: DistributedDataParallel) -> nn.Module:

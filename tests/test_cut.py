@@ -874,11 +874,16 @@ def test_a_trial_that_leaves_its_weights_would_be_noticed(monkeypatch):
 
 def cut_in_a_job(kind):
     """The cut that this rank gets from its half of every batch, and the model after it."""
-    model = make(dim=16)
+    inner = model = make(dim=16)
     # bits() of a wrapped model would compare DTensors and reducers, which may differ.
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    if kind == "ddp":
+    if kind in ("ddp", "ddp in fabric"):
         model = DistributedDataParallel(model)
+        if kind == "ddp in fabric":
+            from lightning.fabric.strategies import SingleDeviceStrategy
+            from lightning.fabric.wrappers import _FabricModule
+
+            model = _FabricModule(model, SingleDeviceStrategy("cpu"))
     elif kind == "fsdp2":
         for layer in model.layers:
             fully_shard(layer)
@@ -892,11 +897,10 @@ def cut_in_a_job(kind):
     with pytest.raises(ValueError, match=r"gave \(3,\)"):  # after trials with other weights
         choose_cut(model, failing, [batch[half] for batch in batches()])
     cut = choose_cut(model, loss_of, [batch[half] for batch in batches()])
-    inner = model.module if kind == "ddp" else model
     for name, p in inner.named_parameters():
         whole = p.full_tensor() if kind == "fsdp2" else p
         assert torch.equal(whole, before[name]) and p.grad is None
-    if kind == "ddp":
+    if kind in ("ddp", "ddp in fabric"):
         with pytest.raises(ValueError, match=r"would wait for the gradients.*model\.module"):
             cut.at(2).apply(model)
     cut.at(2).apply(inner)
@@ -913,8 +917,10 @@ def cut_in_a_job(kind):
     return cut
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "not wrapped"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp in fabric", "fsdp2", "not wrapped"])
 def test_the_ranks_choose_the_cut_of_one_process_with_the_whole_batch(kind):
+    if kind == "ddp in fabric":
+        pytest.importorskip("lightning")
     first, second = ranks.run(2, cut_in_a_job, kind)
     alone = cut_of(make(dim=16))
     assert first == second

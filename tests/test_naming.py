@@ -21,6 +21,7 @@ WRAPPED = """
     _fsdp_wrapped_module.layers.0._fsdp_wrapped_module.fc.weight
     _fsdp_wrapped_module.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.fc.weight
     base_model.model.layers.0.fc.weight module.base_model.model.layers.0.fc.weight
+    _forward_module.layers.0.fc.weight _forward_module.module._orig_mod.layers.0.fc.weight
     _orig_mod.base_model.model.layers.0.fc.weight base_model.model._orig_mod.layers.0.fc.weight
 """
 

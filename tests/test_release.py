@@ -11,6 +11,7 @@ import pickle
 import warnings
 import weakref
 from functools import partial
+from importlib.util import find_spec
 
 import psutil
 import pytest
@@ -571,15 +572,23 @@ def test_heads_beside_a_model_in_a_sequential_are_not_below_its_blocks():
     assert sorted(report.trained_below) == sorted(["0.embed.weight", *norms])
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
+WITH_FABRIC = pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning")
+
+
+@pytest.mark.parametrize("kind", ["", "find_unused", pytest.param("in Fabric", marks=WITH_FABRIC)])
 @ranks.on_ranks(2)
-def test_ddp_stops_gradients_by_apply_freezes(find_unused):
+def test_ddp_stops_gradients_by_apply_freezes(kind):
     """The ranks stay alike, and nothing but the saving changes."""
 
     def run(*how):
         """Weights, names of released tensors and events after 8 steps on this rank's data."""
         model, opt = build(n_blocks=3)
-        ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
+        ddp = DistributedDataParallel(model, find_unused_parameters=kind == "find_unused")
+        if kind == "in Fabric":
+            from lightning.fabric.strategies import SingleDeviceStrategy
+            from lightning.fabric.wrappers import _FabricModule
+
+            ddp = _FabricModule(ddp, SingleDeviceStrategy("cpu"))
         if release_under_ddp in how:
             release_under_ddp(opt, lambda: ddp)
         rank = torch.distributed.get_rank()

@@ -418,11 +418,13 @@ def _choice(candidates: Sequence[Candidate], gains: Sequence[float]) -> tuple[in
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DDP and torch.compile."""
-    inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
-    return inner
+    """The model inside of DDP, torch.compile and Fabric's wrapper."""
+    wrapper: Any = model
+    if isinstance(model, DistributedDataParallel):
+        inner = wrapper.module
+    else:
+        inner = getattr(wrapper, "_orig_mod", getattr(wrapper, "_forward_module", None))
+    return model if inner is None else _unwrapped(inner)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class Cut:
                 wrapped by DDP, or uses reentrant activation checkpointing. Nothing has changed
                 then.
         """
-        if isinstance(model, DistributedDataParallel):
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError(
                 "Cut.apply: this DistributedDataParallel would wait for the gradients of frozen "
                 "tensors. Apply the cut to model.module, and wrap that anew."

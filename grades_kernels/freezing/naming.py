@@ -14,8 +14,10 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-# torch.compile, FSDP1 and activation checkpointing put these between any two components.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# torch.compile, FSDP1, activation checkpointing and Fabric put these between any two components.
+_WRAPPERS = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
 # DDP, DataParallel, AveragedModel and PEFT wrap the whole model. These words can also be the
 # model's own further inside ("decoder.module.fc"), so they are removed from the front only.
 _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
@@ -70,9 +72,10 @@ _STACKS = {
 def canonical_name(name: str) -> str:
     """The name of a tensor in the bare model, without the prefixes of wrappers.
 
-    `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.` are
-    removed anywhere, `module.` (DDP) and `base_model.model.` (PEFT) at the front. PEFT's
-    `.base_layer` stays: it distinguishes the base weight from the weights of the adapter.
+    `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.` and
+    `_forward_module.` (Fabric) are removed anywhere, `module.` (DDP) and `base_model.model.` (PEFT)
+    at the front. PEFT's `.base_layer` stays: it distinguishes the base weight from the weights of
+    the adapter.
 
     >>> canonical_name("module._orig_mod.base_model.model.lm_head.weight")
     'lm_head.weight'
