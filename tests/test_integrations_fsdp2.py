@@ -15,7 +15,7 @@ from tiny import TRAINER, sentences, tiny_llama
 
 from grades_kernels.integrations import unwrap_optimizer
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.3")
 pytest.importorskip("accelerate")
 
 OPTIONS = {"tau": 0.0095, "tau_per": "element", "alpha": 0.25}

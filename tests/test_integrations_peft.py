@@ -9,7 +9,7 @@ from tiny import TRAINER, Recorder, assert_same_weights, sentences, tiny_llama
 from grades_kernels import GradESAdamW, grades_param_groups
 from grades_kernels.integrations import unwrap_optimizer
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.3")
 peft = pytest.importorskip("peft")
 
 from grades_kernels.integrations import transformers as integration  # noqa: E402

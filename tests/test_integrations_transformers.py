@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from grades_kernels import Cut, FreezeReport, GradESAdamW, grades_param_groups
 from grades_kernels.integrations import measurements, unwrap_optimizer
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.3")
 pytest.importorskip("accelerate")
 
 from grades_kernels.integrations import transformers as integration  # noqa: E402
@@ -607,6 +607,12 @@ def test_missing_and_misplaced_options_are_refused(tmp_path, changes, options, m
     """At once, before a cut is chosen."""
     with pytest.raises((TypeError, ValueError), match=message):
         add_grades(make_trainer(tmp_path, **changes), **options)
+
+
+def test_a_release_that_plans_its_steps_too_late_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.2.0.dev0")
+    with pytest.raises(ImportError, match=r"5\.3 or newer, this is 5\.2\.0\.dev0.*optimizers="):
+        add_grades(make_trainer(tmp_path), tau=0.0)
 
 
 def test_adding_twice_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -65,11 +66,18 @@ def add_grades(
 
     Raises:
         TypeError: For an option that GradESAdamW does not have.
+        ImportError: With a release of Transformers before 5.3.
         ValueError: Under FSDP1 or DeepSpeed, for an option that `TrainingArguments` sets,
             without `tau`, for a value that GradESAdamW refuses, or if the Trainer has another
             optimizer already, or any with a `cut`; for a `cut` where the Trainer cannot have one.
             Also the errors of `choose_cut` and `Cut.apply`.
     """
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 3):
+        # Before, the Trainer makes the optimizer before it has planned the number of steps.
+        raise ImportError(
+            f"add_grades needs transformers 5.3 or newer, this is {transformers.__version__}: pass "
+            "GradESAdamW to the Trainer by `optimizers=(optimizer, None)`, with GradESCallback()."
+        )
     to_choose = choice_options(cut)
     is_fsdp1 = trainer.is_fsdp_enabled and (
         trainer.accelerator.state.fsdp_plugin.fsdp_version == 1  # absent without FSDP
