@@ -86,12 +86,16 @@ def write_units(
                 own["prev_grad"] = placeholder(p)  # it is measured no more
 
 
-def read_units(unit_map: UnitMap, state: State) -> None:
+def read_units(unit_map: UnitMap, state: State, known: Iterable[Tensor] | None) -> None:
     """Fill the rows of a new map from the state: the least on which all tensors of a unit agree.
+
+    `known` are the tensors of the map before; None: there was none. State that a caller has moved
+    to another tensor has the numbers of the last checkpoint, where only decisions are up to date.
 
     Tensors that are not monitored have AdamW's keys and no other, those excepted that need no
     gradient now: they keep their row until they do again, without the previous gradient.
     """
+    known = set(unit_map.params if known is None else known)
     for unit, members in unit_map.members.items():
         states = [state.get(p) or DEFAULT_STATE for p in members]
         if len(set(map(is_frozen, states))) > 1:
@@ -105,6 +109,8 @@ def read_units(unit_map: UnitMap, state: State) -> None:
                 setattr(unit, name, values[0] if values[0] >= 0 else math.nan)
             else:
                 setattr(unit, name, min(values))
+        if not known.issuperset(members):
+            unit.hits, unit.prev_step = 0, NEVER
     untrained = set(unit_map.untrained)
     for p, unit_of_p in zip(unit_map.params, unit_map.units, strict=True):
         own = state.get(p)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -58,6 +59,7 @@ class Freezer:
         self.engines: list[Engine] = []
         self.release = Release(config.stop_grad)
         self.group_gave_tau = False
+        self.lock = threading.RLock()  # another thread may read
         self._job: Any = None  # the units have been exchanged for this one
         self._known_t = 0  # every rank knows the decisions of the steps up to this one
         self._t_is_exact = True  # else the steps of plain AdamW, a lower bound
@@ -176,6 +178,7 @@ class Freezer:
         if not self.engines or not all(
             [engine.is_valid(groups, state, table) for engine in self.engines]
         ):
+            self.unit_map.count_elements()
             names, ranks = self.backends(optimizer), self.ranks
             on_device = ranks.on_device if ranks else self._decides_on_device(names)
             self.engines = _make_engines(optimizer, names, self.unit_map, table, on_device)
@@ -289,8 +292,8 @@ class Freezer:
             attached=attached,
             prefix=self.ranks.prefix if self.ranks is not None else "",
         )
-        checkpoint.read_units(unit_map, state)
         members = self.unit_map.members if self.is_mapped else {}
+        checkpoint.read_units(unit_map, state, self.unit_map.params if self.is_mapped else None)
         former = former_units(unit_map, {unit: members.get(unit, ()) for unit in old})
         for unit, was in former.items():
             unit.is_published = was.is_published and unit.is_frozen
@@ -471,13 +474,14 @@ def _make_engines(
 ) -> list[Engine]:
     """Engines for the tensors as they are now: one for the host, one for each Triton device."""
     groups, state = optimizer.param_groups, optimizer.state
-    parts: dict[Any, list[list[tuple[Tensor, Unit | None]]]] = {}
+    empty: dict[Any, list[list[tuple[Tensor, Unit | None]]]] = {"host": [[] for _ in names]}
+    parts = {} if on_device else empty
     for i, pairs in unit_map.by_group():
         for p, unit in pairs:
             key = p.device if names[i] == "triton" else "host"
-            parts.setdefault(key, [[] for _ in names])[i].append((p, unit))
-    if not on_device:
-        parts.setdefault("host", [[] for _ in names])
+            if key not in parts:  # a list per group is not made for every tensor
+                parts[key] = [[] for _ in names]
+            parts[key][i].append((p, unit))
     prev_grads = prev_grads_are_due(table)
     engines: list[Engine] = []
     for key, chosen in parts.items():  # before any layout, which stores positions in the state

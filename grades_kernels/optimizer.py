@@ -322,19 +322,21 @@ class GradESAdamW(AdamW):
 
     @torch._disable_dynamo
     def _begin_step(self) -> None:
-        self._call_hooks(self._freezer.begin_step(self))
+        self._call_hooks_after(self._freezer.begin_step)
         self._freezer.release_batch(self)  # after the hooks, which may thaw
 
     @torch._disable_dynamo
     def _take_step(self) -> None:
-        self._call_hooks(self._freezer.take_step(self))
+        self._call_hooks_after(self._freezer.take_step)
 
     def _exact(self) -> Freezer:
         """The freezer with all that a device has decided; may wait for the device."""
-        self._call_hooks(self._freezer.sync(self))
+        self._call_hooks_after(self._freezer.sync)
         return self._freezer
 
-    def _call_hooks(self, events: list[FreezeEvent]) -> None:
+    def _call_hooks_after(self, action: Callable[[GradESAdamW], list[FreezeEvent]]) -> None:
+        with self._freezer.lock:
+            events = action(self)
         for hook in tuple(self._freeze_hooks.values()) if events else ():
             hook(self, events)
 

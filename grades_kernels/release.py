@@ -224,13 +224,17 @@ class ReentrantDetector:
         self.observe(tensors)
 
     def observe(self, tensors: Iterable[Tensor]) -> None:
-        """Observe these too, where they need a gradient and have not been observed."""
-        for p in () if self.is_off or self.found else tensors:
-            if p.requires_grad and id(p) not in self._observed:
+        """Observe these and no others, where they need a gradient and have not been observed."""
+        present = {id(p): p for p in (() if self.is_off or self.found else tensors)}
+        self._observed &= present.keys()  # another tensor may get the `id` of one that has gone
+        for number in self._handles.keys() - present.keys():
+            self._handles.pop(number).remove()
+        for number, p in present.items():
+            if p.requires_grad and number not in self._observed:
                 # A copy or pickle of the tensor goes without it, and need not warn about that.
-                hook = unserializable_hook(partial(self._look, id(p)))
-                self._handles[id(p)] = p.register_hook(hook)
-                self._observed.add(id(p))
+                hook = unserializable_hook(partial(self._look, number))
+                self._handles[number] = p.register_hook(hook)
+                self._observed.add(number)
 
     def stop(self) -> None:
         """Observe nothing any more."""

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grades_kernels import FreezeReport, GradESAdamW, grades_param_groups
 from grades_kernels.integrations import release_under_ddp
+from grades_kernels.release import ReentrantDetector
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_BATCHES = 6
@@ -427,6 +428,17 @@ def test_reentrant_checkpointing_is_found_around_a_unit_that_joins_later():
     freeze(opt, UP)
     train(model, opt, 4)
     assert opt.frozen_units == [UP] and stopped(model) == []
+
+
+def test_a_tensor_with_the_id_of_one_that_has_gone_is_observed():
+    detector, seen = ReentrantDetector(), set()
+    for _ in range(100):
+        p = nn.Parameter(torch.ones(2, 2))
+        seen.add(id(p))
+        detector.observe([p])
+        assert list(detector._handles) == [id(p)]
+        p.sum().backward()
+    assert len(seen) < 100
 
 
 def test_a_matrix_without_a_gradient_is_freed_with_its_model():

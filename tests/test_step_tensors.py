@@ -267,3 +267,47 @@ def test_a_matrix_that_replaces_a_frozen_one_is_measured_from_the_start(backend)
     run.steps(2)
     assert run.reported == ["group0.param1"]
     assert run.opt.state[run.params[1]]["prev_grad"].numel() == 0
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_hits_do_not_move_to_another_tensor_with_the_state(backend, is_saved):
+    """Whether a checkpoint was written meanwhile, which copies them into the state, or not."""
+    run = Run(FUSED[backend], [(4, 4)] * 3, tau=3.0, patience=2, statistic="norm", grace_steps=0)
+    run.step(0.1, 9.0, 9.0)
+    if is_saved:
+        run.opt.state_dict()
+    run.step(9.0, 9.0, 9.0).step(9.0, 9.0, 9.0)
+    old = run.params[0]
+    run.params[0] = run.opt.param_groups[0]["params"][0] = nn.Parameter(old.detach().clone())
+    run.opt.state[run.params[0]] = run.opt.state.pop(old)
+    run.step(0.1, 9.0, 9.0)
+    assert run.opt.frozen_units == []
+    run.step(0.1, 9.0, 9.0)
+    assert run.opt.frozen_units == ["group0.param0"]
+
+
+def test_a_tensor_that_is_pruned_in_place_counts_the_elements_that_are_left(backend):
+    run = Run(
+        FUSED[backend], [(4, 4)] * 3, tau=0.3, tau_per="element", statistic="norm", grace_steps=2
+    )
+    run.step(0.5, 0.5, 0.5).step(0.5, 0.5, 0.5)
+    p = run.params[0]
+    p.grad, p.data = None, p.data[:2].clone()
+    own = run.opt.state[p]
+    own.update({key: own[key][:2].clone() for key in ("exp_avg", "exp_avg_sq")})
+    run.step(0.5, 0.5, 0.5)
+    assert set(run.opt.statistics().values()) == {0.5}
+    assert [unit.n_elements for unit in run.opt.report().units] == [p.numel(), 16, 16]
+
+
+def test_entries_of_a_user_wait_for_the_first_gradient(backend):
+    """As in AdamW: state is no sign of moments, and without these there is no step."""
+    run = Run(FUSED[backend], [(4, 4)] * 3, tau=None)
+    run.step(1.0, None, 1.0)
+    run.opt.state[run.params[1]]["slow"] = torch.zeros(3)
+    before = run.params[0].detach().clone()
+    run.step(1.0, None, 1.0)
+    assert not run.params[0].equal(before)
+    assert list(run.opt.state[run.params[1]]) == ["slow"]
+    with pytest.raises(KeyError, match="exp_avg"):
+        run.step(1.0, 1.0, 1.0)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import math
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import triton_runs as tr
 from harness import TIMINGS, snapshot
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from grades_kernels import GradESAdamW
 from grades_kernels.backends.native import why_not_loaded
@@ -380,6 +382,54 @@ def test_the_state_may_be_made_in_inference_mode():
         for _ in range(4):
             with torch.inference_mode():
                 run.step(*grads)
+    tr.assert_same(ours, theirs)
+
+
+class Device:
+    """Stands in for the event of a step: who waits for it lets other threads run."""
+
+    def __init__(self):
+        self.is_awaited, self.stepped = threading.Event(), threading.Event()
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        if threading.current_thread() is not threading.main_thread():
+            self.is_awaited.set()
+            self.stepped.wait(0.1)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_a_step_waits_for_a_reading_of_another_thread(timing):
+    """Otherwise both would read back the same step, and it would count twice."""
+    options = {"statistic": "norm", "grace_steps": 0, "patience": 2, "freeze_timing": timing}
+    read, plain = tr.start(**options).steps(1), tr.start(**options).steps(7)
+
+    def statistics():
+        read.opt.statistics()
+        order.append("read")
+
+    for _ in range(6):
+        tr.engine_of(read).mirrored = device = Device()
+        order, reader = [], threading.Thread(target=statistics)
+        reader.start()
+        assert device.is_awaited.wait(5.0)
+        read.steps(1)
+        order.append("step")
+        device.stepped.set()
+        reader.join()
+        assert order == ["read", "step"]
+    tr.assert_same_bits(read, plain)
+
+
+def test_gradients_without_memory_of_their_own_are_copied():
+    """The result of a collective that is under way, which any use of it waits for."""
+    ours, theirs = tr.both()
+    for run in (ours, theirs):
+        for t in range(1, 7):
+            grads = [run.gradient(t, i, p) for i, p in enumerate(run.params)]
+            run.step(*map(AsyncCollectiveTensor, grads))
     tr.assert_same(ours, theirs)
 
 

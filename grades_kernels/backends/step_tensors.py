@@ -92,7 +92,7 @@ class Layout:
             n_before = len(self.params)
             for p, unit in pairs:
                 released = unit is not None and unit.released_at != NEVER
-                if not released and state.get(p):
+                if not released and "exp_avg" in state.get(p, ()):
                     # A parameter that autograd differentiates stays a DTensor, as in torch's AdamW.
                     if hasattr(p, "_spec") and not group["differentiable"]:
                         self.dtensors.append(len(self.params))
@@ -418,9 +418,16 @@ def _kind(p: Tensor) -> tuple[Any, ...]:
 
 
 def _unordered(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[int]:
-    """The positions of gradients that are negated, or whose elements may lie in another order."""
+    """The positions of gradients that may have to be copied before a kernel can read their memory.
+
+    They are of a class of their own, negated, or their elements may lie in another order.
+    """
     pairs = enumerate(zip(grads, params, strict=True))
-    return [n for n, (g, p) in pairs if g is not None and (g.is_neg() or g.stride() != p.stride())]
+    return [
+        n
+        for n, (g, p) in pairs
+        if g is not None and (type(g) is not Tensor or g.is_neg() or g.stride() != p.stride())
+    ]
 
 
 def _fits(previous: Tensor | None, grad: Tensor | None) -> bool:

@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 
 from ..distributed import Ranks, ShardRows
 from ..freezing.table import STATISTICS, FreezeTable, Unit
-from ..state_tensors import same_memory_order
+from ..state_tensors import is_plain, same_memory_order
 from .step_tensors import (
     Groups,
     Layout,
@@ -378,13 +378,14 @@ def _readable(
 ) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
     """The gradients, copies of those that the kernels would misread; these pairs.
 
-    They walk through memory, in which a gradient may have other strides than its parameter, or the
-    other sign (a lazily negated tensor, as the imaginary part of a conjugate).
+    They walk through memory, in which a gradient may have other strides than its parameter, the
+    other sign (a lazily negated tensor, as the imaginary part of a conjugate), or no elements at
+    all (a result of a collective that is under way).
     """
     grads, copies = list(tensors.grads), []
     for n in tensors.unordered or ():
         g, p = grads[n], tensors.params[n]
-        if g is not None and (g.is_neg() or not same_memory_order(g, p)):
+        if g is not None and (not is_plain(g) or g.is_neg() or not same_memory_order(g, p)):
             sides = zip(g.shape, g.stride(), strict=True)
             if unscales and any(size > 1 and stride == 0 for size, stride in sides):
                 raise RuntimeError(

@@ -311,9 +311,10 @@ class FreezeTable:
         """Freeze the decided units whose cooldown is over at step `t`."""
         for unit in [u for u in self.units if u.decided_at != NEVER and u.frozen_at == NEVER]:
             over_at = unit.decided_at + self.config.cooldown
+            # Not in the steps in between, in which nothing is written or released.
+            self.has_changes |= self.t >= over_at or self.t == unit.decided_at
             if self.t >= over_at:
                 unit.frozen_at = over_at
-            self.has_changes = True
 
     def checksum(self, *, taus: bool) -> int:
         """48 bits of all that determines the effect of a step on the units; exact as a float64.

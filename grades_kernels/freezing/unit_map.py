@@ -86,6 +86,15 @@ class UnitMap:
             for name, (p, unit) in zip(self.names[i] or (), pairs, strict=False):
                 yield canonical_name(name), p, unit
 
+    def count_elements(self) -> None:
+        """Let every unit of this rank have the number of elements that its tensors have now.
+
+        `p.data = ...` may give a tensor another one, as pruning does.
+        """
+        for unit, tensors in self.members.items():
+            if tensors:
+                unit.n_elements = sum([p.numel() for p in tensors])
+
     def with_taus(self, groups: Groups) -> UnitMap:
         """The same map, once every unit of this rank has the threshold of its parameter group.
 
