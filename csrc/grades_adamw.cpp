@@ -59,7 +59,7 @@ struct Array {
 };
 
 struct Coefficients {
-  double sign, beta1, beta2, eps, decay, step_size, sqrt_bias_correction2;
+  double sign, beta1, beta2, eps, decay_factor, step_size, sqrt_bias_correction2;
   double past_correction, past_eps;  // for "gain": sqrt(1 - beta2^t) of the step before, times eps
 };
 
@@ -318,7 +318,7 @@ void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs
     work.old_step = read_step(steps[k], work.does(kUpdate));
     const double step = work.old_step + 1;
     const double past_correction = std::sqrt(1 - std::pow(beta2, work.old_step));
-    work.coefficients = {row[5], beta1, beta2, eps, lr * weight_decay,
+    work.coefficients = {row[5], beta1, beta2, eps, 1 - lr * weight_decay,
                          lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step)),
                          past_correction, past_correction * eps};
     for (int64_t first = 0; first < work.n_elements; first += kBlock) {

@@ -266,7 +266,7 @@ INLINE void add_differences(Sum& sum, Wide sign, const Wide* x, const Wide* y, i
 
 template <class Wide>  // the coefficients as the update uses them
 struct Rule {
-  Wide sign, beta2, square_weight, decay, correction, step_size, eps;
+  Wide sign, beta2, square_weight, decay_factor, correction, step_size, eps;
   bool near_m;  // as torch's lerp, from the nearer of its two ends; `weight` counts from there
   Wide weight;
 
@@ -274,7 +274,7 @@ struct Rule {
       : sign(Wide(c.sign)),
         beta2(Wide(c.beta2)),
         square_weight(Wide(1 - c.beta2)),
-        decay(Wide(c.decay)),
+        decay_factor(Wide(c.decay_factor)),
         correction(Wide(c.sqrt_bias_correction2)),
         step_size(Wide(c.step_size)),
         eps(Wide(c.eps)),
@@ -300,7 +300,7 @@ INLINE void update(const Rule<Wide>& c, S* p, const S* g, S* m, S* v, S* v_max, 
       maxs[k] = larger ? vs[k] : maxs[k];
     }
     const Wide denominator = root(AMSGRAD ? maxs[k] : vs[k]) / c.correction + c.eps;
-    ps[k] = (ps[k] - ps[k] * c.decay) - (c.step_size * ms[k]) / denominator;
+    ps[k] = ps[k] * c.decay_factor - (c.step_size * ms[k]) / denominator;
   }
   write(p + i, ps);
   write(m + i, ms);

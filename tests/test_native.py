@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 from torch.testing._internal.two_tensor import TwoTensor
 
-from grades_kernels import grades_adamw
+from grades_kernels import GradESAdamW, grades_adamw
 from grades_kernels.backends import native, select
 from grades_kernels.backends.tasks import KEEP, STATISTIC_BITS, UPDATE
 from grades_kernels.freezing.config import TIMINGS
@@ -357,13 +357,25 @@ def test_every_operation_rounds_as_in_torchs_reference(dtype, beta1, sign, flags
     root = (new_largest if flags else new_v).to(torch.float64, copy=True).apply_(math.sqrt).to(wide)
     denominator = root / number(math.sqrt(1 - beta2**step)) + number(eps)
     moved = number(lr / (1 - beta1**step)) * new_m / denominator
-    new_p = (old_p - old_p * number(lr * decay)) - moved
+    new_p = old_p * number(1 - lr * decay) - moved
 
     hypers = [lr, beta1, beta2, eps, decay, sign]
     maxs, steps = [largest] if flags else [], [torch.tensor(step - 1.0)]
     call([p], [g], [m], [v], tasks=[8 | flags], max_exp_avg_sqs=maxs, steps=steps, hypers=hypers)
     wanted = [new_p, new_m, new_v, new_largest if flags else largest]
     assert_same([p, m, v, largest], [value.to(dtype) for value in wanted])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_weights_stay_as_they_are(dtype, weight_decay):
+    """Forbidden entries of a matrix in log space, whose gradient is zero."""
+    p = torch.full((70, 9), -math.inf, dtype=dtype, requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    optimizer = GradESAdamW([p], weight_decay=weight_decay)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.backend == "native" and (p == -math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)

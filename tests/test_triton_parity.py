@@ -161,6 +161,18 @@ def test_groups_with_options_of_their_own(timing):
     assert len(run.events) == 3
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_infinite_weights_stay_as_they_are(weight_decay):
+    run = tr.start(tau=None, grace_steps=None, weight_decay=weight_decay)
+    ends = torch.tensor([math.inf, -math.inf], device=tr.DEVICE)
+    run.params[0].data[0, :2] = ends
+    for _ in range(3):
+        grads = tr.usual(run)
+        grads[0][0, :2] = 0.0
+        run.step(*grads)
+    assert run.params[0][0, :2].equal(ends) and run.params[0][1:].isfinite().all()
+
+
 def test_several_dtypes_in_one_optimizer():
     """Parameters of fp32, bf16 and fp16 side by side: each in launches of its own."""
     dtypes = torch.float32, *tr.LOW, torch.float32

@@ -145,7 +145,7 @@ def step_kernel(
         beta2 = tl.load(coefficients + FIELDS.beta2)
         one_minus_beta2 = tl.load(coefficients + FIELDS.one_minus_beta2)
         root_correction = tl.load(coefficients + FIELDS.root_correction2)
-        decay = tl.load(coefficients + FIELDS.decay)
+        decay_factor = tl.load(coefficients + FIELDS.decay_factor)
         step_size = tl.load(coefficients + FIELDS.step_size)
     if MEASURE:
         partial = partials_ptr + (tl.load(row + FIELDS.first_program) + index) * _PARTIALS
@@ -231,8 +231,7 @@ def step_kernel(
                     _store(max_ptr, offsets, mask, v, NARROW)
                 root = tl.div_rn(tl.sqrt_rn(v), zeros + root_correction)
                 before = p.to(tl.float32)
-                p = before - before * decay
-                p = p - tl.div_rn(step_size * m, root + eps)
+                p = before * decay_factor - tl.div_rn(step_size * m, root + eps)
                 _store(param_ptr, offsets, mask, p, NARROW)
                 if MEASURE and STATISTIC == "weight_change":
                     change = tl.abs(p.to(PARAM).to(tl.float32) - before)

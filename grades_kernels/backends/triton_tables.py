@@ -33,7 +33,7 @@ TENSOR = _row(  # addresses (0: none), their bitwise or, numbers; written when a
 )
 INPUT = _row("grad task", np.int64)  # address of the gradient, 0: none
 COEFFICIENT = _row(
-    "step_size root_correction2 decay one_minus_beta1 beta2 one_minus_beta2 eps sign "
+    "step_size root_correction2 decay_factor one_minus_beta1 beta2 one_minus_beta2 eps sign "
     "past_root_factor",
     np.float32,
 )
@@ -288,7 +288,7 @@ class DeviceTables:
         out = staging.coefficients
         out["step_size"] = lr / (1 - beta1**steps)
         out["root_correction2"] = np.sqrt(1 - beta2**steps)
-        out["decay"] = lr * weight_decay
+        out["decay_factor"] = 1 - lr * weight_decay
         out["one_minus_beta1"] = 1 - beta1
         out["beta2"] = beta2
         out["one_minus_beta2"] = 1 - beta2
