@@ -104,7 +104,7 @@ TABLE_FAULTS = {
         "beta1 below a half"
     ),
     "steps = steps_taken + 1 -> steps = steps_taken + 2": variant(),
-    "= lr * weight_decay -> = 0": variant(),
+    "= 1 - lr * weight_decay -> = 1": variant(),
     "lr * np.fromiter(lr_factors, np.float64, len(lr_factors)) -> lr": option("cooldown"),
     "np.where(is_summed, -> np.where(True,": DIVIDED,
     "np.argsort(-rows -> np.argsort(rows": DIVIDED,
@@ -116,7 +116,7 @@ ENGINE_FAULTS = {
     "not same_memory_order(g, p)) -> False)": partial(
         parity.test_layouts, "transposed", "contiguous"
     ),
-    "(g.is_neg() or not same -> (not same": change("gradients with the negative bit"),
+    " or g.is_neg() or not same -> or not same": change("gradients with the negative bit"),
     "addresses != self.addresses -> not addresses": change("moments at other addresses"),
     "if self.step_versions != -> if False and self.step_versions !=": change(
         "state changed in place"
