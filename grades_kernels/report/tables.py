@@ -127,7 +127,8 @@ def _layer_table(units: Sequence[UnitReport]) -> Table:
     """One character per kind and layer; no rows for a single layer or more than fit the width."""
     layers = sorted({unit.layer for unit in units if unit.layer is not None})
     rows = []
-    for kind, members in units_by_kind(units).items():
+    kinds = units_by_kind(units) if 1 < len(layers) < TEXT_WIDTH else {}
+    for kind, members in kinds.items():
         marks = ""
         for layer in layers:
             states = {unit.state for unit in members if unit.layer == layer}
@@ -135,7 +136,7 @@ def _layer_table(units: Sequence[UnitReport]) -> Table:
         if marks.strip():
             rows.append([shorten(kind, 20), marks])
     width = max((len(kind) for kind, _ in rows), default=0)
-    if len(layers) < 2 or width + 2 + len(layers) > TEXT_WIDTH:
+    if width + 2 + len(layers) > TEXT_WIDTH:
         rows = []
     ruler = ""  # numbers of the layers above their columns, as many as fit: "0    5    10"
     for column in range(0, len(layers), 5):
