@@ -278,11 +278,11 @@ class GradESFactory:
         others = settings.keys() - {p for _, p, _ in tensors}
         beside = (p for p in settings if p in others)
         tensors += [(f"beside_the_model.{k}", p, None) for k, p in enumerate(beside)]
-        groups: dict[Any, dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}
         for name, p, own_tau in tensors:
             if p in settings:
                 own = {**settings[p], "tau": own_tau}
-                group = groups.setdefault(tuple(sorted(own.items())), {**own, "params": []})
+                group = groups.setdefault(repr(sorted(own.items())), {**own, "params": []})
                 group["params"].append((name, p))
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         optimizer = GradESAdamW([*groups.values()], lr=args.learning_rate, tau=tau, **options)
