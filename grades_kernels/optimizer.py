@@ -335,7 +335,7 @@ class GradESAdamW(AdamW):
         return self._freezer
 
     def _call_hooks_after(self, action: Callable[[GradESAdamW], list[FreezeEvent]]) -> None:
-        with self._freezer.lock:
+        with self._freezer.lock:  # a reading of another thread reads back the same steps
             events = action(self)
         for hook in tuple(self._freeze_hooks.values()) if events else ():
             hook(self, events)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from harness import differences, exact
-from tiny import TRAINER, Recomputed, assert_same_weights, tiny_llama
+from tiny import TRAINER, Recomputed, assert_same_weights, in_fabric, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -880,10 +880,7 @@ def cut_in_a_job(kind):
     if kind in ("ddp", "ddp in fabric"):
         model = DistributedDataParallel(model)
         if kind == "ddp in fabric":
-            from lightning.fabric.strategies import SingleDeviceStrategy
-            from lightning.fabric.wrappers import _FabricModule
-
-            model = _FabricModule(model, SingleDeviceStrategy("cpu"))
+            model = in_fabric(model)
     elif kind == "fsdp2":
         for layer in model.layers:
             fully_shard(layer)

@@ -18,7 +18,7 @@ import pytest
 import ranks
 import torch
 from harness import feed, values
-from tiny import Recomputed
+from tiny import Recomputed, in_fabric
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
@@ -597,10 +597,7 @@ def test_ddp_stops_gradients_by_apply_freezes(kind):
         model, opt = build(n_blocks=3)
         ddp = DistributedDataParallel(model, find_unused_parameters=kind == "find_unused")
         if kind == "in Fabric":
-            from lightning.fabric.strategies import SingleDeviceStrategy
-            from lightning.fabric.wrappers import _FabricModule
-
-            ddp = _FabricModule(ddp, SingleDeviceStrategy("cpu"))
+            ddp = in_fabric(ddp)
         if release_under_ddp in how:
             release_under_ddp(opt, lambda: ddp)
         rank = torch.distributed.get_rank()

@@ -311,3 +311,18 @@ def test_entries_of_a_user_wait_for_the_first_gradient(backend):
     assert list(run.opt.state[run.params[1]]) == ["slow"]
     with pytest.raises(KeyError, match="exp_avg"):
         run.step(1.0, 1.0, 1.0)
+
+
+def test_the_state_is_written_when_a_unit_is_decided_and_frozen_and_not_in_between(
+    backend, monkeypatch
+):
+    written = []
+    run = Run(FUSED[backend], [(4, 4)] * 3, tau=3.0, statistic="norm", grace_steps=0, cooldown=4)
+    real = freezer.checkpoint.write_units
+    monkeypatch.setattr(
+        freezer.checkpoint, "write_units", lambda *args: (written.append(run.t), real(*args))
+    )
+    for _ in range(7):
+        run.step(0.1, 9.0, 9.0)
+    assert run.events == [(5, "group0.param0", 1, 16)]
+    assert set(written) <= {1, 2, 5, 6} and {1, 5} <= set(written)

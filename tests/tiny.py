@@ -80,6 +80,14 @@ class Recomputed(torch.autograd.Function):
         return None, x.grad
 
 
+def in_fabric(model):
+    """The model in the wrapper that Lightning's Fabric puts around it."""
+    from lightning.fabric.strategies import SingleDeviceStrategy
+    from lightning.fabric.wrappers import _FabricModule
+
+    return _FabricModule(model, SingleDeviceStrategy("cpu"))
+
+
 class Recorder:
     """A data collator that stores a copy of every batch, for a plain loop over the same batches."""
 

@@ -119,7 +119,7 @@ def choose_cut(
         if tied == "freeze":
             below += shared
         segments = _segments(stack, below, names)
-        cuts = _of_rank_0(_cuts(segments, used))
+        cuts = _cuts(segments, used)
 
         def losses() -> Tensor:
             repeat_random_numbers()

@@ -173,7 +173,6 @@ def make_unit_map(
                 seen.add(full_name)
                 unit = by_name.setdefault(name, Unit(name, group["statistic"], tau, 0, 0))
                 _check_alike(unit, (unit.tau, unit.statistic), (tau, group["statistic"]))
-                unit.n_elements += p.numel()
                 unit.n_tensors += 1
                 members.setdefault(unit, []).append(p)
             elif frozen:
@@ -187,7 +186,7 @@ def make_unit_map(
             units.append(unit)
         own = units[len(units) - len(group["params"]) :]
         group_units.append(tuple(dict.fromkeys(unit for unit in own if unit is not None)))
-    return UnitMap(
+    unit_map = UnitMap(
         params=tuple(params),
         units=tuple(units),
         members={unit: tuple(own) for unit, own in members.items()},
@@ -198,6 +197,8 @@ def make_unit_map(
         names=all_names,
         attached=attached,
     )
+    unit_map.count_elements()
+    return unit_map
 
 
 def names_of(groups: Groups, attached: list[list[str]] | None) -> list[list[str] | None]:

@@ -275,8 +275,8 @@ class GradESFactory:
         if cut is None or cut.leaves_blocks:
             found = grades_param_groups(model, tau=tau, taus=taus, verbose=verbose)
         tensors = [(name, p, group.get("tau")) for group in found for name, p in group["params"]]
-        others = settings.keys() - {p for _, p, _ in tensors}
-        beside = (p for p in settings if p in others)
+        of_model = {p for _, p, _ in tensors}
+        beside = [p for p in settings if p not in of_model]
         tensors += [(f"beside_the_model.{k}", p, None) for k, p in enumerate(beside)]
         groups: dict[str, dict[str, Any]] = {}
         for name, p, own_tau in tensors:
@@ -299,17 +299,17 @@ def _settings_of_tensors(trainer: Any, model: nn.Module) -> dict[Tensor, dict[st
     args = trainer.args
     _, own = trainer.get_optimizer_cls_and_kwargs(args, model)
     groups = next((own[key] for key in ("optimizer_dict", "model", "params") if key in own), None)
-    if groups is None:
-        decayed = set(trainer.get_decay_parameter_names(model))
-        groups = [
-            {"params": [p], "weight_decay": args.weight_decay if name in decayed else 0.0}
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        ]
+    if groups is not None:
+        return {
+            p: {key: value for key, value in group.items() if key != "params"}
+            for group in groups
+            for p in group["params"]
+        }
+    decayed = set(trainer.get_decay_parameter_names(model))
     return {
-        p: {key: value for key, value in group.items() if key != "params"}
-        for group in groups
-        for p in group["params"]
+        p: {"weight_decay": args.weight_decay if name in decayed else 0.0}
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
 
 
