@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from grades_kernels.backends.triton_kernels import THREADS, launch_options
 from grades_kernels.backends.triton_tables import FIELDS, TENSOR
@@ -371,47 +370,38 @@ def check_races(accesses: Sequence[tuple[bool, int, np.ndarray, np.ndarray]]) ->
         raise Fault("a program reads bytes that another one writes")
 
 
+class Driver:
+    """The driver by which Triton learns for what device it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.get_current_target = lambda: target
+        self.get_current_device = self.get_current_stream = lambda *_: 0
+
+
 class EmulatedKernel:
-    """Compiles a kernel as Triton does for a GPU, and runs it here."""
+    """Compiles a kernel as a launch by Triton does, and runs it here."""
 
     n_launches = 0
 
-    def __init__(self, kernel: Any, target: GPUTarget) -> None:
-        self.kernel, self.target, self.__name__ = kernel, target, kernel.__name__
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.__name__ = kernel, kernel.__name__
         self.codes: dict[Any, Code] = {}
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return partial(self._launch, grid[0])
+        return partial(self._launch, grid)
 
-    def warmup(self, *args: Any, grid: tuple[int], **options: Any) -> None:
-        self._code(args, options)
+    def warmup(self, *args: Any, grid: tuple[int], **options: Any) -> Code:
+        options |= launch_options("cuda")  # in place of those for the interpreter
+        compiled = self.kernel.warmup(*args, grid=grid, **options)
+        if compiled not in self.codes:
+            self.codes[compiled] = Code(compiled.asm["ptx"], compiled.metadata.shared)
+        return self.codes[compiled]
 
-    def _code(self, args: Sequence[Any], options: dict[str, Any]) -> Code:
-        names = self.kernel.arg_names
-        constants = {name: x for name, x in options.items() if name in names}
-        pairs = list(zip(names, args, strict=False))
-        signature = {
-            n: _POINTERS[x.dtype] if isinstance(x, torch.Tensor) else "i32" for n, x in pairs
-        }
-        tensors = {n: x.data_ptr() for n, x in enumerate(args) if isinstance(x, torch.Tensor)}
-        aligned = [n for n, address in tensors.items() if address % 16 == 0]
-        key = str((signature, constants, aligned))
-        if key not in self.codes:
-            source = ASTSource(
-                self.kernel,
-                {**signature, **dict.fromkeys(constants, "constexpr")},
-                constants,
-                {(n,): [["tt.divisibility", 16]] for n in aligned},
-            )
-            options = launch_options("cuda", self.target.warp_size)
-            compiled = triton.compile(source, target=self.target, options=options)
-            self.codes[key] = Code(compiled.asm["ptx"], compiled.metadata.shared)
-        return self.codes[key]
-
-    def _launch(self, n_programs: int, *args: Any, **options: Any) -> None:
+    def _launch(self, grid: tuple[int], *args: Any, **options: Any) -> None:
         EmulatedKernel.n_launches += 1
+        (n_programs,) = grid
         assert n_programs < 1 << _PROGRAM_BITS
-        code = self._code(args, options)
+        code = self.warmup(*args, grid=grid, **options)
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
         arguments = dict.fromkeys(code.params, 0)  # Triton adds two that are not used
         arguments.update(zip(code.params, values, strict=False))
@@ -463,8 +453,9 @@ def _joined(regions: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def install(engine: Any, target: str, put: Callable[..., None] = setattr) -> None:
     """Let the module of the Triton engine launch its kernels here; `put` sets its attributes."""
+    triton.runtime.driver.set_active(Driver(TARGETS[target]))
     for name in ("step_kernel", "decide_kernel"):
-        put(engine, name, EmulatedKernel(getattr(engine, name), TARGETS[target]))
+        put(engine, name, EmulatedKernel(getattr(engine, name)))
 
 
 def pytest_configure() -> None:

@@ -19,6 +19,8 @@ import torch
 from harness import HYPER, ROOT, noise, run_python
 from triton_runs import module, start, use_edited_modules, usual
 
+from grades_kernels.freezing.config import TIMINGS
+
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on the device itself", allow_module_level=True)
@@ -116,6 +118,21 @@ def test_aligned_tensors_are_read_and_written_once_in_whole_sectors(monkeypatch)
             of_warp = np.sort(at.reshape(-1, 32) // 32)
             assert (of_warp[:, ::2] == of_warp[:, 1::2]).all()  # two threads in each
             assert (np.diff(of_warp[:, ::2]) == 1).all()
+
+
+@runs_within
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_triton_compiles_in_the_first_step_of_an_engine_alone(timing):
+    """Triton's own cache has all that later steps launch, whatever they pass."""
+    run = start(True, SHAPES, tau=2000.0, freeze_timing=timing, stop_grad=False, cooldown=2)
+    run.steps(1)
+    kernels = [getattr(module("triton_engine"), name) for name in ("step_kernel", "decide_kernel")]
+    n_compiled = [len(kernel.codes) for kernel in kernels]
+    for lr in (0.02, 0.01, 0.0):
+        run.opt.param_groups[0]["lr"] = lr
+        run.steps(4)
+    assert run.opt.all_frozen
+    assert [len(kernel.codes) for kernel in kernels] == n_compiled
 
 
 @runs_within
