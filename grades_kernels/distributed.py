@@ -79,8 +79,15 @@ def all_sharded(tensors: Iterable[Tensor], group: ProcessGroup | None = None) ->
     return bool(tensors) and all(sharded)
 
 
-def refuse_flat(tensors: Sequence[Tensor]) -> None:
-    """Raise ValueError for the flat tensors that wrappers put in place of matrices."""
+def refuse_flat(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for the flat tensors that wrappers put in place of matrices.
+
+    A wrapper that partitions them may leave the groups that have a tau without any.
+    """
+    with_tau = [group for group in groups if group["tau"] is not None]
+    tensors: list[Tensor] = [p for group in with_tau for p in group["params"]]
+    if with_tau and not tensors:
+        tensors = [p for group in groups for p in group["params"]]
     if any(getattr(p, "_fsdp_flattened", False) for p in tensors):
         wrapper, others = "FullyShardedDataParallel (FSDP1)", ""
     elif any(hasattr(p, "ds_id") for p in tensors) or (

@@ -283,20 +283,20 @@ class Freezer:
         groups, state, old = optimizer.param_groups, optimizer.state, self.table.units
         for group in groups:
             check_group(self.table.config, group)
-        refuse_flat([p for g in groups if g["tau"] is not None for p in g["params"]])
-        if attached is None and self.is_mapped:
-            attached = self.unit_map.attached
+        refuse_flat(groups)
+        was = self.unit_map if self.is_mapped else None
         unit_map = make_unit_map(
             groups,
             lambda p: checkpoint.is_frozen(state.get(p)),
             attached=attached,
+            before=was,
             prefix=self.ranks.prefix if self.ranks is not None else "",
         )
-        members = self.unit_map.members if self.is_mapped else {}
-        checkpoint.read_units(unit_map, state, self.unit_map.params if self.is_mapped else None)
+        members = was.members if was else {}
+        checkpoint.read_units(unit_map, state, was.params if was else None)
         former = former_units(unit_map, {unit: members.get(unit, ()) for unit in old})
-        for unit, was in former.items():
-            unit.is_published = was.is_published and unit.is_frozen
+        for unit, self_before in former.items():
+            unit.is_published = self_before.is_published and unit.is_frozen
         if self.ranks is not None:
             # Units of other ranks stay in the table until the ranks join again.
             elsewhere = [unit for unit in old if not members.get(unit)]

@@ -389,7 +389,8 @@ class GradESAdamW(AdamW):
         """
         prev_grads: dict[int, Tensor] = {}
         groups = self.param_groups
-        names = names_of(groups, self._freezer.unit_map.attached)
+        unit_map = self._freezer.unit_map
+        names = names_of(groups, unit_map.attached, unit_map.name_of)
         own = groups, names, self.state, self._freezer.table.config
 
         def prepare(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:

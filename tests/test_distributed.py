@@ -1096,6 +1096,9 @@ def test_deepspeed_is_refused(monkeypatch):
     p.ds_id = 0
     with pytest.raises(ValueError, match=r"DeepSpeed ZeRO .*ZeroRedundancyOptimizer"):
         GradESAdamW([p], tau=1.0, grace_steps=0)
+    groups = [{"params": [p], "tau": None}, {"params": [], "tau": 1.0}]  # it looks like a vector
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
+        GradESAdamW(groups, grace_steps=0)
     optimizer = GradESAdamW([nn.Parameter(torch.zeros(3, 3))], tau=1.0, grace_steps=0)
     monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(9))]

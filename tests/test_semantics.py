@@ -1040,6 +1040,9 @@ def test_an_impossible_group_value_is_refused_early_and_late(name, value):
 def test_a_group_cannot_have_an_option_of_the_whole_optimizer(name):
     with pytest.raises(ValueError, match=rf"group has {name}=0\.25, the optimizer"):
         optimizer([{"params": matrices(1), name: 0.25}])
+    # Without tau it may be a key of somebody else, which AdamW keeps (pytorch_optimizer's WSAM).
+    other = optimizer([{"params": matrices(1), name: 0.25, "tau": None}])
+    assert other.param_groups[0][name] == 0.25
     own = optimizer(matrices(1), alpha=0.75)
     same = {"patience": 1, "alpha": 0.75}  # a wrapper's copy
     own.add_param_group({"params": matrices(1), **same})

@@ -5,6 +5,7 @@ of an optimizer that searches in every step; and an engine keeps no memory alive
 release has given up.
 """
 
+import copy
 import gc
 import math
 import weakref
@@ -15,7 +16,7 @@ from conftest import FUSED
 from harness import Run, assert_same, noise
 from torch import nn
 
-from grades_kernels import freezer
+from grades_kernels import GradESAdamW, freezer
 from grades_kernels.backends import step_tensors
 from grades_kernels.backends.step_tensors import Layout
 
@@ -326,3 +327,84 @@ def test_the_state_is_written_when_a_unit_is_decided_and_frozen_and_not_in_betwe
         run.step(0.1, 9.0, 9.0)
     assert run.events == [(5, "group0.param0", 1, 16)]
     assert set(written) <= {1, 2, 5, 6} and {1, 5} <= set(written)
+
+
+# A list of tensors that changes without its names ---------------------------------------------
+
+
+def named_run(attached=False, **options):
+    """An optimizer with three named tensors, one of them an embedding, after two steps."""
+    model = nn.Module()
+    model.embed = nn.Embedding(4, 3)
+    model.blocks = nn.ModuleList(nn.Linear(3, n, bias=False) for n in (3, 2))
+    params = model.parameters() if attached else model.named_parameters()
+    opt = GradESAdamW(params, **{"tau": 0.0, "grace_steps": 0, **options})
+    if attached:
+        opt.attach(model)
+    for _ in range(2):
+        step_on_noise(opt)
+    return opt, opt.param_groups[0]["params"]
+
+
+def step_on_noise(opt):
+    for group in opt.param_groups:
+        for p, grad in zip(group["params"], noise(group["params"], opt.report().step), strict=True):
+            p.grad = grad
+    opt.step()
+
+
+def tensor_of(opt, unit):
+    (members,) = [own for u, own in opt._freezer.unit_map.members.items() if u.name == unit]
+    return members
+
+
+@pytest.mark.parametrize("through", ["a step", "deepcopy", "a checkpoint"])
+def test_tensors_keep_their_names_where_one_leaves_the_group(through):
+    """As Composer's LayerFreezing takes it out: nothing else becomes a unit of another name."""
+    opt, params = named_run()
+    del opt.state[params.pop(1)]
+    embedding, block = params
+    step_on_noise(opt)
+    if through == "deepcopy":
+        opt, embedding, block = copy.deepcopy((opt, embedding, block))
+    if through == "a checkpoint":
+        opt.load_state_dict(opt.state_dict())
+    step_on_noise(opt)
+    assert opt.monitored_units == ["blocks.1.weight"]
+    assert tensor_of(opt, "blocks.1.weight") == (block,)
+    assert opt.param_groups[0]["param_names"] == ["embed.weight", "blocks.1.weight"]
+    assert opt.state[block]["step"] == 4
+
+
+@pytest.mark.parametrize("tau", [0.0, None])
+def test_a_tensor_that_joins_a_named_group_needs_a_name(tau):
+    """As Composer's module surgery appends it behind the others, whose names it would shift."""
+    opt, params = named_run(tau=tau)
+    del params[1]
+    params.append(new := nn.Parameter(torch.ones(3, 3)))
+    if tau is None:
+        step_on_noise(opt)
+        return
+    with pytest.raises(ValueError, match=r"parameters \[2\] have no name.*attach\(model\)"):
+        step_on_noise(opt)
+    opt.param_groups[0]["param_names"] = ["embed.weight", "blocks.1.weight", "blocks.0.new.weight"]
+    step_on_noise(opt)
+    assert opt.monitored_units == ["blocks.1.weight", "blocks.0.new.weight"]
+    assert tensor_of(opt, "blocks.0.new.weight") == (new,)
+
+
+def test_a_tensor_in_the_place_of_another_has_its_name():
+    opt, params = named_run()
+    params[1] = nn.Parameter(torch.ones(3, 3))
+    step_on_noise(opt)
+    assert tensor_of(opt, "blocks.0.weight") == (params[1],)
+
+
+def test_names_that_attach_gave_follow_their_tensors_too():
+    opt, params = named_run(attached=True)
+    assert opt.monitored_units == ["blocks.0.weight", "blocks.1.weight"]
+    params[1], params[2] = params[2], params[1]
+    block = params[1]
+    step_on_noise(opt)
+    opt, block = copy.deepcopy((opt, block))
+    assert tensor_of(opt, "blocks.1.weight") == (block,)

@@ -68,7 +68,7 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"tau={tau} needs total_steps or grace_steps: the grace period (alpha * "
             "total_steps, or grace_steps) keeps the small gradients of warm-up from freezing "
-            "everything."
+            "everything. Both are options of the whole optimizer, which groups do not carry."
         )
     if group.get("differentiable", False):
         raise ValueError(
@@ -80,8 +80,9 @@ def check_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
 def check_new_group(config: FreezeConfig, group: Mapping[str, Any]) -> None:
     """As `check_group`, and for an option of the whole optimizer that a new group has otherwise."""
     # ZeroRedundancyOptimizer copies them into groups, which go into checkpoints for other runs.
+    # Without tau a group may have keys of these names that belong to somebody else.
     for name, value in vars(config).items():
-        if group.get(name) not in (None, value):
+        if group["tau"] is not None and group.get(name) not in (None, value):
             raise ValueError(
                 f"a parameter group has {name}={group[name]!r}, the optimizer {value!r}: it is the "
                 "same for all groups. A group may have a tau and a statistic of its own."

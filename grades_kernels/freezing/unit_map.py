@@ -7,7 +7,7 @@ does, a new map is made, and in a job of several processes the ranks exchange th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -86,6 +86,15 @@ class UnitMap:
             for name, (p, unit) in zip(self.names[i] or (), pairs, strict=False):
                 yield canonical_name(name), p, unit
 
+    @cached_property
+    def name_of(self) -> dict[Tensor, str]:
+        """The names of the tensors that have one, as they were given."""
+        return {
+            p: name
+            for i, pairs in self.by_group()
+            for name, (p, _) in zip(self.names[i] or (), pairs, strict=False)
+        }
+
     def count_elements(self) -> None:
         """Let every unit of this rank have the number of elements that its tensors have now.
 
@@ -124,6 +133,7 @@ def make_unit_map(
     is_frozen: Callable[[Tensor], bool],
     *,
     attached: list[list[str]] | None = None,
+    before: UnitMap | None = None,
     prefix: str = "",
 ) -> UnitMap:
     """The units of the parameter groups as they are now.
@@ -135,7 +145,9 @@ def make_unit_map(
     Args:
         groups: The parameter groups.
         is_frozen: Whether a tensor is frozen by this optimizer.
-        attached: Names of the tensors of each group, in place of the groups' own.
+        attached: Names of the tensors of each group, in place of the groups' own; None: those that
+            `before` was given.
+        before: The map that this one replaces, if there is one.
         prefix: Put before the names of nameless units, e.g. "rank1.".
     """
     params: list[Tensor] = []
@@ -143,7 +155,10 @@ def make_unit_map(
     members: dict[Unit, list[Tensor]] = {}
     by_name: dict[str, Unit] = {}
     untrained: list[Tensor] = []
-    all_names = names_of(groups, attached)
+    name_of: Mapping[Tensor, str] = {}
+    if before is not None and attached is None:
+        attached, name_of = before.attached, before.name_of
+    all_names = names_of(groups, attached, name_of)
     group_units: list[tuple[Unit, ...]] = []
     seen: set[str] = set()
     for i, group in enumerate(groups):
@@ -195,14 +210,23 @@ def make_unit_map(
         taus=thresholds(groups),
         untrained=tuple(untrained),
         names=all_names,
-        attached=attached,
+        attached=attached and [own or [] for own in all_names[: len(attached)]],
     )
     unit_map.count_elements()
     return unit_map
 
 
-def names_of(groups: Groups, attached: list[list[str]] | None) -> list[list[str] | None]:
-    """Per group the names of its tensors, or None; `attached` are those of `attach(model)`."""
+def names_of(
+    groups: Groups, attached: list[list[str]] | None, name_of: Mapping[Tensor, str]
+) -> list[list[str] | None]:
+    """Per group the names of its tensors, or None.
+
+    `attached` are those of `attach(model)`, `name_of` those of the map before: a tensor keeps its
+    name where others leave its group or join it, and `param_names` follow.
+
+    Raises:
+        ValueError: If tensors have joined whose names nobody knows.
+    """
     names: list[list[str] | None] = [group.get("param_names") for group in groups]
     if attached is not None:
         sizes = [len(group["params"]) for group in groups[: len(attached)]]
@@ -213,9 +237,36 @@ def names_of(groups: Groups, attached: list[list[str]] | None) -> list[list[str]
             )
         names[: len(attached)] = attached
     return [
-        own if own and len(own) == len(group["params"]) else None
-        for own, group in zip(names, groups, strict=True)
+        _names_in_group(i, own, group, name_of)
+        for i, (own, group) in enumerate(zip(names, groups, strict=True))
     ]
+
+
+def _names_in_group(
+    i: int, names: list[str] | None, group: dict[str, Any], name_of: Mapping[Tensor, str]
+) -> list[str] | None:
+    if not names:
+        return None
+    params, others = group["params"], set(names)
+    before = [name_of.get(p) for p in params]
+    if len(names) == len(params):
+        # A name that the group has no more has been replaced by the caller.
+        pairs = zip(before, names, strict=True)
+        if all(was is None or was == name or was not in others for was, name in pairs):
+            return names
+    known = [name for name in before if name is not None]
+    if len(known) < len(params):
+        if not known or group["tau"] is None:
+            return None
+        unknown = [j for j, name in enumerate(before) if name is None]
+        raise ValueError(
+            f"tensors have left group {i} or joined it, and its param_names are those of before: "
+            f"parameters {unknown} have no name. Call attach(model), or give all names in "
+            "param_names."
+        )
+    if group.get("param_names") is names:
+        group["param_names"] = known
+    return known
 
 
 def names_from_model(groups: Groups, model: Any) -> list[list[str]]:
