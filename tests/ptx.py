@@ -124,7 +124,7 @@ class Code:
         self.labels: dict[str, int] = {}
         self.instructions: list[tuple[str | None, bool, str, str]] = []
         for line in body.partition("$L__func_end")[0].splitlines():
-            line = line.partition("//")[0].strip()
+            line = line.partition("//")[0].strip().replace("shared::cta", "shared")  # Triton 3.8
             if line.startswith((".reg", ".loc", ".pragma")) or line in ("{", "}"):
                 continue
             found = _LINE.fullmatch(line)

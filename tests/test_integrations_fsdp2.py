@@ -109,11 +109,7 @@ def main(folder):
         found["cut"] = trained(folder / "cut", cut={"n_batches": 6}, max_steps=4)
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-    # One in ten such jobs aborts while the interpreter ends, with torch's AdamW too ("terminate
-    # called without an active exception").
-    sys.stdout.flush()
-    os._exit(0)
+    ranks.end_script()
 
 
 if __name__ == "__main__":

@@ -690,6 +690,7 @@ def train_one_rank(folder):
     }
     with open(f"{folder}/rank{trainer.args.process_index}.json", "w") as file:
         json.dump(found, file)
+    ranks.end_script()
 
 
 def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
