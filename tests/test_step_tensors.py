@@ -387,9 +387,9 @@ def test_a_tensor_that_joins_a_named_group_needs_a_name(tau):
         return
     with pytest.raises(ValueError, match=r"parameters \[2\] have no name.*attach\(model\)"):
         step_on_noise(opt)
-    opt.param_groups[0]["param_names"] = ["embed.weight", "blocks.1.weight", "blocks.0.new.weight"]
+    opt.param_groups[0]["param_names"] = ["embed.weight", "layers.1.weight", "blocks.0.new.weight"]
     step_on_noise(opt)
-    assert opt.monitored_units == ["blocks.1.weight", "blocks.0.new.weight"]
+    assert opt.monitored_units == ["layers.1.weight", "blocks.0.new.weight"]
     assert tensor_of(opt, "blocks.0.new.weight") == (new,)
 
 
@@ -398,6 +398,25 @@ def test_a_tensor_in_the_place_of_another_has_its_name():
     params[1] = nn.Parameter(torch.ones(3, 3))
     step_on_noise(opt)
     assert tensor_of(opt, "blocks.0.weight") == (params[1],)
+
+
+def test_a_checkpoint_is_compared_with_the_names_that_tensors_have_now():
+    (saved, _), (opt, params) = named_run(), named_run()
+    for own in (saved.param_groups[0]["params"], params):
+        own[1], own[2] = own[2], own[1]
+    step_on_noise(saved)
+    opt.load_state_dict(saved.state_dict())
+    step_on_noise(opt)
+    assert opt.monitored_units == ["blocks.1.weight", "blocks.0.weight"]
+    assert tensor_of(opt, "blocks.1.weight") == (params[1],)
+
+
+def test_names_of_other_tensors_that_came_with_a_group_are_not_used():
+    """ZeroRedundancyOptimizer copies the keys of a group to ranks with a part of its tensors."""
+    names = ["embed.weight", "blocks.0.weight"]
+    group = {"params": [nn.Parameter(torch.ones(3, 3))], "param_names": names}
+    opt = GradESAdamW([group], tau=0.0, grace_steps=0)
+    assert opt.monitored_units == ["group0.param0"]
 
 
 def test_names_that_attach_gave_follow_their_tensors_too():
