@@ -393,6 +393,15 @@ def test_a_tensor_that_joins_a_named_group_needs_a_name(tau):
     assert tensor_of(opt, "blocks.0.new.weight") == (new,)
 
 
+def test_names_that_are_removed_with_their_tensor_stay_right():
+    """Also by changing the very list."""
+    opt, params = named_run()
+    del opt.state[params.pop(0)], opt.param_groups[0]["param_names"][0]
+    step_on_noise(opt)
+    assert opt.monitored_units == ["blocks.0.weight", "blocks.1.weight"]
+    assert tensor_of(opt, "blocks.1.weight") == (params[1],)
+
+
 def test_a_tensor_in_the_place_of_another_has_its_name():
     opt, params = named_run()
     params[1] = nn.Parameter(torch.ones(3, 3))

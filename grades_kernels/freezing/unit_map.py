@@ -209,7 +209,7 @@ def make_unit_map(
         settings=_settings(groups),
         taus=thresholds(groups),
         untrained=tuple(untrained),
-        names=all_names,
+        names=[own and list(own) for own in all_names],  # a caller may change the list
         attached=attached and [own or [] for own in all_names[: len(attached)]],
     )
     unit_map.count_elements()
