@@ -284,19 +284,19 @@ class Freezer:
         for group in groups:
             check_group(self.table.config, group)
         refuse_flat(groups)
-        was = self.unit_map if self.is_mapped else None
+        before = self.unit_map if self.is_mapped else None
         unit_map = make_unit_map(
             groups,
             lambda p: checkpoint.is_frozen(state.get(p)),
             attached=attached,
-            before=was,
+            before=before,
             prefix=self.ranks.prefix if self.ranks is not None else "",
         )
-        members = was.members if was else {}
-        checkpoint.read_units(unit_map, state, was.params if was else None)
+        members = before.members if before else {}
+        checkpoint.read_units(unit_map, state, before.params if before else None)
         former = former_units(unit_map, {unit: members.get(unit, ()) for unit in old})
-        for unit, self_before in former.items():
-            unit.is_published = self_before.is_published and unit.is_frozen
+        for unit, was in former.items():
+            unit.is_published = was.is_published and unit.is_frozen
         if self.ranks is not None:
             # Units of other ranks stay in the table until the ranks join again.
             elsewhere = [unit for unit in old if not members.get(unit)]

@@ -71,8 +71,10 @@ class Late(TorchDispatchMode):
                 self.in_step = False
 
         def run_later(self_, *args, **options):
-            add = (lambda work, *a, **o: work(*a, **o)) if self_.only_compiles else self.add
-            add(run, self_, *args, **options)
+            if self_.only_compiles:
+                run(self_, *args, **options)
+            else:
+                self.add(run, self_, *args, **options)
 
         def copy_later(to, *args, **options):
             if not self.in_step:

@@ -39,7 +39,7 @@ class UnitMap:
             whether embeddings, heads, norms and biases are monitored too (`monitor_all`).
         taus: Per group the `tau` that its units have.
         untrained: Tensors that would be monitored but need no gradient, and so belong to no unit.
-        names: Per group the names of its tensors, or None.
+        name_of: The names of the tensors that have one, as they were given.
         attached: The names that `attach(model)` gave, or None.
     """
 
@@ -50,7 +50,7 @@ class UnitMap:
     settings: list[tuple[int, bool, str, bool]]
     taus: list[Any]
     untrained: tuple[Tensor, ...]
-    names: list[list[str] | None]
+    name_of: dict[Tensor, str]
     attached: list[list[str]] | None = None
 
     def is_current(self, groups: Groups) -> bool:
@@ -82,18 +82,9 @@ class UnitMap:
 
     def named(self) -> Iterator[tuple[str, Tensor, Unit | None]]:
         """Canonical name, tensor and unit of all tensors that have a name."""
-        for i, pairs in self.by_group():
-            for name, (p, unit) in zip(self.names[i] or (), pairs, strict=False):
-                yield canonical_name(name), p, unit
-
-    @cached_property
-    def name_of(self) -> dict[Tensor, str]:
-        """The names of the tensors that have one, as they were given."""
-        return {
-            p: name
-            for i, pairs in self.by_group()
-            for name, (p, _) in zip(self.names[i] or (), pairs, strict=False)
-        }
+        for p, unit in zip(self.params, self.units, strict=True):
+            if p in self.name_of:
+                yield canonical_name(self.name_of[p]), p, unit
 
     def count_elements(self) -> None:
         """Let every unit of this rank have the number of elements that its tensors have now.
@@ -209,7 +200,11 @@ def make_unit_map(
         settings=_settings(groups),
         taus=thresholds(groups),
         untrained=tuple(untrained),
-        names=[own and list(own) for own in all_names],  # a caller may change the list
+        name_of={
+            p: name
+            for names, group in zip(all_names, groups, strict=True)
+            for name, p in zip(names or (), group["params"], strict=False)
+        },
         attached=attached and [own or [] for own in all_names[: len(attached)]],
     )
     unit_map.count_elements()
@@ -318,11 +313,7 @@ def nothing_is_monitored(groups: Groups, unit_map: UnitMap) -> str:
         )
     seen = []
     for (i, pairs), group in zip(unit_map.by_group(), groups, strict=True):
-        names = unit_map.names[i] or [""] * len(pairs)
-        shapes = [
-            f"{name} {tuple(p.shape)}".strip()
-            for name, (p, _) in zip(names[:4], pairs, strict=False)
-        ]
+        shapes = [f"{unit_map.name_of.get(p, '')} {tuple(p.shape)}".strip() for p, _ in pairs[:4]]
         seen.append(f"group {i} (tau={group['tau']}): {', '.join(shapes) or 'empty'}")
     raise ValueError(
         "tau is set but not one tensor can be monitored: units are floating tensors of two or more "
