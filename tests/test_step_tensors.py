@@ -9,6 +9,7 @@ import copy
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -376,18 +377,27 @@ def test_tensors_keep_their_names_where_one_leaves_the_group(through):
     assert opt.state[block]["step"] == 4
 
 
+@pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("tau", [0.0, None])
-def test_a_tensor_that_joins_a_named_group_needs_a_name(tau):
+def test_a_tensor_that_joins_a_named_group_needs_a_name(tau, attached):
     """As Composer's module surgery appends it behind the others, whose names it would shift."""
-    opt, params = named_run(tau=tau)
+    opt, params = named_run(attached, tau=tau)
     del params[1]
     params.append(new := nn.Parameter(torch.ones(3, 3)))
-    if tau is None:
+    if tau is None:  # not before the group is monitored
+        for _ in range(2):
+            step_on_noise(opt)
+            params.reverse()
+        opt.param_groups[0]["tau"] = 0.0
+    way_out = r"attach\(model\)\." if attached else r"attach\(model\), or give .* param_names"
+    with pytest.raises(ValueError, match=rf"parameters \[2\] have no name.*{way_out}"):
         step_on_noise(opt)
-        return
-    with pytest.raises(ValueError, match=r"parameters \[2\] have no name.*attach\(model\)"):
-        step_on_noise(opt)
-    opt.param_groups[0]["param_names"] = ["embed.weight", "layers.1.weight", "blocks.0.new.weight"]
+    names = ["embed.weight", "layers.1.weight", "blocks.0.new.weight"]
+    if attached:
+        named = zip(names, params, strict=True)
+        opt.attach(SimpleNamespace(named_parameters=lambda **_: named))
+    else:
+        opt.param_groups[0]["param_names"] = names
     step_on_noise(opt)
     assert opt.monitored_units == ["layers.1.weight", "blocks.0.new.weight"]
     assert tensor_of(opt, "blocks.0.new.weight") == (new,)

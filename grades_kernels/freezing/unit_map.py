@@ -150,6 +150,10 @@ def make_unit_map(
     if before is not None and attached is None:
         attached, name_of = before.attached, before.name_of
     all_names = names_of(groups, attached, name_of)
+    # A group without tau may lack names for now; the tensors that have one keep it for a later tau.
+    names_now = {p: name_of[p] for group in groups for p in group["params"] if p in name_of}
+    for group, names in zip(groups, all_names, strict=True):
+        names_now.update(zip(group["params"], names or (), strict=False))
     group_units: list[tuple[Unit, ...]] = []
     seen: set[str] = set()
     for i, group in enumerate(groups):
@@ -200,12 +204,8 @@ def make_unit_map(
         settings=_settings(groups),
         taus=thresholds(groups),
         untrained=tuple(untrained),
-        name_of={
-            p: name
-            for names, group in zip(all_names, groups, strict=True)
-            for name, p in zip(names or (), group["params"], strict=False)
-        },
-        attached=attached and [own or [] for own in all_names[: len(attached)]],
+        name_of=names_now,
+        attached=attached and [own or old for own, old in zip(all_names, attached, strict=False)],
     )
     unit_map.count_elements()
     return unit_map
@@ -254,10 +254,10 @@ def _names_in_group(
         if not known or group["tau"] is None:
             return None
         unknown = [j for j, name in enumerate(before) if name is None]
+        way_out = ", or give all names in param_names" if group.get("param_names") is names else ""
         raise ValueError(
-            f"tensors have left group {i} or joined it, and its param_names are those of before: "
-            f"parameters {unknown} have no name. Call attach(model), or give all names in "
-            "param_names."
+            f"tensors have left group {i} or joined it, and its names are those of before: "
+            f"parameters {unknown} have no name. Call attach(model){way_out}."
         )
     if group.get("param_names") is names:
         group["param_names"] = known
