@@ -94,9 +94,7 @@ TABLE_FAULTS = {
     "np.maximum(steps_taken, 1) -> steps_taken + 1": variant("signal", maximize=False),
     "= 1 / np.sqrt(correction2) -> = 1": variant("gain", "next_step", maximize=False),
     'np.where(rows["is_ratio"] != 0, 1, sizes) -> sizes': option("signal, per element"),
-    'rows["tau"] = [unit.tau -> rows["tau"] = [1.0': patched(
-        engine.test_a_changed_tau_makes_nothing_anew, True
-    ),
+    "taus = [unit.tau -> taus = [1.0": patched(engine.test_a_changed_tau_makes_nothing_anew, True),
     "n_chosen == self.n_tensors -> n_chosen > 0": partial(
         parity.test_units_of_two_tensors, 0, "same_step"
     ),
@@ -105,14 +103,21 @@ TABLE_FAULTS = {
     ),
     "steps = steps_taken + 1 -> steps = steps_taken + 2": variant(),
     "= 1 - lr * weight_decay -> = 1": variant(),
-    "lr * np.fromiter(lr_factors, np.float64, len(lr_factors)) -> lr": option("cooldown"),
+    "lr * lr_factors -> lr": option("cooldown"),
     "np.where(is_summed, -> np.where(True,": DIVIDED,
     "np.argsort(-rows -> np.argsort(rows": DIVIDED,
     'rows["address_bits"] |= rows[name] -> pass': DIVIDED,
-    'np.isin(self.rows["unit"], frozen) -> self.rows["unit"] >= 0': variant(),
+    "unit.frozen_at == NEVER for -> False for": variant(),
 }
 ENGINE_FAULTS = {
-    "measured[self.steps < self.tables.least_steps] = 0 -> pass": option("momentum, no grace"),
+    "measured[self.steps < tables.least_steps] = 0 -> pass": option("momentum, no grace"),
+    "[unit.decided_at for unit in table.units] -> 0": option("norm, gradients not stopped"),
+    "table.t if config.cooldown else 0 -> 0": option("cooldown"),
+    "[g is None for g in tensors.grads] -> 0": change("a matrix without gradient"),
+    "[unit.prev_step == before for unit in tables.own_units] if -> 0 if": change(
+        "no gradient on the last step before a check"
+    ),
+    "(self.steps < tables.least_steps).tobytes() if -> 0 if": option("momentum, no grace"),
     "not same_memory_order(g, p)) -> False)": partial(
         parity.test_layouts, "transposed", "contiguous"
     ),
@@ -121,7 +126,7 @@ ENGINE_FAULTS = {
     "if self.step_versions != -> if False and self.step_versions !=": change(
         "state changed in place"
     ),
-    "table.config.is_check(table.t + 1) -> True": partial(
+    "config.is_check(table.t + 1) -> True": partial(
         kernels.test_other_steps_do_not_touch_the_previous_gradient
     ),
     "config.is_check(t + 1)) for -> False) for": patched(

@@ -45,6 +45,7 @@ OPTIONS = {
     "eps large, lr small": {"eps": 1e-2, "lr": 1e-5},
     "lr zero": {"lr": 0.0},
     "gradients not stopped": {"stop_grad": False},
+    "norm, gradients not stopped": {"statistic": "norm", "stop_grad": False},
     "infinite tau": {"tau": math.inf},
     "momentum, no grace": {"statistic": "momentum", "grace_steps": 0},
     "signal, no grace": {"statistic": "signal", "grace_steps": 0, **tr.SCALES["signal"]},

@@ -8,7 +8,7 @@ whether they are still right.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ class Layout:
                     self.without_state.append(p)
             self.sizes.append(len(self.params) - n_before)
         self.positions = [position[p] for p in self.params]
+        self.has_all = self.positions == list(range(len(self.keys)))
         self.gradients = [(p.shape, gradient_dtype(p.grad, p), torch.strided) for p in self.params]
         self.with_prev_grad = [u if u and u.uses_prev_grad else None for u in self.units]
         self.has_prev_grads = any(unit is not None for unit in self.with_prev_grad)
@@ -151,14 +152,16 @@ class Layout:
         `prev_grads` is whether the step reads or writes previous gradients.
         """
         states = list(state.values())
-        own = [states[k] for k in self.positions]
+        own = states if self.has_all else [states[k] for k in self.positions]
         none: list[Any] = [None] * len(own)
         maxima = previous = none
         try:
             exp_avgs = [s["exp_avg"] for s in own]
             grads = [p.grad for p in self.params]
             # The moment of a tensor without a gradient is like one.
-            like = [m if g is None else g for g, m in zip(grads, exp_avgs, strict=True)]
+            like: Sequence[Any] = grads
+            if any([g is None for g in grads]):
+                like = [m if g is None else g for g, m in zip(grads, exp_avgs, strict=True)]
             if not self._has_gradients_like(like, grads):
                 return None
             if any(group["amsgrad"] for group in groups):
@@ -315,6 +318,39 @@ def fit_state(state: State, chosen: Sequence[Sequence[tuple[Tensor, Unit | None]
             or not same_memory_order(local(previous), local(p))
         ):
             own["prev_grad"] = torch.empty_like(p, dtype=dtype).copy_(previous)
+
+
+def check_readable(tensors: StepTensors, dtypes: Collection[torch.dtype]) -> None:
+    """Raise a ValueError where the Triton kernels could not read a tensor; they know `dtypes`."""
+    columns = ("state_steps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "prev_grads")
+    for n, (p, grad, m) in enumerate(zip(*tensors[:3], strict=True)):
+        if grad is not None and not hasattr(grad, "_spec") and grad.shape != p.shape:
+            raise ValueError(
+                f"the gradient of tensor {n} has shape {tuple(grad.shape)}, the parameter "
+                f"{tuple(p.shape)}."
+            )
+        grad_dtype = gradient_dtype(grad, p)
+        for what, dtype in (("gradient", grad_dtype), ("exp_avg", m.dtype)):
+            if dtype not in dtypes:
+                raise ValueError(
+                    f"the {what} of tensor {n} is {dtype}: the Triton kernels read "
+                    f"{', '.join(map(str, dtypes))}. Use fused=False."
+                )
+        expected = {"state_steps": torch.float32, "prev_grads": grad_dtype}
+        for name in columns:
+            x = getattr(tensors, name)[n]
+            if x is None or (name == "prev_grads" and not x.numel()):  # a placeholder
+                continue
+            dtype = expected.get(name, m.dtype)  # a launch knows one dtype of all moments
+            in_order = x.shape == p.shape and same_memory_order(x, p)
+            if x.device != p.device or x.dtype != dtype or not (in_order or name == "state_steps"):
+                raise ValueError(
+                    f"{name}[{n}] is {x.dtype} on {x.device} with shape {tuple(x.shape)} and "
+                    f"strides {x.stride()}: the Triton kernels read {dtype} on {p.device}, and "
+                    "moments and previous gradients in the parameter's shape and order, "
+                    f"{tuple(p.shape)} and {p.stride()}. After moving the model, move the "
+                    "optimizer's state as well: load_state_dict(state_dict())."
+                )
 
 
 def check_gradients(groups: Groups) -> None:

@@ -13,8 +13,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Sequence
-from itertools import compress
-from typing import Any
+from itertools import chain, compress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,17 +30,40 @@ from .step_tensors import (
     Layout,
     Outcome,
     State,
+    check_readable,
     keep_tasks,
     measure_tasks,
     prev_grads_are_due,
     update_tasks,
     with_local_gradients,
 )
-from .tasks import KEEP, STATISTIC_BITS, UPDATE, StepTensors
+from .tasks import UPDATE, StepTensors
 from .triton_kernels import DTYPES, decide_kernel, launch_options, step_kernel
 from .triton_tables import DEPENDS, FIELDS, FREEZES, DeviceTables
 
 _logger = logging.getLogger(__name__)
+
+
+class Tasks(NamedTuple):
+    """The tasks of a step; the same in the next one unless a unit is decided or a gradient missing.
+
+    Attributes:
+        inputs: All that they depend on.
+        of_tensors, lr_factors: One number per tensor.
+        is_measured: Per unit whether all its tensors are measured.
+        kept: The units all of whose gradients are stored.
+        updates: Per tensor UPDATE or 0.
+        measure, keep: Whether any tensor is measured, and whether any gradient is stored.
+    """
+
+    inputs: Any
+    of_tensors: np.ndarray
+    lr_factors: np.ndarray
+    is_measured: np.ndarray
+    kept: list[Unit]
+    updates: list[int]
+    measure: bool
+    keep: bool
 
 
 class TritonEngine:
@@ -53,6 +76,9 @@ class TritonEngine:
         tensors, units, layout: As in `HostEngine`; tensors may lack a gradient.
         own_units: The units to decide, in the same order on all ranks of a job, also those of other
             ranks, and those of which no tensor has state yet; None: those of the tensors.
+
+    Raises:
+        ValueError: If the kernels cannot read a tensor; `fit_state` makes state so that they can.
     """
 
     runs_ahead = unscales = True
@@ -67,8 +93,12 @@ class TritonEngine:
     ) -> None:
         self.tensors: StepTensors | None = tensors
         self.layout, self.device, self.cuda = layout, device, device.type == "cuda"
+        check_readable(tensors, DTYPES)
         self.tables = DeviceTables(tensors, units, device, own_units)
-        self.addresses, self.lacks_prev_grads = _addresses(tensors), _lacks_prev_grads(tensors)
+        columns = tensors.max_exp_avg_sqs, tensors.prev_grads
+        self.has_optional = [any(x is not None for x in column) for column in columns]
+        self.addresses, self.lacks_prev_grads = self._addresses(tensors), _lacks_prev_grads(tensors)
+        self.tasks: dict[tuple[bool, bool], Tasks] = {}  # of steps that measure, that keep
         self.options = launch_options("cpu")
         if self.cuda:
             warp_size = torch.cuda.get_device_properties(device).warp_size
@@ -95,9 +125,9 @@ class TritonEngine:
         self.sums = torch.zeros(len(units) + 1, 3, dtype=torch.float64, device=device)
         self.position = {p: n for n, p in tensors.dtensors}
         self.shards: list[ShardRows] | None = None  # of `Ranks.shard_rows`
-        # Of a step under way: per tensor 1 if it is updated, the units whose gradients it stores
-        # (both if it happens); whether it decides, all ranks take part, the device may skip it.
-        self.pending: tuple[np.ndarray, list[Unit], bool, bool, bool] | None = None
+        # Of a step under way: its tasks; whether it decides, all ranks take part, the device may
+        # skip it.
+        self.pending: tuple[Tasks, bool, bool, bool] | None = None
         self.is_compiled, self.only_compiles = layout is None, False
         self.in_step = False  # also after an exception, when the state of the device is unknown
         self.stream = torch.cuda.current_stream(device) if self.cuda else None
@@ -124,7 +154,7 @@ class TritonEngine:
         """
         if self.step_versions != _versions(tensors.state_steps):
             return False
-        addresses = _addresses(tensors)
+        addresses = self._addresses(tensors)
         if addresses != self.addresses:
             # Address 0 is the placeholder of a tensor that a decision or a release freed: no task
             # touches it any more.
@@ -148,20 +178,17 @@ class TritonEngine:
             self.tables.leave_to_others(ranks.members)
             self.shards = ranks.shard_rows(self.tables.own_units, self.position, self.sums)
         is_check = bool(self.tables.own_units) and table.config.is_check(table.t)
-        tasks, lr_factors, kept = self._tasks(tensors, table, is_check)
-        if not tasks.all():  # a tensor is frozen, or has no gradient
-            self.tables.drop_frozen()
-        decides = is_check and (ranks is not None or bool((tasks & STATISTIC_BITS).any()))
+        tasks = self._tasks(tensors, table, is_check)
+        decides = is_check and (ranks is not None or tasks.measure)
         found, scale = self._scalar(found_inf), self._scalar(grad_scale)
         scaled = found is not None or scale is not None
         grads, copies = _readable(tensors, unscales=scale is not None)
         staging = self.tables.next_staging()
-        # Of an empty gradient any aligned address but 0, which is "none".
-        staging.inputs["grad"] = [0 if g is None else g.data_ptr() or 16 for g in grads]
-        staging.inputs["task"] = tasks
-        self.tables.fill_coefficients(staging, tensors, lr_factors, self.steps)
+        staging.inputs["grad"] = _data_ptrs(grads)
+        staging.inputs["task"] = tasks.of_tensors
+        self.tables.fill_coefficients(staging, tensors, tasks.lr_factors, self.steps)
         if decides:
-            self.tables.fill_units(staging, table, tasks)
+            self.tables.fill_units(staging, table, tasks.is_measured)
             if ranks is not None:
                 self.tables.fill_agreed(staging, table, asks_to_join=ranks.asks_to_join)
 
@@ -181,8 +208,7 @@ class TritonEngine:
                 self._launch(scalars, measure=True, scaled=scaled)
                 self._decide(ranks)
             measure = decides and not same_step
-            keeps = bool((tasks & KEEP).any())
-            self._launch(scalars, measure=measure, update=True, keep=keeps, scaled=scaled)
+            self._launch(scalars, measure=measure, update=True, keep=tasks.keep, scaled=scaled)
             if measure:
                 self._decide(ranks)
             if decides or found is not None:
@@ -192,17 +218,16 @@ class TritonEngine:
                     self.mirrored.record()
         for g, copy in copies if scaled else ():
             g.copy_(copy)
-        updated, agreed = (tasks & UPDATE) // UPDATE, decides and ranks is not None
         # Autograd compares versions to notice that a tensor which it saved has been overwritten.
-        increment_version(list(compress(tensors.params, updated)))
-        increment_version([p for n, p in tensors.dtensors if updated[n]])
-        self.pending = updated, kept, decides, agreed, found is not None
+        increment_version(list(compress(tensors.params, tasks.updates)))
+        increment_version([p for n, p in tensors.dtensors if tasks.updates[n]])
+        self.pending = tasks, decides, decides and ranks is not None, found is not None
         self.in_step = False
 
     def sync(self) -> Outcome | None:
         if self.pending is None:
             return None
-        updated, kept, decides, agreed, scaled = self.pending
+        tasks, decides, agreed, scaled = self.pending
         values: dict[Unit, float] = {}
         decided: set[Unit] = set()
         own_units = self.tables.own_units
@@ -213,37 +238,66 @@ class TritonEngine:
             measured, of_ranks, is_decided, found = self.mirrors
             happened = not (scaled and found[0] != 0)
             if decides:
-                pairs = zip(own_units, measured.tolist(), strict=True)
-                values = {unit: value for unit, value in pairs if value < math.inf}
+                values = dict(zip(own_units, measured.tolist(), strict=True))
+                if not measured.max() < math.inf:  # a unit without evidence
+                    values = {unit: value for unit, value in values.items() if value < math.inf}
                 decided = {own_units[k] for k in np.flatnonzero(is_decided)}
             if agreed:
                 ranks_agree = self.tables.adopt_agreed(of_ranks)
                 must_join = bool(of_ranks[-1])
         if happened:
-            self.steps += updated
+            self.steps += (tasks.of_tensors & UPDATE) // UPDATE
         self.pending = None
-        return Outcome(values, kept, decided, happened, ranks_agree, must_join)
+        return Outcome(values, tasks.kept, decided, happened, ranks_agree, must_join)
 
-    def _tasks(
-        self, tensors: StepTensors, table: FreezeTable, is_check: bool
-    ) -> tuple[np.ndarray, list[float], list[Unit]]:
-        """Tasks and learning-rate factors of the step, and the units whose gradients it stores."""
-        updates, lr_factors = update_tasks(tensors, self.tables.units, table)
-        tasks = np.fromiter(updates, np.int64, len(updates))
-        kept: list[Unit] = []
-        if self.tables.own_units and table.config.is_check(table.t + 1):
-            keeps = np.fromiter(keep_tasks(tensors, self.tables.units), np.int64, len(tasks))
-            tasks |= keeps
-            kept = self.tables.complete_units(keeps != 0)
+    def _tasks(self, tensors: StepTensors, table: FreezeTable, is_check: bool) -> Tasks:
+        """The tasks of the step, those of an earlier one where nothing has changed."""
+        tables, config, before = self.tables, table.config, table.t - 1
+        keeps = bool(tables.own_units) and config.is_check(table.t + 1)
+        inputs = (
+            [unit.decided_at for unit in table.units],
+            table.t if config.cooldown else 0,
+            [g is None for g in tensors.grads],
+            [unit.prev_step == before for unit in tables.own_units] if is_check else (),
+            (self.steps < tables.least_steps).tobytes() if is_check else b"",
+        )
+        known = self.tasks.get((is_check, keeps))
+        if known is not None and known.inputs == inputs:
+            return known
+        updates, lr_factors = update_tasks(tensors, tables.units, table)
+        tasks = np.array(updates, dtype=np.int64)
+        if not tasks.all():  # a tensor is frozen, or has no gradient
+            tables.drop_frozen()
+        measured, kept = np.zeros_like(tasks), np.zeros_like(tasks)
         if is_check:
-            codes = measure_tasks(tensors, self.tables.units, table)
-            measured = np.fromiter(codes, np.int64, len(tasks))
-            measured[self.steps < self.tables.least_steps] = 0
-            tasks |= measured
-            if table.config.freeze_timing == "same_step":
-                freezes = FREEZES if table.config.cooldown == 0 else 0
-                tasks[measured != 0] |= DEPENDS | freezes
-        return tasks, lr_factors, kept
+            measured[:] = measure_tasks(tensors, tables.units, table)
+            measured[self.steps < tables.least_steps] = 0
+            depends = 0
+            if config.freeze_timing == "same_step":
+                depends = DEPENDS if config.cooldown else DEPENDS | FREEZES
+            tasks |= np.where(measured != 0, measured | depends, 0)
+        if keeps:
+            kept[:] = keep_tasks(tensors, tables.units)
+        self.tasks[is_check, keeps] = known = Tasks(
+            inputs,
+            tasks | kept,
+            np.array(lr_factors),
+            tables.is_complete(measured != 0),
+            tables.complete_units(kept != 0),
+            updates,
+            bool(measured.any()),
+            bool(kept.any()),
+        )
+        return known
+
+    def _addresses(self, tensors: StepTensors) -> list[int]:
+        always = tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.state_steps
+        addresses = list(map(Tensor.data_ptr, chain(*always)))
+        optional = tensors.max_exp_avg_sqs, tensors.prev_grads
+        for column, has_any in zip(optional, self.has_optional, strict=True):
+            if has_any:
+                addresses += _data_ptrs(column)
+        return addresses
 
     def _scalar(self, value: Any) -> Tensor | None:
         """GradScaler's scalars as this device's; it passes the number 0 for "nothing found"."""
@@ -396,13 +450,11 @@ def _readable(
     return grads, copies
 
 
-def _addresses(tensors: StepTensors) -> list[int]:
-    addresses: list[int] = []
-    for always in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.state_steps):
-        addresses += map(Tensor.data_ptr, always)
-    for optional in (tensors.max_exp_avg_sqs, tensors.prev_grads):
-        addresses += [0 if x is None else x.data_ptr() for x in optional]
-    return addresses
+def _data_ptrs(tensors: Sequence[Tensor | None]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # some are None
+        return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _versions(steps: Sequence[Tensor]) -> list[int]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..freezing.table import NEVER, STATISTICS, FreezeTable, Unit
-from ..state_tensors import gradient_dtype, same_memory_order
+from ..state_tensors import gradient_dtype
 from .tasks import KEEP, STATISTIC_BITS, StepTensors
-from .triton_kernels import DTYPES, PARTIALS, block_size
+from .triton_kernels import PARTIALS, block_size
 
 DEPENDS, FREEZES = 64, 128
 """Flags of a task beside those of `tasks`: the decision of this very step has to be read, and a
@@ -103,6 +103,7 @@ class Staging:
             views.append(self.buffer.numpy()[self.slices[-1]].view(table))
             start = self.slices[-1].stop
         self.inputs, self.past, self.units, self.agreed, self.coefficients = views
+        self.past[:] = 1
         self.was_read = torch.cuda.Event() if cuda else None
 
 
@@ -113,12 +114,8 @@ class DeviceTables:
         tensors, units, device, own_units: As in `TritonEngine`. `own_units` is the order of rows.
 
     Attributes:
-        grad_dtypes: The dtype that the kernels expect of each gradient.
         programs: Per launch the first of its programs, and how many it has with and without tensors
             that are not monitored: those that may measure come first.
-
-    Raises:
-        ValueError: If state cannot be read by the kernels; `fit_state` makes it so that it can.
     """
 
     def __init__(
@@ -132,9 +129,6 @@ class DeviceTables:
         self.units = list(units)
         present = dict.fromkeys(unit for unit in units if unit is not None)
         self.own_units = list(present if own_units is None else own_units)
-        self.grad_dtypes = [
-            gradient_dtype(g, p) for g, p in zip(tensors.grads, tensors.params, strict=True)
-        ]
         self.group_of = np.repeat(np.arange(len(tensors.groups)), [n for _, n in tensors.groups])
         self._lay_out_tensors(tensors)
         self._lay_out_units()
@@ -148,8 +142,6 @@ class DeviceTables:
         )
 
     def _lay_out_tensors(self, tensors: StepTensors) -> None:
-        for n in range(len(tensors.params)):
-            _check_readable(tensors, n, self.grad_dtypes[n])
         rows = np.zeros(len(tensors.params), dtype=TENSOR)
         number = {unit: m for m, unit in enumerate(self.own_units)}
         for name, column in (
@@ -165,10 +157,10 @@ class DeviceTables:
         rows["n_elements"] = [p.numel() for p in tensors.params]
         rows["unit"] = [-1 if unit is None else number[unit] for unit in self.units]
         amsgrad = [options.amsgrad for options, n in tensors.groups for _ in range(n)]
-        columns = (tensors.params, self.grad_dtypes, tensors.exp_avgs, amsgrad, self.units)
+        columns = (*tensors[:3], amsgrad, self.units)
         of_tensor = [
-            Launch(p.dtype, grad, m.dtype, a, unit.statistic if unit is not None else "")
-            for p, grad, m, a, unit in zip(*columns, strict=True)
+            Launch(p.dtype, gradient_dtype(g, p), m.dtype, a, unit.statistic if unit else "")
+            for p, g, m, a, unit in zip(*columns, strict=True)
         ]
         # Whole blocks, so that none reaches into the next program's span.
         blocks = np.array([launch.block for launch in of_tensor], dtype=np.int64)
@@ -191,8 +183,7 @@ class DeviceTables:
         self.tensor_table = self._upload(rows.view(np.int64))
         n_partials = int(summed.sum()) * PARTIALS
         self.partials = torch.zeros(n_partials, dtype=torch.float32, device=self.device)
-        self.dropped, self.n_frozen = np.zeros(len(rows), dtype=bool), 0
-        self._lay_out_programs()
+        self._lay_out_programs(np.ones(len(rows), dtype=bool))
 
     def _lay_out_units(self) -> None:
         """The fields of a unit that never change; `fill_units` adds the others."""
@@ -207,6 +198,7 @@ class DeviceTables:
         self.unit_rows["is_ratio"] = [statistic.is_ratio for statistic in statistics]
         self.unit_rows["must_be_positive"] = [statistic.of_update for statistic in statistics]
         self.unit_rows["without_evidence"] = np.inf
+        self.taus: list[float] = []  # in the rows
         self.members = self._upload(np.append(members, 0).astype(np.int32))
         self.statistics = np.array([u.statistic if u else "" for u in self.units], dtype=str)
         least = [STATISTICS[unit.statistic].least_steps if unit else 0 for unit in self.units]
@@ -218,13 +210,13 @@ class DeviceTables:
         elsewhere = [unit not in own for unit in self.own_units]
         self.unit_rows["without_evidence"] = np.where(elsewhere, -np.inf, np.inf)
 
-    def _lay_out_programs(self) -> None:
-        """The programs of every launch: those that may measure come first; no dropped tensors."""
+    def _lay_out_programs(self, is_launched: np.ndarray) -> None:
+        """The programs of every launch, for the tensors that are: first those that may measure."""
         parts: list[np.ndarray] = []
         self.programs: dict[Launch, tuple[int, int, int]] = {}
         first = 0
         for launch, members in self.launches.items():
-            chosen = np.array([n for n in members if not self.dropped[n]], dtype=np.int64)
+            chosen = np.array([n for n in members if is_launched[n]], dtype=np.int64)
             if len(chosen) == 0:
                 continue
             counts = self.rows["n_programs"][chosen]
@@ -250,16 +242,10 @@ class DeviceTables:
         billions of parameters, a program that only returns takes the device less than a
         microsecond.
         """
-        frozen = [m for m, unit in enumerate(self.own_units) if unit.frozen_at != NEVER]
-        if len(frozen) == self.n_frozen:
-            return
-        self.n_frozen = len(frozen)
-        dropped = np.isin(self.rows["unit"], frozen)
-        n_new = self.rows["n_programs"][dropped & ~self.dropped].sum()
-        n_left = self.rows["n_programs"][~self.dropped].sum()
-        if n_new and (n_new * 8 >= n_left or len(frozen) == len(self.own_units)):
-            self.dropped = dropped
-            self._lay_out_programs()
+        trains = [unit.frozen_at == NEVER for unit in self.own_units]
+        is_launched = np.array([*trains, True])[self.rows["unit"]]  # the last: of no unit, row -1
+        if self.rows["n_programs"][is_launched].sum() * 8 <= len(self.program_table) * 7:
+            self._lay_out_programs(is_launched)
 
     def next_staging(self) -> Staging:
         self.turn = (self.turn + 1) % len(self.ring)
@@ -272,7 +258,7 @@ class DeviceTables:
         self,
         staging: Staging,
         tensors: StepTensors,
-        lr_factors: Sequence[float],
+        lr_factors: np.ndarray,
         steps_taken: np.ndarray,
     ) -> None:
         """In fp64: a Python float reaches a kernel as fp32, and 1 - 0.999 would be 1e-5 off."""
@@ -283,7 +269,7 @@ class DeviceTables:
             ]
         )[self.group_of]
         lr, beta1, beta2, eps, weight_decay, sign = columns.T
-        lr = lr * np.fromiter(lr_factors, np.float64, len(lr_factors))
+        lr = lr * lr_factors
         steps = steps_taken + 1
         out = staging.coefficients
         out["step_size"] = lr / (1 - beta1**steps)
@@ -294,7 +280,6 @@ class DeviceTables:
         out["one_minus_beta2"] = 1 - beta2
         out["eps"] = eps
         out["sign"] = sign
-        staging.past[:] = 1
         if not self.corrects:
             return
         # Without a step there is no evidence, whatever is divided by.
@@ -309,10 +294,12 @@ class DeviceTables:
             staging.past["numerator_divisor"][chosen] = numerator[chosen]
             staging.past["denominator_divisor"][chosen] = denominator[chosen]
 
-    def fill_units(self, staging: Staging, table: FreezeTable, tasks: np.ndarray) -> None:
+    def fill_units(self, staging: Staging, table: FreezeTable, is_measured: np.ndarray) -> None:
         rows, units = staging.units, self.own_units
+        taus = [unit.tau for unit in units]
+        if taus != self.taus:
+            self.unit_rows["tau"] = self.taus = taus
         rows[:] = self.unit_rows
-        rows["tau"] = [unit.tau for unit in units]
         rows["divisor"] = 1
         if table.config.tau_per == "element":
             sizes = [unit.n_elements for unit in units]
@@ -320,7 +307,7 @@ class DeviceTables:
         rows["hits_missing"] = 1
         if table.config.patience > 1:
             rows["hits_missing"] = [table.config.patience - unit.hits for unit in units]
-        rows["is_measured"] = self._is_complete((tasks & STATISTIC_BITS) != 0)
+        rows["is_measured"] = is_measured
 
     def fill_agreed(self, staging: Staging, table: FreezeTable, *, asks_to_join: bool) -> None:
         """Write the numbers that must be equal on all ranks.
@@ -346,38 +333,9 @@ class DeviceTables:
 
     def complete_units(self, chosen: np.ndarray) -> list[Unit]:
         """The units all of whose tensors are chosen."""
-        return [self.own_units[m] for m in np.flatnonzero(self._is_complete(chosen)).tolist()]
+        return [self.own_units[m] for m in np.flatnonzero(self.is_complete(chosen)).tolist()]
 
-    def _is_complete(self, chosen: np.ndarray) -> np.ndarray:
+    def is_complete(self, chosen: np.ndarray) -> np.ndarray:
+        """Per unit whether all its tensors are chosen."""
         n_chosen = np.bincount(self.rows["unit"][chosen], minlength=len(self.own_units))
         return n_chosen == self.n_tensors
-
-
-def _check_readable(tensors: StepTensors, n: int, grad_dtype: torch.dtype) -> None:
-    p, grad, moment_dtype = tensors.params[n], tensors.grads[n], tensors.exp_avgs[n].dtype
-    if grad is not None and not hasattr(grad, "_spec") and grad.shape != p.shape:
-        raise ValueError(
-            f"the gradient of tensor {n} has shape {tuple(grad.shape)}, the parameter "
-            f"{tuple(p.shape)}."
-        )
-    for what, dtype in (("gradient", grad_dtype), ("exp_avg", moment_dtype)):
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"the {what} of tensor {n} is {dtype}: the Triton kernels read "
-                f"{', '.join(map(str, DTYPES))}. Use fused=False."
-            )
-    dtypes = {"state_steps": torch.float32, "prev_grads": grad_dtype}
-    for name in ("state_steps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "prev_grads"):
-        x = getattr(tensors, name)[n]
-        if x is None or (name == "prev_grads" and not x.numel()):  # a placeholder
-            continue
-        dtype = dtypes.get(name, moment_dtype)  # a launch knows one dtype of all moments
-        in_order = x.shape == p.shape and same_memory_order(x, p)
-        if x.device != p.device or x.dtype != dtype or not (in_order or name == "state_steps"):
-            raise ValueError(
-                f"{name}[{n}] is {x.dtype} on {x.device} with shape {tuple(x.shape)} and strides "
-                f"{x.stride()}: the Triton kernels read {dtype} on {p.device}, and moments and "
-                f"previous gradients in the parameter's shape and order, {tuple(p.shape)} and "
-                f"{p.stride()}. After moving the model, move the optimizer's state as well: "
-                "load_state_dict(state_dict())."
-            )

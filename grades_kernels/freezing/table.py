@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import NamedTuple
 
 NEVER = -1
@@ -289,23 +290,23 @@ class FreezeTable:
         Args:
             values: The sums of the undecided units whose check is not void.
         """
-        per_element, patience = self.config.tau_per == "element", self.config.patience
-        measured: dict[Unit, float] = {}
+        if self.config.tau_per == "element":
+            values = {
+                unit: value if STATISTICS[unit.statistic].is_ratio else value / unit.n_elements
+                for unit, value in values.items()
+            }
         for unit, value in values.items():
-            if per_element and not STATISTICS[unit.statistic].is_ratio:
-                value /= unit.n_elements
-            measured[unit] = value
             # "gain" may be negative; tau=0.0 freezes nothing, and -1 in the state is "unknown".
-            unit.value = value if value > 0.0 else 0.0
-            if unit.value < unit.tau:
+            unit.value = compared = value if value > 0.0 else 0.0
+            if compared < unit.tau:
                 unit.hits += 1
-                if unit.hits >= patience:
-                    unit.decide(self.t, unit.value)
+                if unit.hits >= self.config.patience:
+                    unit.decide(self.t, compared)
             else:
                 unit.hits = 0
         if values:
             self._freeze_cooled()
-            self._record(array("d", [measured.get(unit, math.nan) for unit in self.units]))
+            self._record(values)
 
     def _freeze_cooled(self) -> None:
         """Freeze the decided units whose cooldown is over at step `t`."""
@@ -372,8 +373,9 @@ class FreezeTable:
             unit.is_published = True
         return [unit.event() for unit in sorted(new, key=lambda unit: unit.frozen_at)]
 
-    def _record(self, row: array[float]) -> None:
+    def _record(self, measured: Mapping[Unit, float]) -> None:
         if self._n_checks % self._history_stride == 0:
+            row = array("d", map(measured.get, self.units, repeat(math.nan)))
             self.history.append((self.t, row))
             if len(self.history) > MAX_HISTORY_ROWS:
                 del self.history[1::2]
