@@ -226,8 +226,9 @@ def prepared(
         states[k] = entry
     new_groups = [dict(group) for group in incoming["param_groups"]]
     for i, (group, live) in enumerate(zip(new_groups, groups, strict=True)):
-        for key in OWN_GROUP_KEYS:
-            group.setdefault(key, live[key])
+        for key in (*OWN_GROUP_KEYS, "monitor_all"):
+            if key in live:
+                group.setdefault(key, live[key])
         # Which backend serves a group is this optimizer's choice, not the checkpoint's.
         group["fused"] = live["fused"]
         if group["tau"] is not None and config.grace_steps is None:
@@ -287,6 +288,8 @@ def complete_loaded_state(
             )
             # A copy, since the caller's tensor is not to be written to.
             own["prev_grad"] = prev_grads[n].to(p.device, copy=True) if is_used else placeholder(p)
+        if not (step := torch.as_tensor(own.get("step", 0.0))).is_floating_point():
+            own["step"] = step.to(_get_scalar_dtype())  # as converters write it
         # A compact checkpoint leaves out released moments.
         add_missing_moments(own, p, amsgrad=amsgrad[p])
 

@@ -424,8 +424,8 @@ class Freezer:
         freezer.table = saved["table"]
         freezer.group_gave_tau = saved.get("group_gave_tau", False)
         freezer.map_units(optimizer, saved["attached"])
-        monitored = freezer.unit_map.monitored  # what needs no gradient is frozen there
-        freezer.release.released = {p for p, _ in monitored if not p.requires_grad}
+        monitored = freezer.unit_map.monitored
+        freezer.release.released = {p for p, unit in monitored if unit.is_released}
         return freezer
 
     def warn_once(self, message: str) -> None:

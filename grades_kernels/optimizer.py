@@ -357,8 +357,12 @@ class GradESAdamW(AdamW):
         """
         freezer = self._exact()
         freezer.write_state(self)
-        state_dict = super().state_dict()
-        return checkpoint.saved(state_dict, self.param_groups, compact=compact)
+
+        def complete(_: Any, new: dict[str, Any]) -> dict[str, Any]:  # before the user's hooks
+            return checkpoint.saved(new, self.param_groups, compact=compact)
+
+        with self.register_state_dict_post_hook(complete, prepend=True):
+            return super().state_dict()
 
     def adamw_state_dict(self) -> dict[str, Any]:
         """A state dict for plain `torch.optim.AdamW`, without the keys that are ours.

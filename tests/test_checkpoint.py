@@ -1387,3 +1387,62 @@ def test_steps_without_a_gradient_of_a_matrix_are_counted_in_a_checkpoint(bias_g
         feed(run, 1.5, 1.0)  # step 5, the first check
     assert resumed.statistics() == opt.statistics() == {"group0.param0": pytest.approx(8.0)}
     assert_same(resumed.state_dict(), opt.state_dict())
+
+
+def test_monitor_all_stays_with_a_checkpoint_that_does_not_say():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "fc": nn.Linear(4, 4)})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adamw = torch.optim.AdamW(model.named_parameters())
+    adamw.step()
+    groups = [{"params": list(model.named_parameters()), "monitor_all": True}]
+    opt = GradESAdamW(groups, tau=1e9, grace_steps=3)
+    opt.load_state_dict(adamw.state_dict())
+    assert opt.monitored_units == ["embed.weight", "fc.weight", "fc.bias"]
+
+
+def test_released_moments_have_full_shapes_behind_a_hook_that_renames():
+    model = nn.Linear(4, 4)
+    opt = GradESAdamW(model.named_parameters(), tau=1e9, grace_steps=1, statistic="norm")
+
+    def by_name(opt, saved):
+        names = [name for group in saved["param_groups"] for name in group["param_names"]]
+        return {**saved, "state": {names[k]: entry for k, entry in saved["state"].items()}}
+
+    opt.register_state_dict_post_hook(by_name)
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        opt.step()
+    assert opt.state[model.weight]["exp_avg"].numel() == 0
+    assert opt.state_dict()["state"]["weight"]["exp_avg"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_steps_that_are_integers_load_as_in_adamw(fused):
+    model = nn.Linear(4, 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adamw = torch.optim.AdamW(model.parameters())
+    adamw.step()
+    saved = adamw.state_dict()
+    for entry in saved["state"].values():
+        entry["step"] = entry["step"].long()
+    opt = GradESAdamW(model.parameters(), fused=fused)
+    opt.load_state_dict(saved)
+    opt.step()
+    assert [float(entry["step"]) for entry in opt.state.values()] == [2, 2]
+
+
+def test_a_copy_made_while_gradients_are_off_releases_nothing():
+    p = nn.Parameter(torch.ones(4, 4))
+    opt = GradESAdamW([p], tau=1e9, grace_steps=1, statistic="norm", stop_grad=False)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    p.requires_grad_(False)
+    p, opt = copy.deepcopy((p, opt))
+    p.requires_grad_(True)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert p.requires_grad

@@ -274,3 +274,14 @@ def test_both_factors_of_an_adapter_on_a_gate_are_one_unit():
         for name, shape in zip(names, [(2, 16), (4, 2)], strict=True)
     }
     assert units == {"model.layers.0.mlp.gate.lora.default"}
+
+
+EXCLUDED_ADAPTERS = """
+    model.embed_tokens.token_adapter.trainable_tokens_delta.default led.shared.weight
+    model.embed_tokens.trainable_tokens_delta.default weight_hh_l0_g in_proj_weight_g
+"""
+
+
+@pytest.mark.parametrize("name", EXCLUDED_ADAPTERS.split())
+def test_rows_of_embeddings_shared_tables_and_magnitudes_are_no_units(name):
+    assert unit_of(name, MATRIX, torch.float32) is None

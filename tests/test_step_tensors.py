@@ -446,3 +446,22 @@ def test_names_that_attach_gave_follow_their_tensors_too():
     step_on_noise(opt)
     opt, block = copy.deepcopy((opt, block))
     assert tensor_of(opt, "blocks.1.weight") == (block,)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_tensors_exchanged_between_groups_keep_their_names(attached):
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("embed", "a", "b", "c")})
+    named = list(model.named_parameters())
+    pairs = [p for _, p in named] if attached else named
+    opt = GradESAdamW(
+        [{"params": pairs[:2]}, {"params": pairs[2:]}], tau=1e9, grace_steps=0, statistic="norm"
+    )
+    if attached:
+        opt.attach(model)
+    one, other = (group["params"] for group in opt.param_groups)
+    one[0], other[0] = other[0], one[0]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert sorted(opt.frozen_units) == ["a.weight", "b.weight", "c.weight"]
+    assert opt.state[model["embed"].weight]["exp_avg"].ne(0).all()

@@ -24,19 +24,21 @@ _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 # A model in an nn.Sequential, as in sentence-transformers, or a block of one.
 _IN_SEQUENTIAL = re.compile(r"^(?:model\.)?\d+\.")
 # Tensors from which torch.nn.utils computes a weight; magnitudes are "original0" and "weight_g".
-_PARAMETRIZED = re.compile(r"(?:parametrizations\.)?(\w*weight)(?:\.original1?|_v|_orig)$")
+_PARAMETRIZED = re.compile(r"(?:parametrizations\.)?(\w*weight\w*)(?:\.original1?|_v|_orig)$")
 
 _LORA_FACTOR = re.compile(r"lora_[ABEabe]")  # E: the singular values of AdaLoRA
 _WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 # PEFT stores a module and its adapters under these components; they do not describe the module.
-_ADAPTER_PART = re.compile(r"base_layer|modules_to_save|original_module|lora_.*")
+_ADAPTER_PART = re.compile(
+    r"base_layer|modules_to_save|original_module|lora_.*|token_adapter|trainable_tokens_.*"
+)
 
 _EMBEDDING_WORDS = frozenset({"embed", "embeds", "embedding", "embeddings", "emb", "wte", "wpe"})
 _POSITION = re.compile(r"(.*_)?pos(ition(s|al)?)?(_(enc|encodings?|table|[hwt]))?|pe")
 _NORM_WORDS = frozenset({"norm", "norms", "layernorm", "rmsnorm", "batchnorm", "ln", "bn"})
 _BIAS = re.compile(r"(.*_)?bias(es)?(_table|_[a-z])?")
 # Scales and shifts in one tensor, the decay rates of a state space, magnitudes of rows.
-_VECTORS = re.compile(r"(.*_)?table|a_logs?|weight_g|original0")
+_VECTORS = re.compile(r"(.*_)?table|a_logs?|\w*weight\w*_g|original0")
 _EXPERT = re.compile(r"(.*_)?experts?")
 _EXPERT_GATE = re.compile(r"(.*_)?experts?_gate")
 # "sa_head" and "multi_head" are the names of attention heads in small models written by hand.
@@ -135,7 +137,7 @@ def exclusion_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         not _EMBEDDING_WORDS.isdisjoint(words)
         or any(_words(part)[-1] in _EMBEDDING_WORDS for part in named)
         or _POSITION.fullmatch(owner)
-        or (owner == "shared" and at_the_top)
+        or (owner == "shared" and path == before_blocks)
         or (words[-1] in ("token", "tokens") and parts[-1] != "weight")
         or (words[-1] == "table" and parts[-1] == "weight")
     )

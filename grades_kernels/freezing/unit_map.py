@@ -7,7 +7,7 @@ does, a new map is made, and in a job of several processes the ranks exchange th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -231,21 +231,26 @@ def names_of(
                 f"{sizes} now. Call attach(model) again after removing or inserting tensors."
             )
         names[: len(attached)] = attached
+    known = {name for own in names for name in own or ()}
     return [
-        _names_in_group(i, own, group, name_of)
+        _names_in_group(i, own, group, name_of, known)
         for i, (own, group) in enumerate(zip(names, groups, strict=True))
     ]
 
 
 def _names_in_group(
-    i: int, names: list[str] | None, group: dict[str, Any], name_of: Mapping[Tensor, str]
+    i: int,
+    names: list[str] | None,
+    group: dict[str, Any],
+    name_of: Mapping[Tensor, str],
+    others: Container[str],  # the names of all groups
 ) -> list[str] | None:
     if not names:
         return None
-    params, others = group["params"], set(names)
+    params = group["params"]
     before = [name_of.get(p) for p in params]
     if len(names) == len(params):
-        # A name that the group has no more has been replaced by the caller.
+        # A name that no group has any more has been replaced by the caller.
         pairs = zip(before, names, strict=True)
         if all(was is None or was == name or was not in others for was, name in pairs):
             return names
