@@ -1264,3 +1264,29 @@ def test_blocks_above_the_cut_stay_in_training_mode():
     cut_of(model).at(1).apply(model, eval_frozen=True)
     loss_of(model.train(), batches()[0])
     assert [layer.training for layer in model.layers] == [False, True, True, True]
+
+
+class TokensFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+        self.embed, self.encoder = nn.Embedding(50, 16), nn.TransformerEncoder(layer, 4)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x).transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize(("n_rows", "message"), [(8, "batch_first=False"), (4, "4 ids for 8 rows")])
+def test_a_cache_refuses_hidden_states_whose_rows_are_tokens(n_rows, message):
+    model = TokensFirst()
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch), batch[:, 0] % 3)
+
+    batches = [torch.randint(50, (n_rows, 8)) for _ in range(4)]
+    cut = choose_cut(model, loss, batches, n_batches=4).at(2)
+    cut.apply(model, eval_frozen=True)
+    cache = ActivationCache(model, cut, max_bytes=1e9)
+    with pytest.raises(ValueError, match=message), cache.rows(range(n_rows)):
+        loss(model, batches[0])

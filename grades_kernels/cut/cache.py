@@ -154,6 +154,11 @@ class ActivationCache:
                 )
             if hidden.shape[0] != len(keys):
                 raise _error(f"{len(keys)} ids for {hidden.shape[0]} rows of a batch.")
+            if len(keys) in hidden.shape[1:2] and not self._batch_comes_first():
+                raise _error(
+                    "a module below the cut has batch_first=False, and a batch has as many rows as "
+                    "tokens: rows of the hidden states may be no examples. Use batch_first=True."
+                )
             for key, row in zip(keys, hidden.detach(), strict=True):
                 size = row.numel() * (self.dtype or row.dtype).itemsize
                 if key not in self._rows and self.n_bytes + size <= self.max_bytes:
@@ -165,6 +170,10 @@ class ActivationCache:
             # Before the block's own hooks, which are called with the stored rows, too.
             hook = block.register_forward_hook(note, with_kwargs=True, prepend=True)
             stack.callback(hook.remove)
+
+    def _batch_comes_first(self) -> bool:
+        modules = (module for block in self._frozen for module in block.modules())
+        return all(getattr(module, "batch_first", True) for module in modules)
 
     def _skip(self, stack: ExitStack, keys: list[Hashable], ran: list[nn.Module]) -> None:
         for block in self._frozen:
