@@ -13,11 +13,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torchmetrics import Metric
 
 from ..cut.choose import choose_cut
 from ..cut.cut import Cut
@@ -137,7 +137,7 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
     numbers = itertools.count()
 
     def loss(module: Any, batch: Any) -> Any:
-        batch = move_data_to_device(batch, device)
+        batch = trainer.strategy.batch_to_device(batch, device)  # with the module's own hooks
         with trainer.precision_plugin.forward_context():
             output = module.training_step(batch, next(numbers))
         return output["loss"] if isinstance(output, Mapping) else output
@@ -160,6 +160,9 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
     finally:
         for name in silent:
             del pl_module.__dict__[name]
+        for module in pl_module.modules():
+            if isinstance(module, Metric):  # of no step of the run
+                module.reset()
         pl_module.train(training)
 
 

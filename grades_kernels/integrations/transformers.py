@@ -7,6 +7,7 @@ trainer.train()
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -187,17 +188,30 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
             )
         # train() has autocast from the wrapped model
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            return trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
+            ready = trainer._prepare_inputs(dict(inputs))
+            if trainer.compute_loss_func is None:
+                return trainer.compute_loss(model, ready)
+            n_items = trainer._get_num_items_in_batch([ready], trainer.args.device)
+            return trainer.compute_loss(model, ready, num_items_in_batch=n_items)
 
     model: Any = trainer.model
     loader: Any = trainer.get_train_dataloader()
     training = model.training
     model.train()
+    # Not a step of the run: nothing is logged, and what a trainer counts or averages stays.
+    counts = {
+        name: copy.deepcopy(x)
+        for name, x in vars(trainer).items()
+        if name == "log" or (name[0] == "_" and isinstance(x, (int, float, dict, list)))
+    }
+    vars(trainer)["log"] = lambda *args, **kwargs: None
     try:
         with _checkpointed(model, _checkpointing(trainer.args)):
             return choose_cut(model, loss, loader, **within_an_epoch(options, loader))
     finally:
         model.train(training)
+        del vars(trainer)["log"]
+        vars(trainer).update(counts)
         # The loader was left in the middle of an epoch, and train() makes its own.
         prepared = trainer.accelerator._dataloaders
         if loader in prepared:
