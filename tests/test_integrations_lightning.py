@@ -18,6 +18,7 @@ lightning = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from torchmetrics import SumMetric  # noqa: E402
 
 from grades_kernels.integrations import lightning as integration  # noqa: E402
 from grades_kernels.integrations.lightning import GradESCallback  # noqa: E402
@@ -109,6 +110,30 @@ def test_a_chosen_cut_leaves_no_trace_but_frozen_tensors(tmp_path):
     assert report.cut == cut.summary()
     with pytest.raises(ValueError, match="Invalid cut: 'half'"):
         GradESCallback(cut="half")
+
+
+class Transferred(Deep):
+    """Batches are dicts behind a hook; a metric counts examples."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.count = SumMetric()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"x": batch[0], "y": batch[1]}
+
+    def training_step(self, batch, batch_idx):
+        self.count(len(batch["x"]))
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+def test_the_probe_transfers_batches_as_the_run_does_and_resets_metrics(tmp_path):
+    counts = []
+    for cut in (None, {"blocks": "blocks"}):
+        model = Transferred()
+        fit(tmp_path / str(cut is None), model, callbacks=[GradESCallback(cut=cut)])
+        counts.append(model.count.compute().item())
+    assert counts[0] == counts[1] > 0
 
 
 class Late(Deep):

@@ -712,3 +712,26 @@ def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
 
 if __name__ == "__main__":
     train_one_rank(sys.argv[1])
+
+
+def test_the_probe_logs_nothing_counts_nothing_and_knows_the_number_of_items(tmp_path):
+    trainer = make_trainer(tmp_path, model=deep_llama())
+    trainer._metrics, sent, given = {"train": []}, [], []
+    trainer.log = lambda logs, *rest: sent.append(logs)
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        trainer.log({"loss": 1.0})
+        trainer._metrics["train"].append(1.0)
+        given.append(num_items_in_batch)
+        loss = nn.functional.cross_entropy
+        return (
+            loss(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            / num_items_in_batch
+        )
+
+    trainer.compute_loss_func = loss
+    add_grades(trainer, cut="auto", **OPTIONS)
+    assert given and None not in given
+    assert (sent, trainer._metrics) == ([], {"train": []})
+    trainer.log({})
+    assert sent == [{}]

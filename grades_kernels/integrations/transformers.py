@@ -202,8 +202,9 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     counts = {
         name: copy.deepcopy(x)
         for name, x in vars(trainer).items()
-        if name == "log" or (name[0] == "_" and isinstance(x, (int, float, dict, list)))
+        if name[0] == "_" and isinstance(x, (int, float, dict, list))
     }
+    own_log = {name: x for name, x in vars(trainer).items() if name == "log"}
     vars(trainer)["log"] = lambda *args, **kwargs: None
     try:
         with _checkpointed(model, _checkpointing(trainer.args)):
@@ -211,7 +212,7 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     finally:
         model.train(training)
         del vars(trainer)["log"]
-        vars(trainer).update(counts)
+        vars(trainer).update(counts | own_log)
         # The loader was left in the middle of an epoch, and train() makes its own.
         prepared = trainer.accelerator._dataloaders
         if loader in prepared:
