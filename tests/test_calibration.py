@@ -220,6 +220,8 @@ def test_plot_writes_a_picture(tmp_path, per):
         ({"per": "layer"}, r"Invalid per: 'layer' \(choose one of 'kind', 'unit', 'all'\)"),
         ({"patience": 0}, "Invalid patience: 0"),
         ({"patience": 5}, "only 0 of 2 units of 'q_proj' have 5 measurements in steps 3 to 4"),
+        ({"by_step": "3"}, r"Invalid by_step: '3' \(must be an integer of at least 0"),
+        ({"grace_steps": 0.5}, r"Invalid grace_steps: 0.5 \(must be an integer of at least 0"),
         ({"by_step": 5}, r"Invalid by_step: 5 \(the report's last measurement is of step 4"),
         ({"by_step": 0}, "no measurement in steps 1 to 0"),
         ({"grace_steps": 4}, "no measurement in steps 5 to 4"),

@@ -1182,6 +1182,32 @@ def test_a_row_of_another_length_is_refused():
     assert_not_cached(model, cache, "stored with another length", length=4)
 
 
+class Shortens(nn.Module):
+    """A block that returns one token less than it gets."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x)[:, :-1]
+
+
+def test_a_cache_refuses_blocks_that_change_the_shape_in_the_first_pass():
+    model = make()
+    model.layers = nn.ModuleList(map(Shortens, model.layers))
+    assert_not_cached(model, cached(model), "hidden states of another shape")
+
+
+def test_a_cache_is_not_silent_where_code_does_not_call_the_blocks_as_modules():
+    """As code that torch.compile has made before the hooks were set."""
+    model = make()
+    cache = cached(model)
+    calls = [layer.forward for layer in model.layers]
+    model.through_blocks = lambda x: functools.reduce(lambda x, call: call(x), calls, x)
+    assert_not_cached(model, cache, "0 of 2 frozen blocks were called as modules")
+
+
 # Mistakes of users
 
 

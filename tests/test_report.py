@@ -107,6 +107,8 @@ class TestSaveAndLoad:
             json.dumps({**REPORT, "unknown": "field"}),
             json.dumps({name: value for name, value in REPORT.items() if name != "backend"}),
             json.dumps({**REPORT, "history": [[30, [1.0]]]}),
+            json.dumps({**REPORT, "step": "70"}),
+            json.dumps({**REPORT, "backend": 5}),
         ],
     )
     def test_load_refuses_any_other_file_and_names_it(self, text, tmp_path):

@@ -505,6 +505,22 @@ def test_the_count_of_hits_is_in_the_state():
     assert counts == [1, 2, 2, 3, 0, 1]
 
 
+def test_measurements_of_another_statistic_count_no_more():
+    """Neither as hits nor in the report, whose numbers are all of one statistic."""
+    opt = optimizer(matrices(2), patience=3)
+    feed(opt, LOW, LOW)
+    feed(opt, LOW, LOW)
+    opt.param_groups[0] |= {"statistic": "signal", "tau": 1e30}
+    feed(opt, LOW, LOW)
+    hits = [state["grades_hits"] for state in opt.state_dict()["state"].values()]
+    assert hits == [1, 1]
+    steps = [step for step, row in opt.report().history if math.isfinite(row[0])]
+    assert steps == [3] and opt.frozen_units == []
+    feed(opt, LOW, LOW)
+    feed(opt, LOW, LOW)
+    assert freezes(opt) == [(5, 0), (5, 1)]
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_max_frozen_decides_the_last_unit_one_step_later(timing):
     """Unit 0 is decided at step 2; unit 1 follows at 3, without an update in either timing."""

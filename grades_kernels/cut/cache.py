@@ -79,7 +79,8 @@ class ActivationCache:
             ValueError: If the outputs of the frozen blocks are not the same in every epoch, since
                 random numbers or a tensor that trains act on it, weights have changed, or a block
                 is in training mode; if more is read from them than one tensor with a row per
-                example; if they run more than once; if an example comes with another length.
+                example; if they run more than once or not as modules; if an example comes with
+                another length.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         keys = [key.item() if isinstance(key, Tensor) else key for key in ids]
@@ -90,6 +91,12 @@ class ActivationCache:
             skips = bool(keys) and all(key in self._rows for key in keys)
             (self._skip if skips else self._store)(stack, keys, ran)
             yield
+        if not skips and len(ran) < self._k:
+            raise _error(
+                f"{len(ran)} of {self._k} frozen blocks were called as modules. Code that "
+                "torch.compile made before may not call them: make the cache before the first "
+                "compiled step."
+            )
         if skips and self._frozen[-1] not in ran:
             raise _error("the highest frozen block did not run, for which rows are stored.")
 
@@ -131,11 +138,12 @@ class ActivationCache:
                     "epoch. Use cut.apply(model, eval_frozen=True)."
                 )
             _check_hooks(block)
-            _hidden(args, kwargs)
             alone = isinstance(output, tuple) and len(output) == 1
             hidden = output[0] if alone else output
             if not isinstance(hidden, Tensor):
                 raise _error("a frozen block returns more than its hidden states.")
+            if hidden.shape != _hidden(args, kwargs).shape:
+                raise _error("a frozen block returns hidden states of another shape than it gets.")
             self._wrapped[block] = alone
             if len(ran) == self._k:
                 self._frozen = ran[:]

@@ -224,10 +224,16 @@ class FreezeTable:
 
         Args:
             units: Its units.
-            former: Their former selves in this table; for others, that of the same name.
+            former: Their former selves in this table; for others, that of the same name. What was
+                measured of another statistic counts no more.
         """
         column = {unit.name: k for k, unit in enumerate(self.units)}
-        chosen = [column.get((former or {}).get(unit, unit).name) for unit in units]
+        chosen = []
+        for unit in units:
+            was = (former or {}).get(unit, unit)
+            chosen.append(column.get(was.name))
+            if unit.statistic != was.statistic and not unit.is_decided:
+                unit.hits, unit.value, chosen[-1] = 0, math.nan, None
         history = [
             (t, array("d", [math.nan if k is None else row[k] for k in chosen]))
             for t, row in self.history

@@ -164,7 +164,9 @@ def calibrate(
         raise ValueError("the report has no measurement: observe with tau=0.0 beyond grace_steps")
     last = report.history[-1][0]
     by_step = last if by_step is None else by_step
+    check_integer("by_step", by_step, 0)
     grace_steps = by_step // 2 if grace_steps is None else grace_steps
+    check_integer("grace_steps", grace_steps, 0)
     if by_step > last:
         raise ValueError(
             f"Invalid by_step: {by_step!r} (the report's last measurement is of step {last}: "

@@ -130,6 +130,8 @@ def from_json(annotation: Any, value: Any) -> Any:
     """The inverse of `to_json` for a value with this type annotation."""
     if annotation is float:
         return math.nan if value is None else float(value)
+    if annotation in (int, str) and type(value) is not annotation:
+        raise TypeError(f"{value!r} instead of {annotation.__name__}")
     if get_origin(annotation) is tuple:
         first, *others = get_args(annotation)
         items = repeat(first) if others == [...] else (first, *others)
