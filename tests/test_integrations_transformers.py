@@ -710,10 +710,6 @@ def test_two_ranks_stop_in_the_step_in_which_a_plain_loop_stops(tmp_path):
     assert len(FreezeReport.load(tmp_path / "grades_report.json").events) == 14
 
 
-if __name__ == "__main__":
-    train_one_rank(sys.argv[1])
-
-
 def test_the_probe_logs_nothing_counts_nothing_and_knows_the_number_of_items(tmp_path):
     trainer = make_trainer(tmp_path, model=deep_llama())
     trainer._metrics, sent, given = {"train": []}, [], []
@@ -735,3 +731,7 @@ def test_the_probe_logs_nothing_counts_nothing_and_knows_the_number_of_items(tmp
     assert (sent, trainer._metrics) == ([], {"train": []})
     trainer.log({})
     assert sent == [{}]
+
+
+if __name__ == "__main__":
+    train_one_rank(sys.argv[1])

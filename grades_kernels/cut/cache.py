@@ -91,14 +91,14 @@ class ActivationCache:
             skips = bool(keys) and all(key in self._rows for key in keys)
             (self._skip if skips else self._store)(stack, keys, ran)
             yield
+        if skips and self._frozen[-1] not in ran:
+            raise _error("the highest frozen block did not run, for which rows are stored.")
         if not skips and len(ran) < self._k:
             raise _error(
                 f"{len(ran)} of {self._k} frozen blocks were called as modules. Code that "
                 "torch.compile made before may not call them: make the cache before the first "
                 "compiled step."
             )
-        if skips and self._frozen[-1] not in ran:
-            raise _error("the highest frozen block did not run, for which rows are stored.")
 
     def _tensors_below(self) -> dict[str, Tensor]:
         """The tensors below the cut by name, the base weights of adapters too."""

@@ -231,9 +231,10 @@ class FreezeTable:
         chosen = []
         for unit in units:
             was = (former or {}).get(unit, unit)
-            chosen.append(column.get(was.name))
-            if unit.statistic != was.statistic and not unit.is_decided:
-                unit.hits, unit.value, chosen[-1] = 0, math.nan, None
+            is_of_another = unit.statistic != was.statistic and not unit.is_decided
+            if is_of_another:
+                unit.hits, unit.value = 0, math.nan
+            chosen.append(None if is_of_another else column.get(was.name))
         history = [
             (t, array("d", [math.nan if k is None else row[k] for k in chosen]))
             for t, row in self.history

@@ -28,6 +28,7 @@ from .shared import (
     measurements,
     release_under_ddp,
     save_report,
+    silent,
     within_an_epoch,
 )
 
@@ -145,11 +146,9 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
     loader = trainer.fit_loop._data_source.dataloader()
     training = pl_module.training
     pl_module.to(device).train()
-    # There is no loop yet that could log.
-    silent = {"log": lambda *args, **kwargs: None, "log_dict": lambda *args, **kwargs: None}
-    pl_module.__dict__.update(silent)
     try:
-        return choose_cut(pl_module, loss, loader, **within_an_epoch(options, loader))
+        with silent(pl_module, "log", "log_dict"):  # there is no loop yet that could log
+            return choose_cut(pl_module, loss, loader, **within_an_epoch(options, loader))
     except ValueError as error:
         if "no repeated blocks" in str(error) and is_overridden("configure_model", pl_module):
             raise ValueError(
@@ -158,8 +157,6 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
             ) from error
         raise
     finally:
-        for name in silent:
-            del pl_module.__dict__[name]
         for module in pl_module.modules():
             if isinstance(module, Metric):  # of no step of the run
                 module.reset()

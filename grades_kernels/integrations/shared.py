@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -106,6 +106,19 @@ def within_an_epoch(options: Mapping[str, Any], loader: Any) -> dict[str, Any]:
             "smaller batches, or pass a Cut."
         )
     return {"n_batches": n_batches, **options}
+
+
+@contextmanager
+def silent(logger: Any, *methods: str) -> Iterator[None]:
+    """Let these methods of an object do nothing: a probe is no step of the run."""
+    own = {name: x for name, x in vars(logger).items() if name in methods}
+    vars(logger).update(dict.fromkeys(methods, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(logger)[name]
+        vars(logger).update(own)
 
 
 def choice_options(cut: Any) -> dict[str, Any] | None:

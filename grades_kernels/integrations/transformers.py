@@ -33,6 +33,7 @@ from .shared import (
     measurements,
     release_under_ddp,
     save_report,
+    silent,
     unwrap_optimizer,
     within_an_epoch,
 )
@@ -198,21 +199,18 @@ def _chosen_cut(trainer: Trainer, options: Mapping[str, Any]) -> Cut:
     loader: Any = trainer.get_train_dataloader()
     training = model.training
     model.train()
-    # Not a step of the run: nothing is logged, and what a trainer counts or averages stays.
+    # What a trainer counts or averages stays.
     counts = {
         name: copy.deepcopy(x)
         for name, x in vars(trainer).items()
         if name[0] == "_" and isinstance(x, (int, float, dict, list))
     }
-    own_log = {name: x for name, x in vars(trainer).items() if name == "log"}
-    vars(trainer)["log"] = lambda *args, **kwargs: None
     try:
-        with _checkpointed(model, _checkpointing(trainer.args)):
+        with silent(trainer, "log"), _checkpointed(model, _checkpointing(trainer.args)):
             return choose_cut(model, loss, loader, **within_an_epoch(options, loader))
     finally:
         model.train(training)
-        del vars(trainer)["log"]
-        vars(trainer).update(counts | own_log)
+        vars(trainer).update(counts)
         # The loader was left in the middle of an epoch, and train() makes its own.
         prepared = trainer.accelerator._dataloaders
         if loader in prepared:
