@@ -70,7 +70,7 @@ class Task:
     longer: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
-    tunings: tuple[float, ...] = (1,)
+    tunings: tuple[float, ...] = (1, 2, 4)
     heads: tuple[float, ...] = (1.0,)
     choice: float = 1.0
     probes: tuple[float, ...] = (0.25, 1.0)
@@ -102,17 +102,16 @@ _SMOLLM2 = Task(
     (0, 8, 15),
     (0, 8),
     (0, 8),
-    (1, 2),
     choice=0.5,
     probes=(0.5,),
 )
 _BYTES = Task("bytes", 160, BYTES.batch, BYTES.length, (0, 1, 2, 3), (0, 2), (0, 1, 2, 3))
 TASKS = {
-    "MiniLM, new head": replace(_MINILM, longer=(8,), tunings=(1, 2, 4)),
-    "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96, tunings=(1, 2, 4)),
+    "MiniLM, new head": replace(_MINILM, longer=(8,)),
+    "bytes": replace(_BYTES, rates=(5e-4, 1e-3, 2e-3), held_out=96),
     "SmolLM2, next token": replace(
         _SMOLLM2,
-        longer=(4,),
+        longer=(8,),
         rates=(1e-4, 2e-4, 4e-4),
         held_out=48,
         pace=((0, 0.587), (15, 0.406)),
@@ -129,7 +128,7 @@ TASKS = {
     "MiniLM, trained head": replace(
         _MINILM, head_steps=60, cuts=(0, 3, 4), tuned=(0, 3), long_cuts=(3, 4), heads=(10.0,)
     ),
-    "MiniLM, verbs": replace(_MINILM, part="verb", longer=(8,), tunings=(1, 2, 4)),
+    "MiniLM, verbs": replace(_MINILM, part="verb", longer=(8,)),
     "SmolLM2, LoRA": replace(
         _SMOLLM2,
         lora=True,
@@ -147,6 +146,7 @@ QUICK = {
         **{
             **_SMALL,
             "budgets": (1, 2),
+            "tunings": (1, 2),
             "cuts": (0, 1),
             "tuned": (0,),
             "long_cuts": (1,),
