@@ -242,6 +242,14 @@ def words(part: str) -> list[tuple[str, int, str]]:
     return rows
 
 
+def _store(value: Any, file: Path) -> None:
+    """Write a file of the cache whole, since another process may look for it meanwhile."""
+    CACHE.mkdir(exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    torch.save(value, part)
+    part.replace(file)
+
+
 def package_folder(package: str) -> Path:
     """Where `package` is installed; it is not imported."""
     found = find_spec(package)
@@ -358,7 +366,7 @@ def _smollm2(quick: bool) -> tuple[Any, Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         text = "\n".join(f"{word}: {gloss}" for word, _, gloss in words("noun")[:20_000])
         tokens = torch.tensor(tokenizer(text).input_ids)
-        torch.save((model.config, model.state_dict(), tokens), converted)
+        _store((model.config, model.state_dict(), tokens), converted)
     config, weights, tokens = torch.load(converted, weights_only=False)
     model = LlamaForCausalLM(config)
     model.load_state_dict(weights)
@@ -387,8 +395,7 @@ def _bytes(quick: bool) -> tuple[nn.Module, Tensor, Tensor]:
         optimizer.step()
         schedule.step()
     if not quick:
-        CACHE.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), file)
+        _store(model.state_dict(), file)
     return model, *read_library("packages")
 
 

@@ -181,6 +181,22 @@ def test_missing_data_and_packages_are_named(tmp_path, monkeypatch):
         study_tasks.package_folder("no_such_package")
 
 
+def test_the_cache_needs_no_folder_and_shows_no_half_written_file(tmp_path, monkeypatch):
+    cache, seen = tmp_path / "cache", []
+
+    def save(value, file):
+        file.write_bytes(b"half")
+        seen.append((cache / "model.pt").exists())
+        save_whole(value, file)
+
+    save_whole = torch.save
+    monkeypatch.setattr(study_tasks, "CACHE", cache)
+    monkeypatch.setattr(torch, "save", save)
+    study_tasks._store([1, 2], cache / "model.pt")
+    assert seen == [False] and torch.load(cache / "model.pt") == [1, 2]
+    assert list(cache.iterdir()) == [cache / "model.pt"]
+
+
 def test_words_are_read_with_their_class(tmp_path, monkeypatch):
     noun = "00001740 03 n 01 blue_tit 0 000 | a small bird  \n"
     (tmp_path / "data.noun").write_text("  1 licence\n" + noun)
