@@ -521,6 +521,14 @@ def test_measurements_of_another_statistic_count_no_more():
     assert freezes(opt) == [(5, 0), (5, 1)]
 
 
+def test_a_frozen_unit_keeps_what_decided_it_under_another_statistic():
+    opt = run([LOW], [HIGH])
+    opt.param_groups[0]["statistic"] = "signal"
+    feed(opt, LOW, HIGH)
+    assert opt.statistics()["group0.param0"] == opt.freeze_events[0].statistic == LOW
+    assert [math.isfinite(x) for x in opt.report().history[0][1]] == [True, False]
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_max_frozen_decides_the_last_unit_one_step_later(timing):
     """Unit 0 is decided at step 2; unit 1 follows at 3, without an update in either timing."""
