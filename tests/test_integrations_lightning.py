@@ -9,7 +9,7 @@ import ranks
 import torch
 from tiny import assert_same_run, assert_same_weights, regression_data, tiny_network
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from grades_kernels import Cut, FreezeReport, GradESAdamW
 from grades_kernels.integrations import measurements
@@ -57,7 +57,7 @@ class Regression(lightning.LightningModule):
         return self.make_optimizer(self.trainer.estimated_stepping_batches)
 
 
-def fit(folder, model=None, *callbacks, resume=None, **changes):
+def fit(folder, model=None, *callbacks, resume=None, loaders=LOADER, **changes):
     settings = {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
@@ -71,7 +71,7 @@ def fit(folder, model=None, *callbacks, resume=None, **changes):
         "callbacks": [GradESCallback(), *callbacks],
     }
     trainer = lightning.Trainer(**{**settings, **changes})
-    trainer.fit(model or Regression(), LOADER, ckpt_path=resume)
+    trainer.fit(model or Regression(), loaders, ckpt_path=resume)
     return trainer
 
 
@@ -134,6 +134,33 @@ def test_the_probe_transfers_batches_as_the_run_does_and_resets_metrics(tmp_path
         fit(tmp_path / str(cut is None), model, callbacks=[GradESCallback(cut=cut)])
         counts.append(model.count.compute().item())
     assert counts[0] == counts[1] > 0
+
+
+class Joint(Deep):
+    """Its batches come from two loaders."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.n_probed = 0
+
+    def training_step(self, batch, batch_idx):
+        self.n_probed += self.trainer.global_step == 0
+        pair = torch.cat([batch["long"][0], batch["short"][0]])
+        return super().training_step((pair, torch.zeros(len(pair), 2)), batch_idx)
+
+
+def test_a_cut_is_chosen_from_several_loaders_within_an_epoch_of_the_shortest(tmp_path):
+    few, one = (DataLoader(Subset(DATA, range(n * BATCH)), batch_size=BATCH) for n in (5, 1))
+    n_forward = {}
+    for name, own in (("both", {"blocks": "blocks"}), ("5", {"blocks": "blocks", "n_batches": 5})):
+        model, callback = Joint(), GradESCallback(cut=own)
+        loaders = {"long": LOADER, "short": few}
+        fit(tmp_path / name, model, callbacks=[callback], loaders=loaders)
+        n_forward[name] = model.n_probed
+    assert n_forward["both"] == n_forward["5"] > 5
+    loaders = {"long": LOADER, "short": one}
+    with pytest.raises(ValueError, match="four batches of different examples, an epoch has 1"):
+        fit(tmp_path / "1", Joint(), callbacks=[GradESCallback(cut="auto")], loaders=loaders)
 
 
 class Late(Deep):

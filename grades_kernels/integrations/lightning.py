@@ -10,12 +10,12 @@ trainer = Trainer(max_epochs=3, callbacks=[GradESCallback()])
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
@@ -144,11 +144,19 @@ def _chosen_cut(trainer: Trainer, pl_module: LightningModule, options: Mapping[s
         return output["loss"] if isinstance(output, Mapping) else output
 
     loader = trainer.fit_loop._data_source.dataloader()
+    if not isinstance(loader, CombinedLoader):
+        loader = CombinedLoader(loader)  # there may be a dict or a list of them
+
+    def batches() -> Iterator[Any]:
+        for batch, *_ in loader:
+            yield batch
+
     training = pl_module.training
     pl_module.to(device).train()
     try:
         with silent(pl_module, "log", "log_dict"):  # there is no loop yet that could log
-            return choose_cut(pl_module, loss, loader, **within_an_epoch(options, loader))
+            options = within_an_epoch(options, *loader.flattened)
+            return choose_cut(pl_module, loss, batches(), **options)
     except ValueError as error:
         if "no repeated blocks" in str(error) and is_overridden("configure_model", pl_module):
             raise ValueError(

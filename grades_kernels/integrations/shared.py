@@ -92,14 +92,15 @@ def measurements(optimizer: GradESAdamW) -> dict[str, float]:
     return numbers | {name: median(values) for name, values in statistics.items()}
 
 
-def within_an_epoch(options: Mapping[str, Any], loader: Any) -> dict[str, Any]:
-    """The options with which `choose_cut` reads no more batches than the loader has.
+def within_an_epoch(options: Mapping[str, Any], *loaders: Any) -> dict[str, Any]:
+    """The options with which `choose_cut` reads no more batches than the shortest loader has.
 
     In a second epoch the gain would be measured on examples that the direction knows.
     """
     n_batches = (choose_cut.__kwdefaults__ or {})["n_batches"]
-    with suppress(TypeError):  # a loader without a length
-        n_batches = min(n_batches, len(loader))
+    for loader in loaders:
+        with suppress(TypeError):  # it may have no length
+            n_batches = min(n_batches, len(loader))
     if n_batches < 4:
         raise ValueError(
             f"cut='auto' needs four batches of different examples, an epoch has {n_batches}: use "
