@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import statistics
+import threading
 import types
 
 import numpy as np
@@ -817,6 +818,10 @@ BAD = {
     "late NaN": ({}, late(lambda loss: loss * math.nan), batches(), "nan.* of the last batches"),
     "detached": ({}, lambda m, b: loss_of(m, b).detach(), batches(), "no tensor that trains"),
     "head alone": ({}, lambda m, b: m.head.weight.sum(), batches(), "depend on the blocks"),
+    "not detached": (
+        {}, loss_of, [torch.ones(8, 6, requires_grad=True) * 2], r"batch 1 cannot be copied.*detach"
+    ),
+    "a lock": ({}, loss_of, [threading.Lock()], "batch 1 cannot be copied.*pickle"),
     "infinite gradient": (
         {}, lambda m, b: (m(b) * 0).abs().sqrt().sum(), batches(), "is not finite in batch 1"
     ),

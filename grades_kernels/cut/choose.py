@@ -85,8 +85,8 @@ def choose_cut(
 
     Raises:
         ValueError: For a model without repeated blocks, or with several stacks and no `blocks`; too
-            few batches; a loss that is no finite scalar or does not depend on the blocks; a
-            gradient that is not finite; reentrant activation checkpointing.
+            few batches, or one that cannot be copied; a loss that is no finite scalar or does not
+            depend on the blocks; a gradient that is not finite; reentrant activation checkpointing.
     """
     check_choice("tied", tied, ("train", "freeze"))
     check_choice("cost", cost, ("count", "time"))
@@ -108,8 +108,7 @@ def choose_cut(
         def backward() -> None:
             inner.zero_grad()
             repeat_random_numbers()  # the same dropout in every call
-            # A copy, as a loss may take its labels out of a batch.
-            _loss_of(loss, inner, deepcopy(first), "the first batch").backward()
+            _loss_of(loss, inner, _copy_of(first, 1), "the first batch").backward()
 
         order, *found = below_the_blocks(inner, stack, backward, used)
         below, shared = _of_rank_0(found)
@@ -123,12 +122,10 @@ def choose_cut(
 
         def losses() -> Tensor:
             repeat_random_numbers()
-            return torch.stack(
-                [
-                    _scalar(loss(inner, deepcopy(batch)), f"batch {n}").detach().float().reshape(())
-                    for n, batch in fresh.items()
-                ]
-            )
+            found = [
+                _scalar(loss(inner, _copy_of(batch, n)), f"batch {n}") for n, batch in fresh.items()
+            ]
+            return torch.stack([x.detach().float().reshape(()) for x in found])
 
         gains = _gains(inner, losses, steps, segments, cuts)
         costs = _of_rank_0(step_costs(inner, stack, backward, segments, cuts, cost))
@@ -173,9 +170,9 @@ def _direction(
             if n > n_batches - max(2, n_batches // 3):
                 fresh[n] = batch
                 continue
-            first = deepcopy(batch) if n == 1 else first
+            first = _copy_of(batch, n) if n == 1 else first
             model.zero_grad()
-            _loss_of(loss, model, deepcopy(batch), f"batch {n}").backward()
+            _loss_of(loss, model, _copy_of(batch, n), f"batch {n}").backward()
             grads = {name: _real(p.grad) for name, p in named.items() if p.grad is not None}
             _check_gradients(grads, stack, n, detector)
             used = used or set(grads)
@@ -291,6 +288,17 @@ def _by_segment(
 
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x  # as torch's AdamW does
+
+
+def _copy_of(batch: Any, n: int) -> Any:
+    """A copy for one call of the loss, which may take its labels out of a batch."""
+    try:
+        return deepcopy(batch)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"batches: batch {n} cannot be copied ({error}). Tensors that depend on others with "
+            "gradients need detach()."
+        ) from error
 
 
 def _scalar(value: Any, where: str) -> Tensor:
