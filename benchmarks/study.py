@@ -507,17 +507,20 @@ class Study:
             self._all(function, jobs, "probe")
 
     def tune(self, name: str) -> None:
-        """Learning rates of all arms at budget 1, and of all weights around the best at others."""
+        """Learning rates of the arms at budget 1, and around the best of them at others."""
         task = self.tasks[name]
         for budget in task.tunings:
             done = {row["arm"] for row in self._rows(name, "tune") if row["budget"] == budget}
-            settings, arms = task, [Arm(), *map(Arm, task.tuned)]
-            if budget > 1:
-                lr, head = self.best(name, Arm(), budget)
-                settings, arms = replace(task, rates=(lr / 2, lr, 2 * lr), heads=(head,)), [Arm()]
-            job = {"task": name, "settings": settings, "stage": "tune", "seed": TUNING_SEED}
-            job["budget"] = budget
-            jobs = [{**job, "arm": arm} for arm in arms if arm.name not in done]
+            cuts = [k for k in task.tuned if budget < max(task.budgets) or k in task.long_cuts]
+            jobs = []
+            for arm in [Arm(), *map(Arm, cuts)]:
+                settings = task
+                if budget > 1:
+                    lr, head = self.best(name, arm, budget)
+                    settings = replace(task, rates=(lr / 2, lr, 2 * lr), heads=(head,))
+                job = {"task": name, "settings": settings, "stage": "tune", "seed": TUNING_SEED}
+                if arm.name not in done:
+                    jobs.append({**job, "arm": arm, "budget": budget})
             self._all(tuning_rows, jobs, "runs")
 
     def _rows(self, name: str, stage: str) -> list[Row]:

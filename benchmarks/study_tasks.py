@@ -45,7 +45,7 @@ class Task:
         longer: Budgets at which only "all weights" is run.
         seeds: Of the head, the batches and dropout.
         rates: Learning rates that are tried first.
-        tunings: Budgets at which the rates of "all weights" are tried.
+        tunings: Budgets at which rates are tried, at all but the first around the best one.
         heads: Factors of the learning rate of the head that are tried.
         choice: Share of a batch that `choose_cut` uses.
         probes: Shares of a batch that the probes on trial use.
